@@ -1,0 +1,32 @@
+"Build the package from the one place where its metadata lives, `settings.ini`."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+config = ConfigParser(delimiters=["="])
+config.read(here / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("cuda", "baselines", "track", "dev")}
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    license="Proprietary: all rights reserved",
+    keywords=cfg["keywords"],
+    packages=find_packages(include=["cryptopredict", "cryptopredict.*"]),
+    package_data={"cryptopredict": ["presets/*.toml"]},
+    python_requires=f">={cfg['min_python']}",
+    install_requires=cfg["requirements"].split(),
+    extras_require=extras,
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
+    },
+    zip_safe=False,
+)
