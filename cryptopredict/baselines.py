@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,31 @@ import pandas as pd
 from .scores import effective_windows
 
 # %% auto #0
-__all__ = ['HOURS', 'FLOOR', 'BASELINES', 'realised_vol', 'ewma_vol', 'Climatology', 'Persistence', 'EWMA', 'LogHAR']
+__all__ = ['HOURS', 'FLOOR', 'BASELINES', 'Forecaster', 'realised_vol', 'ewma_vol', 'Climatology', 'Persistence', 'EWMA',
+           'LogHAR']
+
+# %% ../nbs/05c_baselines.ipynb #1a3d498c
+@runtime_checkable
+class Forecaster(Protocol):
+    "What the walk-forward asks of a model or a baseline."
+
+    def fit(
+        self,
+        panel: pd.DataFrame,  # hourly decision times, with `close`
+        features: pd.DataFrame | None,  # same index
+        labels: pd.DataFrame,  # same index; only the rows of the fold may be used
+        fold,  # position arrays `train, valid, test, refit`
+        seed: int = 0,
+    ) -> Forecaster:
+        "Choose on `fold.train` and `fold.valid`, fit on `fold.refit`; returns itself."
+
+    def predict(
+        self,
+        panel: pd.DataFrame,  # may reach further than at the fit
+        features: pd.DataFrame | None,
+        rows: np.ndarray,  # positions to forecast at
+    ) -> pd.DataFrame:  # p_down p_flat p_up p10 p90 sigma by time
+        "Forecasts that use nothing after each row's own time."
 
 # %% ../nbs/05c_baselines.ipynb #d882597e
 HOURS = 24 * 365  # a year of hourly bars; the labels annualise with 365 days

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 # %% auto #0
-__all__ = ['FINDING_COLUMNS', 'TOLERANCE', 'LeakageError', 'LeakReport', 'check_times', 'point_in_time', 'Fold', 'walk_forward',
-           'audit_folds', 'audit', 'audit_availability']
+__all__ = ['FINDING_COLUMNS', 'TOLERANCE', 'LeakageError', 'LeakReport', 'check_times', 'point_in_time', 'Fold', 'live_fold',
+           'walk_forward', 'audit_folds', 'audit', 'audit_availability']
 
 # %% ../nbs/00_leakage.ipynb #e98250f3
 FINDING_COLUMNS = ["column", "kind", "time", "magnitude", "detail"]
@@ -173,6 +173,18 @@ def _make_fold(index: pd.DatetimeIndex, ends: pd.DatetimeIndex, test: np.ndarray
                              f"start later (first_test), shorten the horizon or bring earlier data (this begins {index[0]})")
     return Fold(train, valid, test, _matured(ends, past, start - embargo))
 
+# %% ../nbs/00_leakage.ipynb #dd79440b
+def live_fold(
+    index: pd.DatetimeIndex,  # decision times, UTC, increasing
+    label_end: pd.Series | pd.DataFrame,  # end of each row's label(s); NaT where it is not known yet
+    *,
+    validation: str | pd.Timedelta = "365D",  # span before the last row that choices are made on
+    embargo: str | pd.Timedelta = "0D",  # further time between a label's end and what comes next
+) -> Fold:
+    "The fold whose only test row is the last one: what a forecaster may use today."
+    ends = _longest_label(label_end, check_times(index))
+    return _make_fold(index, ends, np.array([len(index) - 1]), pd.Timedelta(validation), pd.Timedelta(embargo))
+
 # %% ../nbs/00_leakage.ipynb #45be6e05
 def _utc(time: str | pd.Timestamp) -> pd.Timestamp:
     "A timestamp in UTC; text without a zone is UTC."
@@ -207,7 +219,10 @@ def walk_forward(
         raise ValueError(f"no label ends in the data after first_test {first}: too little history for the label's length (data end {index[-1]})")
     if first <= index[0]: raise ValueError(f"first_test {first} leaves nothing to train on: the data begin {index[0]}")
     cuts = index.searchsorted(pd.DatetimeIndex(_test_bounds(first, index[ends.notna()][-1], step)))
-    return [_make_fold(index, ends, np.arange(a, b), validation, embargo) for a, b in zip(cuts[:-1], cuts[1:]) if b > a]
+    tests = [np.arange(a, b) for a, b in zip(cuts[:-1], cuts[1:]) if b > a]
+    for test in tests:
+        if ends[test].isna().all(): raise ValueError(f"no label in the fold tested from {index[test[0]]}: the price is missing there; bring the data or change step")
+    return [_make_fold(index, ends, test, validation, embargo) for test in tests]
 
 # %% ../nbs/00_leakage.ipynb #c27b160d
 def _audit_order(name: str, rows: np.ndarray, label: str) -> list[dict]:

@@ -115,6 +115,8 @@ def loss_table(
 ) -> pd.DataFrame:
     "Every score of every forecast, one row each; NaN where its label is not known yet."
     _check_predictions(predictions)
+    if missing := {"r90", "direction", "sigma"} - set(labels.columns):
+        raise ValueError(f"labels lack the column(s) {', '.join(sorted(missing))}; build them with labels.make_labels(close)")
     time = pd.DatetimeIndex(predictions["time"])
     at = labels.index.get_indexer(time.as_unit(labels.index.unit))
     if (at < 0).any():

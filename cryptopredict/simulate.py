@@ -45,7 +45,7 @@ def _profile() -> np.ndarray:  # (24,)
 
 # %% ../nbs/00b_simulate.ipynb #34a5949a
 def _shocks(rng: np.random.Generator, days: int) -> np.ndarray:  # (days, 24)
-    "Standardised hourly shocks: profile times normal, plus at most one jump a day; a day's sum / sqrt(24) has mean 0, variance 1."
+    "Hourly shocks: profile times normal, plus at most one jump a day; a day's sum / sqrt(24) has mean 0, variance 1."
     p = PARAMS
     rz, ru, rj = rng.spawn(3)
     e = rz.standard_normal((days, 24)) * _profile()
@@ -191,9 +191,10 @@ def market_states(
     rows = panel.iloc[pos]
     volume = panel["volume"].to_numpy()[pos[:, None] - np.arange(24)]  # (origins, 24)
     # Written so that NaN fails too.
-    bad = ~((volume > 0).all(1) & (rows[["close", "fees", "mvrv", "dxy"]] > 0).all(axis=1).to_numpy())
-    if bad.any(): raise ValueError(f"row {rows.index[bad.argmax()]}: a value missing or not positive; only simulated panels have states")
-    return _read_states(rows, panel["open"].to_numpy()[pos - 23], volume)
+    opened = panel["open"].to_numpy()[pos - 23]
+    bad = ~((volume > 0).all(1) & (opened > 0) & (rows[["close", "fees", "mvrv", "dxy"]] > 0).all(axis=1).to_numpy())
+    if bad.any(): raise ValueError(f"row {rows.index[bad.argmax()]}: value missing or not positive; pass a simulated panel")
+    return _read_states(rows, opened, volume)
 
 # %% ../nbs/00b_simulate.ipynb #8eee13bd
 def _read_states(rows: pd.DataFrame, opened: np.ndarray, volume: np.ndarray) -> pd.DataFrame:
@@ -242,6 +243,13 @@ def _paths(s0: int, S: np.ndarray, eta: np.ndarray, u: np.ndarray) -> tuple:  # 
     return g, drift
 
 # %% ../nbs/00b_simulate.ipynb #5cff8efa
+@lru_cache(maxsize=2)
+def _kernel(sd: float) -> np.ndarray:  # (Y, Y)
+    "kernel[j, q] = Phi((y_q - y_j) / sd): what a unit of mass at y_j adds to the CDF at y_q."
+    normal = np.array([0.5*(1 + erf(t/np.sqrt(2))) for t in np.arange(1 - len(_Y), len(_Y))*0.01/sd])
+    return normal[np.arange(len(_Y)) - np.arange(len(_Y))[:, None] + len(_Y) - 1]
+
+# %% ../nbs/00b_simulate.ipynb #4e39a363
 def _smooth_cdf(R: np.ndarray, sd: float) -> np.ndarray:  # (G, n) -> (G, Y)
     "CDF on the grid _Y of each row's sample plus an independent normal of standard deviation `sd`."
     rows, n = R.shape
@@ -250,14 +258,11 @@ def _smooth_cdf(R: np.ndarray, sd: float) -> np.ndarray:  # (G, n) -> (G, Y)
     f, cell = at - i, i + len(_Y)*np.arange(rows)[:, None]
     # Each value is shared between its two neighbours: exact in the mean, and its added variance is far below sd^2.
     mass = np.bincount(cell.ravel(), (1 - f).ravel(), rows*len(_Y)) + np.bincount(cell.ravel() + 1, f.ravel(), rows*len(_Y))
-    steps = np.arange(1 - len(_Y), len(_Y))*0.01/sd
-    normal = np.array([0.5*(1 + erf(t/np.sqrt(2))) for t in steps])
-    kernel = normal[np.arange(len(_Y)) - np.arange(len(_Y))[:, None] + len(_Y) - 1]  # kernel[j, q] = Phi((y_q - y_j) / sd)
-    return mass.reshape(rows, -1) @ kernel / n
+    return mass.reshape(rows, -1) @ _kernel(sd) / n
 
 # %% ../nbs/00b_simulate.ipynb #f6db116d
 @lru_cache(maxsize=2)
-def _law_tables(paths: int, seed: int, batches: int = 16) -> tuple:  # cdf (2, G, Y, batches), points (2, G, 3): p10 p90 sigma
+def _law_tables(paths: int, seed: int, batches: int = 32) -> tuple:  # cdf (2, G, Y, batches), points (2, G, 3): p10 p90 sigma
     "Monte Carlo over shared futures, by starting regime and m: the law of r90 less its known drift, and the mean of sigma."
     p, n, j = PARAMS, paths // batches, np.arange(HORIZON_DAYS)
     _, loads, var = _drift_sum()
@@ -319,11 +324,11 @@ def _null_truth(index: pd.DatetimeIndex) -> pd.DataFrame:
 def conditional_law(
     panel: pd.DataFrame,  # panel of `simulate_market`, or any stretch of consecutive rows
     null: bool = False,  # True if it is a null market
-    paths: int = 32_768,  # Monte Carlo futures, a multiple of 16
+    paths: int = 32_768,  # Monte Carlo futures, a multiple of 32
     seed: int = 0,  # of those futures
-) -> pd.DataFrame:  # daily 00:00 UTC origins: p_down p_flat p_up p10 p90 sigma, and mc_se, standard error of the probabilities
+) -> pd.DataFrame:  # by 00:00 UTC origin: p_down p_flat p_up p10 p90 sigma, mc_se (largest Monte Carlo se of the three p)
     "The law of r90 and the mean of sigma given the panel up to each origin; row t uses the 24 rows that end at t."
-    if paths < 32 or paths % 16: raise ValueError(f"paths={paths}: pass a multiple of 16, at least 32")
+    if paths < 64 or paths % 32: raise ValueError(f"paths={paths}: pass a multiple of 32, at least 64")
     states = market_states(panel)
     if null: return _null_truth(states.index)
     cdf, points = _law_tables(paths, seed)
@@ -333,15 +338,15 @@ def conditional_law(
     parts = np.stack([down, 1 - down - up, up])
     probs, se = parts.mean(2), (parts.std(2, ddof=1)/np.sqrt(parts.shape[2])).max(0)
     p10, p90, sigma = _at(points, s, m).T
-    cols = dict(p_down=probs[0], p_flat=probs[1], p_up=probs[2], p10=p10 + a, p90=p90 + a, sigma=_with_drift(sigma, s, x), mc_se=se)
-    return pd.DataFrame(cols, index=states.index)
+    cols = dict(zip(("p_down", "p_flat", "p_up"), probs))
+    return pd.DataFrame(cols | dict(p10=p10 + a, p90=p90 + a, sigma=_with_drift(sigma, s, x), mc_se=se), index=states.index)
 
 # %% ../nbs/00b_simulate.ipynb #001d7537
 def truth_cdf(
     panel: pd.DataFrame,  # panel of `simulate_market`
     y: pd.Series,  # realised r90 by origin; origins in the panel, NaN where not known
     null: bool = False,  # True if it is a null market
-    paths: int = 32_768,  # Monte Carlo futures, a multiple of 16; as in `conditional_law`
+    paths: int = 32_768,  # Monte Carlo futures, a multiple of 32; as in `conditional_law`
     seed: int = 0,  # of those futures
 ) -> pd.Series:
     "Probability integral transform: the conditional CDF of r90 at its realised value, uniform if the law is true."
