@@ -27,14 +27,31 @@ from .features import build_features
 from .labels import make_labels
 from .leakage import Fold, LeakReport, audit, audit_availability, audit_folds, live_fold, walk_forward
 from .scores import SCHEMA, compare, loss_table, summarise
+from .simulate import conditional_law
 
 # %% auto #0
-__all__ = ['FORECASTERS', 'ConfigError', 'EvaluateConfig', 'load_config', 'default_first_test', 'origins', 'make_folds',
-           'audit_inputs', 'write_atomic', 'panel_hash', 'provenance_of', 'open_run', 'fit_predict', 'predict_folds',
-           'score_run', 'newest_forecast', 'walk_forward_run']
+__all__ = ['FORECAST_COLUMNS', 'FORECASTERS', 'Truth', 'ConfigError', 'EvaluateConfig', 'load_config', 'default_first_test',
+           'origins', 'make_folds', 'audit_inputs', 'write_atomic', 'panel_hash', 'provenance_of', 'open_run',
+           'fit_predict', 'predict_folds', 'score_run', 'newest_forecast', 'walk_forward_run']
 
 # %% ../nbs/05f_evaluate.ipynb #719566b7
-FORECASTERS = dict(BASELINES)  # name -> factory of a forecaster with `fit` and `predict`
+FORECAST_COLUMNS = SCHEMA[4:]  # p_down p_flat p_up p10 p90 sigma
+
+class Truth:
+    "The built-in market's own conditional law, as a forecaster: what a perfect model could reach there, and only there."
+
+    def fit(self, panel, features, labels, fold, seed=0):
+        "Nothing is fitted."
+        return self
+
+    def predict(self, panel, features, rows):
+        "The law at the rows' times, from the panel up to each; origins at 00:00 UTC only."
+        law = conditional_law(panel)[FORECAST_COLUMNS].reindex(panel.index[rows])
+        if law.isna().any(axis=None): raise ValueError(f"truth at {law.index[law.isna().any(axis=1)][0]}: known at 00:00 UTC of the built-in market only")
+        return law
+
+# %% ../nbs/05f_evaluate.ipynb #9e6402eb
+FORECASTERS = {**BASELINES, "truth": Truth}  # name -> factory of a forecaster with `fit` and `predict`
 
 class ConfigError(ValueError):
     "A configuration that cannot be run; the message names the key."

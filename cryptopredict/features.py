@@ -452,7 +452,8 @@ def _in_blocks(plan: _Plan, panel: pd.DataFrame, visit: Callable):
     margin = max((lookback(plan.nodes[root]) for root in plan.roots), default=0)
     for begin in range(0, len(panel), _BLOCK):
         first, end = max(begin - margin, 0), min(begin + _BLOCK, len(panel))
-        def cut(i, xs, value): visit(i, slice(begin, end), value[begin - first:] if np.ndim(value) else value)
+        def cut(i, xs, value, rows=slice(begin, end), skip=begin - first):
+            visit(i, rows, value[skip:] if np.ndim(value) else value)
         _over_arrays(plan, panel.iloc[first:end], cut, {i: x[first:end] for i, x in whole.items()})
 
 # %% ../nbs/01_features.ipynb #3f051d45

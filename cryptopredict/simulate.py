@@ -368,6 +368,6 @@ def simulate_market(
     null: bool = False,  # True: the price is an independent random walk and no column tells its future
     start: str | pd.Timestamp = "2016-01-01",  # open of the first bar, midnight UTC; the first row is one hour later
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # (panel by hourly decision time, truth by daily 00:00 UTC origin)
-    "A simulated market and the exact law of its future given what its panel shows; see `conditional_law` for `truth`."
+    "A simulated market and the law of its future given what its panel shows, exact up to `mc_se`; see `conditional_law`."
     panel = _panel(hours, seed, bool(null), _check_request(hours, seed, start))
     return panel, conditional_law(panel, null=null)
