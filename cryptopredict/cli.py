@@ -122,9 +122,9 @@ def _say_scores(out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
     scores = json.loads((out / "scores.json").read_text())
-    shown = {"log_loss": "log loss", "pinball10": "pinball p10", "pinball90": "pinball p90", "coverage": "coverage", "rmse_log_sigma": "RMSE log sigma", "qlike": "QLIKE"}
+    shown = {"log_loss": "log loss", "pinball10": "p10", "pinball90": "p90", "coverage": "coverage", "rmse_log_sigma": "RMSE log σ", "qlike": "QLIKE"}
     table = Table(title=f"{scores['origins']} daily origins, {scores['begin'][:10]} to {scores['end'][:10]}", title_justify="left")
-    for name in ("model", *shown.values()): table.add_column(name, justify="left" if name == "model" else "right")
+    for name in ("model", *shown.values()): table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     means = {(r["model"], r["score"]): r["mean"] for r in scores["summary"]}
     for model in scores["config"]["models"]: table.add_row(model, *(f"{means[model, s]:.4f}" for s in shown))
     Console(file=sys.stdout).print(table)
@@ -133,7 +133,7 @@ def _say_scores(out: Path) -> None:
 @dataclass
 class Run(_Walk):
     "The main job: panel, audit, features and labels, walk-forward, baselines, report.html."
-    n_cuts: int = 12  # Cuts per stretch in the audit.
+    n_cuts: int = 32  # Cuts in the audit of the features.
 
     def __call__(self) -> int:
         from cryptopredict.results import write_report
@@ -169,7 +169,7 @@ def _function(where: str):
 class Audit(_Walk):
     "Leak audits: of this project's features, labels, folds and sources, or of a function of your own. Exit 1 when a leak is found."
     fn: str | None = None  # FILE.py:NAME of a function from the hourly panel to a frame or series, audited instead.
-    n_cuts: int = 32  # Cuts per stretch.
+    n_cuts: int = 32  # Cuts of the audit.
 
     def __call__(self) -> int:
         from cryptopredict.leakage import audit

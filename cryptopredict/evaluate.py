@@ -162,15 +162,15 @@ def audit_inputs(
     tables: list[pd.DataFrame] | None = None,  # daily source tables of the panel; None: availability is not tested
     provenance: pd.DataFrame | None = None,  # row of its table behind each daily cell
     max_age: dict | None = None,  # oldest value allowed by column
-    n_cuts: int = 12,  # cuts for each stretch
+    n_cuts: int = 32,  # cuts of the features' audit
 ) -> dict[str, LeakReport]:
     "Reports on `features`, `labels`, `folds` and, where tables are given, `availability`."
     hours = min(len(panel), 6000)
     stretches = [panel.iloc[:hours]] + ([panel.iloc[-hours:]] if len(panel) > hours else [])
     labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     reports = {
-        "features": _worst([audit(build_features, s, n_cuts=n_cuts, seed=config.seed) for s in stretches]),
-        "labels": _worst([audit(lambda f: _labels_as_known(f, config), s[["close"]], n_cuts=n_cuts, seed=config.seed) for s in stretches]),
+        "features": audit(build_features, panel, n_cuts=n_cuts, seed=config.seed),
+        "labels": _worst([audit(lambda f: _labels_as_known(f, config), s[["close"]], n_cuts=max(n_cuts // 3, 1), seed=config.seed) for s in stretches]),
         "folds": audit_folds(make_folds(config, labels), labels[["label_end", "sigma_end"]], config.embargo)}
     if tables is not None: reports["availability"] = audit_availability(tables, panel, provenance, max_age)
     return reports
