@@ -19,7 +19,7 @@ from .evaluate import write_atomic
 from .labels import DIRECTIONS
 
 # %% auto #0
-__all__ = ['COLOURS', 'SCORE_NAMES', 'STYLE', 'read_run', 'score_table', 'claims', 'figure_skill', 'figure_reliability',
+__all__ = ['COLOURS', 'SCORE_NAMES', 'GROUPS', 'STYLE', 'read_run', 'score_table', 'claims', 'figure_skill', 'figure_reliability',
            'figure_coverage', 'figure_fan', 'figure_newest', 'findings', 'newest_table', 'write_report']
 
 # %% ../nbs/06_results.ipynb #264a86bd
@@ -36,7 +36,10 @@ def read_run(
 # %% ../nbs/06_results.ipynb #28620946
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999"]  # Okabe and Ito, colour-blind safe
 SCORE_NAMES = {"log_loss": "log loss", "brier": "Brier", "pinball10": "pinball p10", "pinball90": "pinball p90", "interval_score": "interval score",
-               "coverage": "coverage 80 %", "rmse_sigma": "RMSE sigma", "rmse_log_sigma": "RMSE log sigma", "qlike": "QLIKE"}
+               "coverage": "coverage", "rmse_sigma": "RMSE sigma", "rmse_log_sigma": "RMSE log sigma", "qlike": "QLIKE"}
+
+GROUPS = {"Direction": ["log_loss", "brier"], "80 % band": ["pinball10", "pinball90", "interval_score", "coverage"],
+          "Volatility": ["rmse_sigma", "rmse_log_sigma", "qlike"]}  # the three heads and their scores
 
 def _cell(row: pd.Series) -> str:
     "A score with its interval as text."
@@ -51,7 +54,7 @@ def score_table(
     "Models by scores, each cell `mean [90 % interval]`; the last row counts the independent windows behind it."
     table = pd.DataFrame(scores["summary"])
     wide = table.assign(cell=table.apply(_cell, axis=1)).pivot(index="model", columns="score", values="cell")
-    wide = wide.reindex(index=list(dict.fromkeys(table["model"])), columns=[c for c in SCORE_NAMES if c in set(table["score"])])
+    wide = wide.reindex(index=scores["config"]["models"], columns=[c for c in SCORE_NAMES if c in set(table["score"])])
     wide.loc["independent windows"] = table.groupby("score")["n_windows"].max().reindex(wide.columns).astype(int).astype(str)
     return wide.rename(columns=SCORE_NAMES).rename_axis(index=None, columns=None)
 
@@ -73,7 +76,7 @@ def _colour_of(models: list[str]) -> dict[str, str]:
 
 def _layout(fig: go.Figure, title: str, height: int = 380, **more) -> go.Figure:
     "The house look."
-    return fig.update_layout(title=title, height=height, template="simple_white", margin=dict(t=60, b=45, l=60, r=20), legend=dict(orientation="h", y=-.22), **more)
+    return fig.update_layout(title=title, height=height, template="simple_white", margin=dict(t=85, b=45, l=60, r=20), legend=dict(orientation="h", y=-.25), **more)
 
 # %% ../nbs/06_results.ipynb #11ec9320
 def figure_skill(
@@ -82,33 +85,35 @@ def figure_skill(
     "Relative difference to the reference by score and model, with 90 % intervals; left of zero is better."
     table = pd.DataFrame(scores["comparison"]).dropna(subset=["relative"])
     fig, reference = go.Figure(), scores["config"]["models"][0]
-    models = list(dict.fromkeys(table["model"]))
-    for k, (model, colour) in enumerate(_colour_of(scores["config"]["models"]).items()):
+    models, order = list(dict.fromkeys(table["model"])), [s for s in SCORE_NAMES if s in set(table["score"])]
+    for model, colour in _colour_of(scores["config"]["models"]).items():
         part = table[table["model"] == model]
         if part.empty: continue
-        rows = [list(SCORE_NAMES).index(s) - .3 + .6 * models.index(model) / max(len(models) - 1, 1) for s in part["score"]]
+        rows = [order.index(s) - .3 + .6 * models.index(model) / max(len(models) - 1, 1) for s in part["score"]]
         at, lo, hi = (100 * part[c].astype(float) for c in ("relative", "rel_lo", "rel_hi"))
         fig.add_scatter(x=at.round(2), y=rows, mode="markers", name=model, marker=dict(color=colour, size=8),
             error_x=dict(type="data", symmetric=False, array=(hi - at).round(2), arrayminus=(at - lo).round(2), thickness=1.2))
     fig.add_vline(x=0, line=dict(color="#999999", dash="dot"))
-    ticks = [k for k, s in enumerate(SCORE_NAMES) if s in set(table["score"])]
-    fig.update_yaxes(tickvals=ticks, ticktext=[list(SCORE_NAMES.values())[k] for k in ticks], autorange="reversed")
+    fig.update_yaxes(tickvals=list(range(len(order))), ticktext=[SCORE_NAMES[s] for s in order], autorange="reversed")
     return _layout(fig, f"Loss relative to {reference}: left of zero is better", 460).update_xaxes(title=f"difference to {reference} (%), 90 % interval")
 
 # %% ../nbs/06_results.ipynb #d68bafaa
 def figure_reliability(
     scores: dict,  # content of `scores.json`
-    models: tuple[str, ...] | None = None,  # which; None: all
+    shown: tuple[str, ...] | None = None,  # models drawn at first, the others at a click on the legend; None: the first and the last two
 ) -> go.Figure:
     "Observed frequency against forecast probability, a panel per class, with 90 % block intervals."
+    models = scores["config"]["models"]
+    shown = shown or (models[0], *models[-2:])
     table = pd.DataFrame(scores["reliability"])
     fig = make_subplots(1, 3, subplot_titles=[f"class '{c}'" for c in DIRECTIONS], shared_yaxes=True, horizontal_spacing=.04)
     for k, name in enumerate(DIRECTIONS, 1):
         fig.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line=dict(color="#999999", dash="dot"), showlegend=False, row=1, col=k)
-        for model, colour in _colour_of(scores["config"]["models"]).items():
-            part = table[(table["class"] == name) & (table["model"] == model)] if models is None or model in models else table.iloc[:0]
+        for model, colour in _colour_of(models).items():
+            part = table[(table["class"] == name) & (table["model"] == model)]
             p, f, lo, hi = (part[c].astype(float).round(3) for c in ("p", "frequency", "lo", "hi"))
-            if len(part): fig.add_scatter(x=p, y=f, mode="markers", name=model, legendgroup=model, showlegend=k == 1, marker=dict(color=colour, size=7), row=1, col=k,
+            if len(part): fig.add_scatter(x=p, y=f, mode="markers", name=model, legendgroup=model, showlegend=k == 1, row=1, col=k,
+                marker=dict(color=colour, size=7), visible=True if model in shown else "legendonly",
                 error_y=dict(type="data", symmetric=False, array=hi - f, arrayminus=f - lo, thickness=1))
         fig.update_xaxes(title="forecast probability", range=[0, 1], row=1, col=k)
     fig.update_yaxes(title="observed frequency", range=[0, 1], row=1, col=1)
@@ -172,13 +177,13 @@ def figure_newest(
 # %% ../nbs/06_results.ipynb #8a25c84f
 STYLE = """body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1a1a1a;max-width:1080px;margin:2rem auto;padding:0 1.2rem}
 h1{margin-bottom:.1rem}h2{margin-top:2.4rem;border-bottom:1px solid #ddd;padding-bottom:.2rem}.sub{color:#555;margin-top:0}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:13px}th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid #eee;white-space:nowrap}
-th{border-bottom:1px solid #999}td:first-child,th:first-child{text-align:left}.good{color:#00694d;font-weight:600}.bad{color:#a33c00;font-weight:600}
+.scroll{overflow-x:auto}table.text td{text-align:left;white-space:normal;word-break:break-word}table{border-collapse:collapse;font-size:13px}th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid #eee;white-space:nowrap}
+thead th{border-bottom:1px solid #999}tbody th{font-weight:500}td:first-child,th:first-child{text-align:left}.good{color:#00694d;font-weight:600}.bad{color:#a33c00;font-weight:600}
 ul{padding-left:1.2rem}code{background:#f4f4f4;padding:0 .25rem}"""
 
-def _table(frame: pd.DataFrame, index: bool = True) -> str:
-    "A frame as a scrollable HTML table; text is escaped."
-    return f'<div class="scroll">{frame.to_html(index=index, border=0, escape=True)}</div>'
+def _table(frame: pd.DataFrame, index: bool = True, kind: str = "numbers") -> str:
+    "A frame as a scrollable HTML table; its content is escaped. `kind=\"text\"` is set flush left and wraps."
+    return f'<div class="scroll">{frame.to_html(index=index, border=0, escape=True, classes=kind)}</div>'
 
 # %% ../nbs/06_results.ipynb #7c2c0b98
 def findings(
@@ -188,12 +193,11 @@ def findings(
     audits, table = scores["audits"], pd.DataFrame(scores["comparison"])
     leaks = [k for k, a in audits.items() if not a["ok"]]
     said = ["No leak audit was made." if not audits else f"Leaks were found in: {', '.join(leaks)}." if leaks else f"The audits of {', '.join(audits)} found no leak."]
-    reference, groups = scores["config"]["models"][0], {"direction": ["log_loss", "brier"], "the 80 % band": ["pinball10", "pinball90", "interval_score"],
-                                                        "volatility": ["rmse_sigma", "rmse_log_sigma", "qlike"]}
-    for what, names in groups.items():
+    reference = scores["config"]["models"][0]
+    for what, names in GROUPS.items():
         better = table[table["score"].isin(names) & (table["verdict"] == "better") & (table["model"] != "truth")] if len(table) else table
         who = "; ".join(f"{m} ({', '.join(SCORE_NAMES[s] for s in part['score'])})" for m, part in better.groupby("model", sort=False)) if len(better) else ""
-        said.append(f"On {what}, better than {reference} at Holm-adjusted p < .05: {who}." if who else f"On {what}, no model is shown to be better than {reference}.")
+        said.append(f"On the {what.lower()}, better than {reference} at Holm-adjusted p < .05: {who}." if who else f"On the {what.lower()}, no model is shown to be better than {reference}.")
     windows = int(pd.DataFrame(scores["summary"]).query("score == 'log_loss'")["n_windows"].max())
     return [*said, f"All of this rests on {windows} independent windows of {scores['config']['horizon']} and {scores['origins']} daily origins from {scores['begin'][:10]} to {scores['end'][:10]}."]
 
@@ -222,14 +226,16 @@ def _sections(scores: dict, predictions: pd.DataFrame, daily: pd.DataFrame, newe
     fan = next((m for m in reversed(models) if m != "truth"), models[0])
     folds = pd.DataFrame([{f"{part} {side}": f[part][side][:10] for part in ("train", "valid", "refit", "test") for side in ("begin", "end")} for f in scores["folds"]])
     facts = pd.Series({k: str(v) for k, v in {**scores["provenance"], **{f"config: {k}": v for k, v in scores["config"].items()}}.items()}, name="value").to_frame()
+    table = score_table(scores)
+    parts = {title: [SCORE_NAMES[s] for s in names] for title, names in GROUPS.items()}
     text = "Mean and 90 % block-bootstrap interval; lower is better, coverage should be 0.80. Seeds are averaged before scoring."
     return [("What it shows", ["<ul>" + "".join(f"<li>{html.escape(s)}</li>" for s in findings(scores)) + "</ul>"]),
-            ("Scores", [f"<p>{text}</p>", _table(score_table(scores))]),
+            ("Scores", [f"<p>{text}</p>", *(f"<h3>{title}</h3>{_table(table[part])}" for title, part in parts.items())]),
             (f"Against {models[0]}", [figure_skill(scores), "<details><summary>All comparisons</summary>" + _table(claims(scores), index=False) + "</details>"]),
             ("Calibration", [figure_reliability(scores), figure_coverage(scores)]),
             ("Forecasts on the price", [figure_fan(predictions, daily, fan, horizon)]),
             (f"Newest forecast, made at {newest['time'].iloc[0]:%Y-%m-%d %H:%M} UTC", [_table(newest_table(newest)), figure_newest(newest, daily, models, horizon)]),
-            ("Leak audits", [_audit_section(scores["audits"])]), ("Folds", [_table(folds)]), ("Provenance", [_table(facts)])]
+            ("Leak audits", [_audit_section(scores["audits"])]), ("Folds", [_table(folds)]), ("Provenance", [_table(facts, kind="text")])]
 
 # %% ../nbs/06_results.ipynb #bee6bd06
 def write_report(
@@ -240,7 +246,7 @@ def write_report(
     body = []
     for title, contents in _sections(scores, predictions, daily, newest):
         body.append(f"<h2>{html.escape(title)}</h2>")
-        body += [c if isinstance(c, str) else c.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}) for c in contents]
+        body += [c if isinstance(c, str) else c.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "displayModeBar": False, "responsive": True}) for c in contents]
     source = html.escape(f"{scores['provenance']['source']}; {scores['provenance']['begin'][:10]} to {scores['provenance']['end'][:10]}")
     head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>CryptoPredict report</title><style>{STYLE}</style>'
     page = f"{head}<script>{get_plotlyjs()}</script></head><body><h1>CryptoPredict</h1><p class='sub'>{source}</p>{''.join(body)}</body></html>"
