@@ -29,6 +29,15 @@ def _group_interval(inside: np.ndarray, hit: np.ndarray, block: int, n_boot: int
     return tuple(np.quantile(both[:, 0] / both[:, 1], [.05, .95]))
 
 # %% ../nbs/05d_calibration.ipynb #7a0e0ee4
+def _curve(p: np.ndarray, hit: np.ndarray, n_bins: int, block: int, n_boot: int, seed: int) -> list[dict]:
+    "Mean forecast, observed frequency, its interval and the number of origins of each group."
+    rows, group = [], _groups(p, n_bins) if len(p) else p
+    for inside in (group == g for g in np.unique(group)):
+        lo, hi = _group_interval(inside, hit, block, n_boot, seed)
+        rows.append(dict(p=p[inside].mean(), frequency=hit[inside].mean(), lo=lo, hi=hi, n=int(inside.sum())))
+    return rows
+
+# %% ../nbs/05d_calibration.ipynb #b77b83f2
 def reliability(
     predictions: pd.DataFrame,  # prediction schema: time, model, seed, p_down, p_flat, p_up
     labels: pd.DataFrame,  # `direction` by time
@@ -45,10 +54,6 @@ def reliability(
         truth = labels["direction"].reindex(mean.index)
         mean, truth = mean[truth.notna()], truth.dropna().to_numpy(dtype=int)
         for k, column in enumerate(columns):
-            p, hit = mean[column].to_numpy(), truth == k
-            group = _groups(p, n_bins) if len(p) else p
-            for g in np.unique(group):
-                inside = group == g
-                lo, hi = _group_interval(inside, hit, block, n_boot, seed)
-                rows.append({"model": model, "class": DIRECTIONS[k], "p": p[inside].mean(), "frequency": hit[inside].mean(), "lo": lo, "hi": hi, "n": int(inside.sum())})
+            curve = _curve(mean[column].to_numpy(), truth == k, n_bins, block, n_boot, seed)
+            rows += [{"model": model, "class": DIRECTIONS[k], **group} for group in curve]
     return pd.DataFrame(rows)

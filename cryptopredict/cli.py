@@ -5,11 +5,12 @@
 # %% ../nbs/06a_cli.ipynb #addaa8bf
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -21,13 +22,14 @@ def _say(text: str = "") -> None:
     "A line to the user, at once."
     print(text, flush=True)
 
+# %% ../nbs/06a_cli.ipynb #f5af6fa7
 def _new_folder(what: str) -> Path:
     "A folder under `runs/` that does not exist yet, named by the time (UTC)."
-    stamp = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
+    stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
     names = (Path("runs") / f"{what}-{stamp}{suffix}" for suffix in ["", *(f"-{k}" for k in range(1, 100))])
     return next(p for p in names if not p.exists())
 
-# %% ../nbs/06a_cli.ipynb #0d7871b7
+# %% ../nbs/06a_cli.ipynb #2ae0faa3
 def _built_in(years: int, seed: int) -> tuple:
     "The built-in market as (panel, tables, provenance, name)."
     from cryptopredict.simulate import simulate_market
@@ -35,6 +37,7 @@ def _built_in(years: int, seed: int) -> tuple:
     panel, _ = simulate_market(24 * 365 * years, seed)
     return panel, None, None, f"built-in market, {years} years, seed {seed}"
 
+# %% ../nbs/06a_cli.ipynb #3e99fc73
 def _files(data: Path, repairs: tuple[str, ...]) -> tuple:
     "The files of a folder as (panel, tables, provenance, name)."
     from cryptopredict.sources import data_files, join_panel, load_tables
@@ -49,13 +52,15 @@ class _Progress:
     def __enter__(self):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(),
+                   TimeElapsedColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
         self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal).__enter__()
         self.task = self.bar.add_task("", total=None)
         return self
 
-    def __call__(self, done: int, total: int, what: str) -> None: self.bar.update(self.task, completed=done, total=total, description=what)
+    def __call__(self, done: int, total: int, what: str) -> None:
+        self.bar.update(self.task, completed=done, total=total, description=what)
 
     def __exit__(self, *error): self.bar.__exit__(*error)
 
@@ -63,56 +68,49 @@ class _Progress:
 @dataclass
 class _Source:
     "Where the data come from."
-    data: Path | None = None  # Folder with source files (Kraken, Binance, Coin Metrics, blockchain.com, FRED, Yahoo). Default: the built-in market.
+    # Folder with source files (Kraken, Binance, Coin Metrics, blockchain.com, FRED, Yahoo). Default: the built-in market.
+    data: Path | None = None
     years: int = 8  # Length of the built-in market, years (without --data).
-    seed: int = 0  # Seed of the built-in market, of forecasters and of the bootstrap.
+    seed: int | None = None  # Seed of the built-in market, of forecasters and of the bootstrap. Default: 0.
     repair: tuple[str, ...] = ()  # Repairs allowed on the files: sort drop_duplicates drop_invalid assume_utc convert_utc.
 
     def _load(self) -> tuple:
         if self.data is None and self.repair: raise ValueError("--repair needs --data: the built-in market has nothing to repair")
-        return _built_in(self.years, self.seed) if self.data is None else _files(self.data, self.repair)
+        return _built_in(self.years, self.seed or 0) if self.data is None else _files(self.data, self.repair)
 
 # %% ../nbs/06a_cli.ipynb #b8547593
 @dataclass
 class _Walk(_Source):
-    "How the walk-forward goes."
-    out: Path | None = None  # Run folder; an existing one of the same run is gone on with. Default: a new folder under runs/.
+    "Which forecasters, and how the walk-forward goes."
     config: Path | None = None  # TOML file with the fields of EvaluateConfig; flags win over it.
     seeds: int | None = None  # Seeds per model that uses any.
-    models: tuple[str, ...] | None = None  # Forecasters, the reference first. Default: all baselines.
+    models: tuple[str, ...] | None = None  # Forecasters, separated by spaces, the reference first. Default: all baselines.
     first_test: str | None = None  # First test time, UTC. Default: the first 1 January at least four years after the data begin.
     step: str | None = None  # Length of a test span, for example YS or 365D.
     horizon: str | None = None  # Span of the return that is forecast, for example 90D.
 
     def _config(self):
-        from cryptopredict.evaluate import EvaluateConfig, load_config
-        given = dict(seed=self.seed, seeds=self.seeds, models=self.models, first_test=self.first_test, step=self.step, horizon=self.horizon)
-        config = load_config(self.config, **given)
-        own_choice = self.models or config.models != EvaluateConfig().models
-        return config if self.data is not None or own_choice else config.model_copy(update=dict(models=(*config.models, "truth")))
+        from cryptopredict.evaluate import load_config
+        flags = ("seed", "seeds", "models", "first_test", "step", "horizon")
+        config = load_config(self.config, **{name: getattr(self, name) for name in flags})
+        usual = (config.horizon, config.vol_window, config.threshold) == ("90D", "30D", .05)
+        if self.data is not None or "models" in config.model_fields_set or not usual: return config
+        return config.model_copy(update=dict(models=(*config.models, "truth")))  # the built-in market knows its own
+
+# %% ../nbs/06a_cli.ipynb #d422e262
+@dataclass
+class _Folder(_Walk):
+    "Where a run is kept."
+    out: Path | None = None  # Run folder; an existing one of the same run is gone on with. Default: a new folder under runs/.
 
 # %% ../nbs/06a_cli.ipynb #77a967e2
 def _audits(panel, tables, provenance, config, n_cuts: int) -> dict:
-    "The audits of a panel, each result said as it comes."
+    "The audits of a panel, and their results said."
     from cryptopredict.evaluate import audit_inputs
     from cryptopredict.sources import MAX_AGE
     reports = audit_inputs(panel, config, tables, provenance, MAX_AGE, n_cuts)
     for name, report in reports.items(): _say(f"  audit of {name}: {report!r}")
     return reports
-
-# %% ../nbs/06a_cli.ipynb #60abe5ef
-@dataclass
-class Evaluate(_Walk):
-    "Walk-forward only: folds x models x seeds to predictions.parquet and scores.json."
-
-    def __call__(self, audits=None, loaded=None) -> int:
-        from cryptopredict.evaluate import walk_forward_run
-        config = self._config()
-        panel, _, _, name = loaded or self._load()
-        with _Progress() as progress: out = walk_forward_run(config, panel, self.out or _new_folder("run"), name, audits, progress)
-        self.out = out
-        _say_scores(out)
-        return 0
 
 # %% ../nbs/06a_cli.ipynb #d86caa5c
 def _say_scores(out: Path) -> None:
@@ -122,16 +120,33 @@ def _say_scores(out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
     scores = json.loads((out / "scores.json").read_text())
-    shown = {"log_loss": "log loss", "pinball10": "p10", "pinball90": "p90", "coverage": "coverage", "rmse_log_sigma": "RMSE log σ", "qlike": "QLIKE"}
-    table = Table(title=f"{scores['origins']} daily origins, {scores['begin'][:10]} to {scores['end'][:10]}", title_justify="left")
-    for name in ("model", *shown.values()): table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    shown = {"log_loss": "log loss", "pinball10": "p10", "pinball90": "p90", "coverage": "coverage",
+             "rmse_log_sigma": "RMSE log σ", "qlike": "QLIKE"}
+    title = f"{scores['origins']} daily origins, {scores['begin'][:10]} to {scores['end'][:10]}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("model", no_wrap=True)
+    for name in shown.values(): table.add_column(name, justify="right", no_wrap=True)
     means = {(r["model"], r["score"]): r["mean"] for r in scores["summary"]}
     for model in scores["config"]["models"]: table.add_row(model, *(f"{means[model, s]:.4f}" for s in shown))
-    Console(file=sys.stdout).print(table)
+    Console(file=sys.stdout, force_jupyter=False).print(table)
+
+# %% ../nbs/06a_cli.ipynb #a0031024
+@dataclass
+class Evaluate(_Folder):
+    "Walk-forward only: folds x models x seeds to predictions.parquet and scores.json."
+
+    def __call__(self, audits=None, loaded=None) -> int:
+        from cryptopredict.evaluate import walk_forward_run
+        config = self._config()
+        panel, _, _, name = loaded or self._load()
+        out = self.out or _new_folder("run")
+        with _Progress() as progress: self.out = walk_forward_run(config, panel, out, name, audits, progress)
+        _say_scores(self.out)
+        return 0
 
 # %% ../nbs/06a_cli.ipynb #6fd4ff7e
 @dataclass
-class Run(_Walk):
+class Run(_Folder):
     "The main job: panel, audit, features and labels, walk-forward, baselines, report.html."
     n_cuts: int = 32  # Cuts in the audit of the features.
 
@@ -147,7 +162,7 @@ class Run(_Walk):
             _say("a leak was found: the walk-forward does not start")
             return 1
         _say("walk-forward ...")
-        walk = Evaluate(**{k: getattr(self, k) for k in _Walk.__dataclass_fields__})
+        walk = Evaluate(**{k: getattr(self, k) for k in _Folder.__dataclass_fields__})
         walk(audits, (panel, tables, provenance, name))
         _say(f"report: {write_report(walk.out)}")
         return 0
@@ -160,14 +175,16 @@ def _function(where: str):
     if not Path(file).is_file(): raise ValueError(f"--fn {where}: there is no file {file!r}; give FILE.py:NAME")
     spec = importlib.util.spec_from_file_location("audited", file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try: spec.loader.exec_module(module)
+    except Exception as error: raise ValueError(f"--fn {where}: {file} does not run ({type(error).__name__}: {error})") from error
     if not callable(getattr(module, name, None)): raise ValueError(f"--fn {where}: {file} has no function {name!r}")
     return getattr(module, name)
 
 # %% ../nbs/06a_cli.ipynb #eb4aad11
 @dataclass
 class Audit(_Walk):
-    "Leak audits: of this project's features, labels, folds and sources, or of a function of your own. Exit 1 when a leak is found."
+    """Leak audits: of this project's features, labels, folds and sources, or of a function of your own. Exit 1 when a leak is
+    found."""
     fn: str | None = None  # FILE.py:NAME of a function from the hourly panel to a frame or series, audited instead.
     n_cuts: int = 32  # Cuts of the audit.
 
@@ -178,35 +195,39 @@ class Audit(_Walk):
         panel, tables, provenance, name = self._load()
         _say(f"{name}: {len(panel)} hours, {panel.index[0]:%Y-%m-%d} to {panel.index[-1]:%Y-%m-%d}")
         if own is None: return 0 if all(r.ok for r in _audits(panel, tables, provenance, config, self.n_cuts).values()) else 1
-        report = audit(own, panel, n_cuts=self.n_cuts, seed=self.seed)
+        report = audit(own, panel, n_cuts=self.n_cuts, seed=config.seed)
         _say(repr(report))
         return 0 if report.ok else 1
 
-# %% ../nbs/06a_cli.ipynb #15a5f324
+# %% ../nbs/06a_cli.ipynb #5c7dfc59
 @dataclass
 class Prepare(_Source):
     "Panel, features and labels as parquet files, to look at or to train on elsewhere."
-    out: Path | None = None  # Folder for panel.parquet, features.parquet, labels.parquet; files there are never overwritten. Default: new under runs/.
+    # Folder for panel.parquet, features.parquet, labels.parquet; files there are never overwritten. Default: new under runs/.
+    out: Path | None = None
 
     def __call__(self) -> int:
         from cryptopredict.evaluate import write_atomic
         from cryptopredict.features import build_features
         from cryptopredict.labels import make_labels
         out = self.out or _new_folder("prepare")
-        if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f"{out} is not an empty folder: choose another --out")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} is not an empty folder: choose another --out")
         panel, _, _, name = self._load()
         tables = {"panel": panel, "features": build_features(panel), "labels": make_labels(panel["close"])}
         out.mkdir(parents=True, exist_ok=True)
         _say(name)
         for kind, table in tables.items():
             write_atomic(out / f"{kind}.parquet", table.to_parquet(None))
-            _say(f"  {out / kind}.parquet: {len(table)} rows, {len(table.columns)} columns, {100 * table.notna().mean().mean():.1f} % known")
+            rows, columns, known = *table.shape, 100 * table.notna().mean().mean()
+            _say(f"  {out / kind}.parquet: {rows} rows, {columns} columns, {known:.1f} % known")
         return 0
 
-# %% ../nbs/06a_cli.ipynb #5c7dfc59
+# %% ../nbs/06a_cli.ipynb #2be68426
 @dataclass
 class Forecast(_Walk):
     "The newest forecast of every model, fitted on all labels that have matured."
+    out: Path | None = None  # JSON file for the forecasts; an existing one is never overwritten. Default: none.
 
     def __call__(self) -> int:
         from cryptopredict.evaluate import newest_forecast
@@ -215,7 +236,8 @@ class Forecast(_Walk):
         panel, _, _, name = self._load()
         if self.out and self.out.exists(): raise ValueError(f"{self.out} exists: choose another --out")
         with _Progress() as progress: made = newest_forecast(config, panel, progress)
-        _say(f"{name}\nmade at {panel.index[-1]:%Y-%m-%d %H:%M} UTC, close {panel['close'].iloc[-1]:.2f}\n{newest_table(made).to_string()}")
+        _say(f"{name}\nmade at {panel.index[-1]:%Y-%m-%d %H:%M} UTC, close {panel['close'].iloc[-1]:.2f}")
+        _say(newest_table(made, config.horizon, config.vol_window).to_string())
         if self.out:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             made.to_json(self.out, orient="records", date_format="iso", indent=1)
@@ -226,7 +248,8 @@ class Forecast(_Walk):
 class _Missing:
     "A command that is not there yet."
 
-    def __call__(self) -> int: raise ValueError(f"'{type(self).__name__.lower()}' is not there yet; run `cryptopredict --help` for what is")
+    def __call__(self) -> int:
+        raise ValueError(f"'{type(self).__name__.lower()}' is not there yet; run `cryptopredict --help` for what is")
 
 # %% ../nbs/06a_cli.ipynb #2747b4a4
 class Train(_Missing): "Not there yet: train one model on one fold."
@@ -238,6 +261,18 @@ class Fetch(_Missing): "Not there yet: download source files."
 class Plan(_Missing): "Not there yet: plan a run for a memory budget."
 
 # %% ../nbs/06a_cli.ipynb #f917245f
+class _Terminated(BaseException):
+    "The process was asked to end (SIGTERM)."
+
+# %% ../nbs/06a_cli.ipynb #9a05d1ff
+def _on_terminate():
+    "Turn SIGTERM into an exception, so that files being written are put away; returns what undoes it."
+    def stop(number, frame): raise _Terminated
+    if threading.current_thread() is not threading.main_thread(): return lambda: None
+    before = signal.signal(signal.SIGTERM, stop)
+    return lambda: signal.signal(signal.SIGTERM, before)
+
+# %% ../nbs/06a_cli.ipynb #aad938e4
 DESCRIPTION = """Long-horizon Bitcoin forecasting that can be believed.
 
 First steps:  cryptopredict run                     the whole path on the built-in market
@@ -248,13 +283,15 @@ COMMANDS = {c.__name__.lower(): c for c in (Run, Prepare, Audit, Evaluate, Forec
 def main(
     args: list[str] | None = None,  # command line without the program's name; None: the process's own
 ) -> int:
-    "Run a command; the exit code is 0, 1 (leak found), 2 (user's mistake) or 130 (interrupted)."
+    "Run a command; the exit code is 0, 1 (leak found), 2 (user's mistake), 130 (Ctrl-C) or 143 (terminated)."
+    before = _on_terminate()
     try:
         command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cryptopredict", description=DESCRIPTION, args=args)
         return command()
     except (ValueError, OSError) as error:
         print(f"cryptopredict: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Terminated) as stop:
         print("cryptopredict: interrupted; the same --out goes on from the last finished part", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, _Terminated) else 130
+    finally: before()

@@ -12,13 +12,14 @@ import platform
 import subprocess
 import tomllib
 from collections.abc import Callable
+from inspect import signature
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from . import __version__, leakage
 from .baselines import BASELINES
@@ -47,7 +48,8 @@ class Truth:
     def predict(self, panel, features, rows):
         "The law at the rows' times, from the panel up to each; origins at 00:00 UTC only."
         law = conditional_law(panel)[FORECAST_COLUMNS].reindex(panel.index[rows])
-        if law.isna().any(axis=None): raise ValueError(f"truth at {law.index[law.isna().any(axis=1)][0]}: known at 00:00 UTC of the built-in market only")
+        unknown = law.index[law.isna().any(axis=1)]
+        if len(unknown): raise ValueError(f"truth at {unknown[0]}: known at 00:00 UTC of the built-in market only")
         return law
 
 # %% ../nbs/05f_evaluate.ipynb #9e6402eb
@@ -84,6 +86,12 @@ class EvaluateConfig(BaseModel):
     @classmethod
     def _durations(cls, value): return _is_duration(value)
 
+    @model_validator(mode="after")
+    def _truth(self):
+        if "truth" in self.models and (self.horizon, self.vol_window, self.threshold) != ("90D", "30D", .05):
+            raise ValueError("models: 'truth' is known for horizon 90D, vol_window 30D and threshold 0.05 only; leave it out")
+        return self
+
     @field_validator("models")
     @classmethod
     def _known(cls, names):
@@ -98,7 +106,7 @@ def _explain(error: ValidationError, source: str) -> ConfigError:
     first = error.errors()[0]
     key, problem = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden": problem = f"unknown key; known are {', '.join(EvaluateConfig.model_fields)}"
-    return ConfigError(f"{source}: key '{key}': {problem}")
+    return ConfigError(f"{source}: key '{key}': {problem}" if key else f"{source}: {problem}")
 
 # %% ../nbs/05f_evaluate.ipynb #fad3b37f
 def load_config(
@@ -109,8 +117,10 @@ def load_config(
     values = {}
     if path is not None:
         try: values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error: raise ConfigError(f"{path}: cannot be read ({error}); check --config") from error
-        except tomllib.TOMLDecodeError as error: raise ConfigError(f"{path}: is not TOML ({error}); mend the line") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error}); check --config") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path}: is not TOML ({error}); mend the line") from error
     given = {k: v for k, v in overrides.items() if v is not None}
     try: EvaluateConfig(**values)
     except ValidationError as error: raise _explain(error, str(path)) from None
@@ -136,26 +146,30 @@ def make_folds(
 ) -> list[Fold]:
     "Walk-forward folds of a run; a `ValueError` says what is missing when the history is too short."
     index, first = labels.index, config.first_test or default_first_test(labels.index)
-    ends = labels[["label_end", "sigma_end"]]
-    if ends.isna().all(axis=None) or ends["label_end"].isna().all():
-        raise ValueError(f"no label: the data ({index[0]} to {index[-1]}) are shorter than the horizon of {config.horizon}; bring more history or shorten horizon")
-    try: return walk_forward(index, ends, first_test=first, step=config.step, validation=config.validation, embargo=config.embargo)
-    except ValueError as error: raise ValueError(f"{error} [first_test {first}; the data are {index[0]} to {index[-1]}]") from None
+    ends, spans = labels[["label_end", "sigma_end"]], dict(step=config.step, validation=config.validation, embargo=config.embargo)
+    if ends["label_end"].isna().all():
+        raise ValueError(f"no label: the data ({index[0]} to {index[-1]}) are shorter than the horizon of {config.horizon}; "
+                         "bring more history or shorten horizon")
+    try: return walk_forward(index, ends, first_test=first, **spans)
+    except ValueError as error:
+        raise ValueError(f"{error} [first_test {first}; the data are {index[0]} to {index[-1]}]") from None
 
 # %% ../nbs/05f_evaluate.ipynb #5aa90952
 def _labels_as_known(frame: pd.DataFrame, config: EvaluateConfig) -> pd.DataFrame:
     "Each label at the time it ends, so that it must be causal there."
     made = make_labels(frame["close"], config.horizon, config.vol_window, config.threshold)
-    known = [made.dropna(subset=[end]).set_index(end)[names] for end, names in (("label_end", ["r90", "p90_path", "p10_path"]), ("sigma_end", ["sigma"]))]
+    ends = {"label_end": ["r90", "p90_path", "p10_path"], "sigma_end": ["sigma"]}
+    known = [made.dropna(subset=[end]).set_index(end)[names] for end, names in ends.items()]
     return pd.concat(known, axis=1, sort=True).reindex(frame.index)
 
-# %% ../nbs/05f_evaluate.ipynb #d343456f
-def _worst(reports: list[LeakReport]) -> LeakReport:
+# %% ../nbs/05f_evaluate.ipynb #198a3f6a
+def _together(reports: list[LeakReport]) -> LeakReport:
     "Several reports of the same audit as one."
     tested = {k: sum(r.tested[k] for r in reports) for k in reports[0].tested}
-    return LeakReport(pd.concat([r.findings for r in reports], ignore_index=True) if any(not r.ok for r in reports) else reports[0].findings, tested)
+    found = [r.findings for r in reports if not r.ok]
+    return LeakReport(pd.concat(found, ignore_index=True) if found else reports[0].findings, tested)
 
-# %% ../nbs/05f_evaluate.ipynb #198a3f6a
+# %% ../nbs/05f_evaluate.ipynb #9a1542de
 def audit_inputs(
     panel: pd.DataFrame,  # hourly panel
     config: EvaluateConfig,  # what labels and folds are made
@@ -168,9 +182,10 @@ def audit_inputs(
     hours = min(len(panel), 6000)
     stretches = [panel.iloc[:hours]] + ([panel.iloc[-hours:]] if len(panel) > hours else [])
     labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
+    known, cuts = lambda frame: _labels_as_known(frame, config), max(n_cuts // 3, 1)
     reports = {
         "features": audit(build_features, panel, n_cuts=n_cuts, seed=config.seed),
-        "labels": _worst([audit(lambda f: _labels_as_known(f, config), s[["close"]], n_cuts=max(n_cuts // 3, 1), seed=config.seed) for s in stretches]),
+        "labels": _together([audit(known, s[["close"]], n_cuts=cuts, seed=config.seed) for s in stretches]),
         "folds": audit_folds(make_folds(config, labels), labels[["label_end", "sigma_end"]], config.embargo)}
     if tables is not None: reports["availability"] = audit_availability(tables, panel, provenance, max_age)
     return reports
@@ -221,17 +236,18 @@ def _installed(name: str) -> str:
     try: return version(name)
     except PackageNotFoundError: return "absent"
 
-# %% ../nbs/05f_evaluate.ipynb #8a57fab5
+# %% ../nbs/05f_evaluate.ipynb #56aeecb5
 def provenance_of(panel: pd.DataFrame, source: str) -> dict:
     "Where a result comes from: data and their hash, code and versions."
     packages = ("numpy", "pandas", "scoringrules", "TA-Lib", "torch")
-    return dict(source=source, rows=len(panel), begin=str(panel.index[0]), end=str(panel.index[-1]), data_sha256=panel_hash(panel), cryptopredict=__version__,
-                commit=_commit(), python=platform.python_version(), **{p: _installed(p) for p in packages})
+    data = dict(rows=len(panel), begin=str(panel.index[0]), end=str(panel.index[-1]), data_sha256=panel_hash(panel))
+    code = dict(cryptopredict=__version__, commit=_commit(), python=platform.python_version())
+    return dict(source=source, **data, **code, **{p: _installed(p) for p in packages})
 
 # %% ../nbs/05f_evaluate.ipynb #4a6a23d8
 def _identity(config: EvaluateConfig, provenance: dict) -> dict:
     "What must be equal for a run to be gone on with."
-    return {"config": json.loads(config.model_dump_json()), "data_sha256": provenance["data_sha256"], "cryptopredict": provenance["cryptopredict"]}
+    return {"config": json.loads(config.model_dump_json()), **{k: provenance[k] for k in ("data_sha256", "cryptopredict", "commit")}}
 
 # %% ../nbs/05f_evaluate.ipynb #9241fe71
 def open_run(out: str | Path, config: EvaluateConfig, provenance: dict) -> Path:
@@ -241,16 +257,24 @@ def open_run(out: str | Path, config: EvaluateConfig, provenance: dict) -> Path:
     mine = _identity(config, provenance)
     if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: choose another --out")
     if known.exists():
-        theirs = json.loads(known.read_text())["identity"]
         flat = lambda d: {**d["config"], **{k: v for k, v in d.items() if k != "config"}}
-        differ = [k for k in {**flat(theirs), **flat(mine)} if flat(theirs).get(k) != flat(mine).get(k)]
-        if differ: raise ValueError(f"{out} holds another run ({differ[0]}: {flat(theirs).get(differ[0])} there, {flat(mine).get(differ[0])} here): choose another --out")
+        try: there, here = flat(json.loads(known.read_text())["identity"]), flat(mine)
+        except (ValueError, KeyError, TypeError) as error: raise ValueError(f"{known} is damaged ({error}): choose another --out") from error
+        for k in {**there, **here}:
+            if there.get(k) == here.get(k): continue
+            raise ValueError(f"{out} holds another run ({k}: {there.get(k)} there, {here.get(k)} here): choose another --out")
     elif out.is_dir() and any(out.iterdir()): raise ValueError(f"{out} is not empty and holds no run: choose another --out")
     (out / "parts").mkdir(parents=True, exist_ok=True)
     if not known.exists(): write_atomic(known, json.dumps({"identity": mine, "provenance": provenance}, indent=1))
     return out
 
 # %% ../nbs/05f_evaluate.ipynb #b1802eef
+def _make(model: str, config: EvaluateConfig):
+    "A new forecaster, told those of the label settings it has a use for."
+    taken = signature(FORECASTERS[model]).parameters
+    return FORECASTERS[model](**{k: getattr(config, k) for k in ("horizon", "threshold") if k in taken})
+
+# %% ../nbs/05f_evaluate.ipynb #63c80300
 def fit_predict(
     model: str,  # name in `FORECASTERS`
     panel: pd.DataFrame,  # hourly panel
@@ -261,22 +285,16 @@ def fit_predict(
     seed: int,  # of the forecaster
 ) -> pd.DataFrame:
     "Forecasts at the origins of `fold.test` in the prediction schema, without the fold's number."
-    forecaster = FORECASTERS[model]()
-    if hasattr(forecaster, "horizon"): forecaster = FORECASTERS[model](**_label_settings(forecaster, config))
-    forecaster.fit(panel, features, labels, fold, seed)
-    rows = origins(panel.index, fold.test)
-    made = forecaster.predict(panel, features, rows if len(rows) else fold.test)
-    return made.rename_axis("time").reset_index().assign(seed=seed, model=model)
+    rows = fold.test if len(fold.test) == 1 else origins(panel.index, fold.test)
+    if not len(rows): raise ValueError(f"the fold tested from {panel.index[fold.test[0]]} holds no 00:00 UTC: make step longer")
+    forecaster = _make(model, config).fit(panel, features, labels, fold, seed)
+    return forecaster.predict(panel, features, rows).rename_axis("time").reset_index().assign(seed=seed, model=model)
 
-# %% ../nbs/05f_evaluate.ipynb #e308a5c2
-def _label_settings(forecaster, config: EvaluateConfig) -> dict:
-    "Those label settings the forecaster has a use for."
-    return {k: getattr(config, k) for k in ("horizon", "threshold") if hasattr(forecaster, k)}
-
-# %% ../nbs/05f_evaluate.ipynb #63c80300
+# %% ../nbs/05f_evaluate.ipynb #d3888ec3
 def _parts(config: EvaluateConfig, n_folds: int) -> list[tuple[int, str, int]]:
     "All (fold, model, seed) of a run."
-    seeds = lambda m: range(config.seed, config.seed + config.seeds) if getattr(FORECASTERS[m], "stochastic", False) else [config.seed]
+    several = lambda m: getattr(FORECASTERS[m], "stochastic", False)
+    seeds = lambda m: range(config.seed, config.seed + (config.seeds if several(m) else 1))
     return [(k, m, s) for k in range(n_folds) for m in config.models for s in seeds(m)]
 
 # %% ../nbs/05f_evaluate.ipynb #3309f12c
@@ -293,17 +311,17 @@ def predict_folds(
     progress: Callable[[int, int, str], None] = _quiet,  # called with parts done, parts in all, and what is next
 ) -> pd.DataFrame:
     "Predictions of all parts, those of an earlier start included."
-    todo = _parts(config, len(folds))
+    todo, part = _parts(config, len(folds)), lambda k, m, s: out / "parts" / f"fold-{k:02d}-{m}-{s}.parquet"
     needs = [m for m in config.models if getattr(FORECASTERS[m], "needs_features", False)]
     features = build_features(panel) if needs else None
     for done, (k, model, seed) in enumerate(todo):
         progress(done, len(todo), f"fold {k + 1} of {len(folds)}, {model}, seed {seed}")
-        path = out / "parts" / f"fold-{k:02d}-{model}-{seed}.parquet"
+        path = part(k, model, seed)
         if not path.exists():
             made = fit_predict(model, panel, features, labels, folds[k], config, seed).assign(fold=k)
             write_atomic(path, _parquet(made[SCHEMA]))
     progress(len(todo), len(todo), "predictions done")
-    return pd.concat([pd.read_parquet(out / "parts" / f"fold-{k:02d}-{m}-{s}.parquet") for k, m, s in todo], ignore_index=True)
+    return pd.concat([pd.read_parquet(part(*p)) for p in todo], ignore_index=True)
 
 # %% ../nbs/05f_evaluate.ipynb #e11f6388
 def _records(frame: pd.DataFrame) -> list[dict]:
@@ -383,6 +401,7 @@ def walk_forward_run(
     write_atomic(out / "origins.parquet", _parquet(_origin_table(panel, labels)))
     write_atomic(out / "forecast.parquet", _parquet(newest_forecast(config, panel, progress)))
     findings = {k: dict(ok=r.ok, tested=r.tested, findings=_records(r.findings)) for k, r in (audits or {}).items()}
-    scores = dict(provenance=made_by, config=json.loads(config.model_dump_json()), folds=_fold_table(panel.index, folds), audits=findings, **score_run(config, predictions, labels))
+    head = dict(provenance=made_by, close=float(panel["close"].iloc[-1]), config=json.loads(config.model_dump_json()), folds=_fold_table(panel.index, folds))
+    scores = dict(**head, audits=findings, **score_run(config, predictions, labels))
     write_atomic(out / "scores.json", json.dumps(scores, indent=1))
     return out

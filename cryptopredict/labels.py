@@ -19,14 +19,18 @@ DIRECTIONS = ("down", "flat", "up")  # the classes 0, 1, 2
 def hours_in(duration: str | pd.Timedelta, name: str = "duration") -> int:
     "A duration as a whole number of hours, or a `ValueError`."
     hours = pd.Timedelta(duration) / pd.Timedelta("1h")
-    if not (hours >= 1 and hours == int(hours)): raise ValueError(f"{name} is {duration}: give a whole number of hours, at least one")
+    if not (hours >= 1 and hours == int(hours)):
+        raise ValueError(f"{name} is {duration}: give a whole number of hours, at least one")
     return int(hours)
 
 # %% ../nbs/02_labels.ipynb #5d6912ad
 def check_hourly(index: pd.DatetimeIndex, name: str = "index") -> pd.DatetimeIndex:
     "`index` unchanged, or a `ValueError` naming the first row that is not one hour after the one before."
     gap = np.flatnonzero(np.diff(check_times(index, name).as_unit("ns").asi8) != pd.Timedelta("1h").as_unit("ns").value)
-    if len(gap): raise ValueError(f"{name}: row {gap[0] + 1} ({index[gap[0] + 1]}) is not one hour after {index[gap[0]]}: reindex to an hourly grid without holes")
+    if len(gap):
+        before, after = index[gap[0]], index[gap[0] + 1]
+        raise ValueError(f"{name}: row {gap[0] + 1} ({after}) is not one hour after {before}: "
+                         "reindex to an hourly grid without holes")
     return index
 
 # %% ../nbs/02_labels.ipynb #2d4d20fb
@@ -49,7 +53,8 @@ def make_labels(
     "`r90, direction, sigma, p90_path, p10_path, label_end, sigma_end` for each hour; NA where the future is not in the data."
     index, h, w = check_hourly(close.index, "close.index"), hours_in(horizon, "horizon"), hours_in(vol_window, "vol_window")
     wrong = np.flatnonzero(~(close.to_numpy(dtype=float) > 0) & close.notna().to_numpy())
-    if len(wrong): raise ValueError(f"close, row {wrong[0]} ({index[wrong[0]]}): {close.iloc[wrong[0]]} is not a price; repair the source")
+    if len(wrong):
+        raise ValueError(f"close, row {wrong[0]} ({index[wrong[0]]}): {close.iloc[wrong[0]]} is not a price; repair the source")
     if not threshold >= 0: raise ValueError(f"threshold is {threshold}: give a log return >= 0")
     log_close = np.log(close.astype(float))
     r90 = log_close.shift(-h) - log_close
@@ -57,4 +62,5 @@ def make_labels(
     direction = (1 + (r90 > threshold).astype(int) - (r90 < -threshold).astype(int)).where(r90.notna()).astype("Int8")
     sigma = np.sqrt(squares * (pd.Timedelta("365D") / pd.Timedelta(vol_window)))
     paths = {f"p{q}_path": _path_quantile(log_close, h, q / 100).where(r90.notna()) for q in (90, 10)}
-    return pd.DataFrame(dict(r90=r90, direction=direction, sigma=sigma, **paths, label_end=_ends(index, max(h, w), r90.notna()), sigma_end=_ends(index, w, sigma.notna())))
+    ends = dict(label_end=_ends(index, max(h, w), r90.notna()), sigma_end=_ends(index, w, sigma.notna()))
+    return pd.DataFrame(dict(r90=r90, direction=direction, sigma=sigma, **paths, **ends))

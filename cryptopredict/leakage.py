@@ -37,7 +37,8 @@ class LeakReport:
         "Raise `LeakageError` naming the first finding, or return the report itself."
         if self.ok: return self
         first = self.findings.iloc[0]
-        raise LeakageError(f"{len(self.findings)} leak(s); first: column '{first['column']}', {first['kind']}, at {first['time']}: {first['detail']}")
+        where = f"column '{first['column']}', {first['kind']}, at {first['time']}: {first['detail']}"
+        raise LeakageError(f"{len(self.findings)} leak(s); first: {where}")
 
     def __repr__(self) -> str:
         head = "no leak found" if self.ok else f"{len(self.findings)} leak(s) found"
@@ -61,8 +62,8 @@ def check_times(
 ) -> pd.DatetimeIndex:
     "`times` unchanged, or a `ValueError` that names the first row that is naive, not UTC, missing, out of order or repeated."
     if not isinstance(times, pd.DatetimeIndex):
-        raise ValueError(f"{what} holds {type(times).__name__}, not timestamps: give a DatetimeIndex (pd.to_datetime(..., utc=True))")
-    if times.tz is None: raise ValueError(f"{what} has naive times: say which zone they are in with tz_localize(...), then tz_convert('UTC')")
+        raise ValueError(f"{what} holds {type(times).__name__}, not timestamps: use pd.to_datetime(..., utc=True)")
+    if times.tz is None: raise ValueError(f"{what} has naive times: name their zone, tz_localize(...), then tz_convert('UTC')")
     if str(times.tz) != "UTC": raise ValueError(f"{what} is in {times.tz}, not UTC: convert it with tz_convert('UTC')")
     bad = np.flatnonzero(times.isna())
     if len(bad): raise ValueError(f"{what}: row {bad[0]} has no time: drop it or fill it in")
@@ -92,29 +93,48 @@ def _nanoseconds(times) -> np.ndarray:
 def _check_table(table: pd.DataFrame, number: int) -> list[str]:
     "The value columns of a source table, or a `ValueError` that says what is wrong with it."
     missing = {"value_time", "available_at"} - set(table.columns)
-    if missing: raise ValueError(f"table {number} lacks column {sorted(missing)}: a source table starts with value_time, available_at")
+    if missing: raise ValueError(f"table {number} lacks column {sorted(missing)}: it starts with value_time, available_at")
+    if not table.columns.is_unique: raise ValueError(f"table {number} has a column name twice: {list(table.columns)}; rename")
     for name in ("value_time", "available_at"):
-        if str(getattr(table[name].dtype, "tz", None)) != "UTC":
-            raise ValueError(f"table {number}: column '{name}' is {table[name].dtype}, not UTC timestamps: convert it with pd.to_datetime(..., utc=True)")
-        if table[name].isna().any(): raise ValueError(f"table {number}: column '{name}', row {table[name].isna().argmax()} is empty: drop the row")
+        where, times = f"table {number}: column '{name}'", table[name]
+        if str(getattr(times.dtype, "tz", None)) != "UTC":
+            raise ValueError(f"{where} is {times.dtype}, not UTC timestamps: convert it with pd.to_datetime(..., utc=True)")
+        if times.isna().any(): raise ValueError(f"{where}, row {times.isna().argmax()} is empty: drop the row")
     return [c for c in table.columns if c not in ("value_time", "available_at")]
 
 # %% ../nbs/00_leakage.ipynb #eecaee10
-def _join_column(grid: np.ndarray, table: pd.DataFrame, column: str, max_age: pd.Timedelta | None) -> tuple[np.ndarray, np.ndarray]:
+def _numbers(table: pd.DataFrame, column: str) -> np.ndarray:
+    "A value column as float64, NaN where empty, or a `ValueError` that names the first row that is no number."
+    numbers = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=float, na_value=np.nan)
+    wrong = np.flatnonzero(np.isnan(numbers) & table[column].notna().to_numpy())
+    if len(wrong):
+        value = table[column].iloc[wrong[0]]
+        raise ValueError(f"column '{column}', row {wrong[0]} is {value!r}, not a number: convert the column to float")
+    return numbers
+
+# %% ../nbs/00_leakage.ipynb #848f8345
+def _join_column(grid: np.ndarray, table: pd.DataFrame, column: str, max_age: pd.Timedelta | None) -> tuple:
     "Values of one column at the grid times and the table row (position) each came from, -1 for none."
-    values = table[column].to_numpy(dtype=float, na_value=np.nan)
+    values = _numbers(table, column)
     known = np.flatnonzero(~np.isnan(values))
+    if not len(known): return np.full(len(grid), np.nan), np.full(len(grid), -1)
     periods = _nanoseconds(table["value_time"])[known]
     found = _newest_row(grid, periods, _nanoseconds(table["available_at"])[known])
-    if max_age is not None and len(known): found = np.where((found >= 0) & (grid - periods[found] > max_age.value), -1, found)
-    rows = np.where(found >= 0, known[found] if len(known) else -1, -1)
-    return np.where(rows >= 0, values[rows], np.nan) if len(values) else np.full(len(grid), np.nan), rows
+    if max_age is not None: found = np.where((found >= 0) & (grid - periods[found] > max_age.value), -1, found)
+    rows = np.where(found >= 0, known[found], -1)
+    return np.where(rows >= 0, values[rows], np.nan), rows
 
-# %% ../nbs/00_leakage.ipynb #7ca38559
+# %% ../nbs/00_leakage.ipynb #17752f43
+def _age_limit(max_age: str | pd.Timedelta | Mapping | None, column: str) -> pd.Timedelta | None:
+    "The oldest age allowed in a column; one that a mapping lacks gets 7 days, so that nothing is carried on by omission."
+    age = max_age.get(column, "7D") if isinstance(max_age, Mapping) else max_age
+    return None if age is None else pd.Timedelta(age).as_unit("ns")
+
+# %% ../nbs/00_leakage.ipynb #5336503d
 def point_in_time(
     grid: pd.DatetimeIndex,  # decision times, UTC
     *tables: pd.DataFrame,  # source tables: `value_time, available_at`, then value columns
-    max_age: str | pd.Timedelta | Mapping | None = "7D",  # oldest value still used, counted from its value_time; a mapping gives it per column
+    max_age: str | pd.Timedelta | Mapping | None = "7D",  # oldest value used, from its value_time; a mapping: by column, else 7D
     provenance: bool = False,  # also return, for each cell, the row of its table (position; -1 for none)
 ) -> pd.DataFrame | tuple[pd.DataFrame, pd.DataFrame]:
     "What was known at each decision time: the newest period available, its newest vintage, NaN when older than `max_age`."
@@ -122,9 +142,8 @@ def point_in_time(
     values, rows = {}, {}
     for number, table in enumerate(tables):
         for column in _check_table(table, number):
-            if column in values: raise ValueError(f"column '{column}' is in two tables: stack them as vintages of one table, or rename it")
-            age = max_age.get(column) if isinstance(max_age, Mapping) else max_age
-            values[column], rows[column] = _join_column(times, table, column, None if age is None else pd.Timedelta(age).as_unit("ns"))
+            if column in values: raise ValueError(f"column '{column}' is in two tables: stack them as vintages, or rename it")
+            values[column], rows[column] = _join_column(times, table, column, _age_limit(max_age, column))
     panel = pd.DataFrame(values, index=grid)
     return (panel, pd.DataFrame(rows, index=grid)) if provenance else panel
 
@@ -145,13 +164,17 @@ class Fold:
 def _longest_label(label_end: pd.Series | pd.DataFrame, index: pd.DatetimeIndex) -> pd.DatetimeIndex:
     "The end of each row's longest label; NaT where any label is missing."
     if isinstance(label_end, pd.DataFrame): label_end = label_end.max(axis=1).where(label_end.notna().all(axis=1))
-    if len(label_end) != len(index): raise ValueError(f"label_end has {len(label_end)} rows, index {len(index)}: give one label end per row")
+    if not len(index): raise ValueError("index is empty: too little history for the label's length; bring data")
+    if len(label_end) != len(index): raise ValueError(f"label_end has {len(label_end)} rows, index {len(index)}: give as many")
     if isinstance(label_end, pd.Series) and isinstance(label_end.index, pd.DatetimeIndex) and not label_end.index.equals(index):
         raise ValueError("label_end and index have different times: reindex label_end to index")
     ends = pd.DatetimeIndex(label_end)
+    if ends.isna().all(): ends = pd.DatetimeIndex(ends, tz=ends.tz or "UTC")
     if ends.tz is None: raise ValueError("label_end has naive times: localise them to UTC")
     early = np.flatnonzero(ends < index)
-    if len(early): raise ValueError(f"label_end row {early[0]} ({ends[early[0]]}) lies before its own time {index[early[0]]}: a label ends in the future")
+    if len(early):
+        i = early[0]
+        raise ValueError(f"label_end row {i} ({ends[i]}) lies before its own time {index[i]}: a label ends in the future")
     return ends
 
 # %% ../nbs/00_leakage.ipynb #b91aaf23
@@ -160,17 +183,20 @@ def _matured(ends: pd.DatetimeIndex, rows: np.ndarray, before: pd.Timestamp) -> 
     return rows[np.asarray(ends[rows] <= before)]
 
 # %% ../nbs/00_leakage.ipynb #b3e49f2c
-def _make_fold(index: pd.DatetimeIndex, ends: pd.DatetimeIndex, test: np.ndarray, validation: pd.Timedelta, embargo: pd.Timedelta) -> Fold:
+def _make_fold(index: pd.DatetimeIndex, ends: pd.DatetimeIndex, test: np.ndarray, validation, embargo) -> Fold:
     "The fold whose test rows are `test`; a `ValueError` says which part came out empty and why."
-    start = index[test[0]]
+    validation, embargo, start = pd.Timedelta(validation), pd.Timedelta(embargo), index[test[0]]
+    if embargo < pd.Timedelta(0) or validation <= pd.Timedelta(0):
+        raise ValueError(f"embargo {embargo} must not be negative and validation {validation} must be longer than zero")
     past = np.arange(test[0])
     cut = start - validation
     valid = _matured(ends, past[np.asarray(index[past] >= cut)], start - embargo)
     train = _matured(ends, past[np.asarray(index[past] < cut)], cut - embargo)
     for name, rows in (("valid", valid), ("train", train)):
         if not len(rows):
-            raise ValueError(f"the fold tested from {start} has no matured label in '{name}': too little history for the label's length; "
-                             f"start later (first_test), shorten the horizon or bring earlier data (this begins {index[0]})")
+            raise ValueError(
+                f"the fold tested from {start} has no matured label in '{name}': too little history for the label's length; "
+                f"start later (first_test), shorten the horizon or bring earlier data (this begins {index[0]})")
     return Fold(train, valid, test, _matured(ends, past, start - embargo))
 
 # %% ../nbs/00_leakage.ipynb #dd79440b
@@ -183,7 +209,7 @@ def live_fold(
 ) -> Fold:
     "The fold whose only test row is the last one: what a forecaster may use today."
     ends = _longest_label(label_end, check_times(index))
-    return _make_fold(index, ends, np.array([len(index) - 1]), pd.Timedelta(validation), pd.Timedelta(embargo))
+    return _make_fold(index, ends, np.array([len(index) - 1]), validation, embargo)
 
 # %% ../nbs/00_leakage.ipynb #45be6e05
 def _utc(time: str | pd.Timestamp) -> pd.Timestamp:
@@ -194,16 +220,18 @@ def _utc(time: str | pd.Timestamp) -> pd.Timestamp:
 # %% ../nbs/00_leakage.ipynb #fee9d1ef
 def _test_bounds(first: pd.Timestamp, last: pd.Timestamp, step) -> list[pd.Timestamp]:
     "`first`, then every `step`, up to the first bound after `last`."
-    offset, bounds = pd.tseries.frequencies.to_offset(step), [first]
+    remedy, bounds = "give a positive duration or calendar offset such as '365D' or 'YS'", [first]
+    try: offset = pd.tseries.frequencies.to_offset(step) or pd.Timedelta(0)
+    except (ValueError, TypeError) as error: raise ValueError(f"step {step!r} is no length of time: {remedy}") from error
     while bounds[-1] <= last:
         bounds.append(bounds[-1] + offset)
-        if bounds[-1] <= bounds[-2]: raise ValueError(f"step {step} does not move forward: give a positive duration such as '365D' or 'YS'")
+        if bounds[-1] <= bounds[-2]: raise ValueError(f"step {step!r} does not move forward: {remedy}")
     return bounds
 
 # %% ../nbs/00_leakage.ipynb #d446ebc3
 def walk_forward(
     index: pd.DatetimeIndex,  # decision times, UTC, increasing
-    label_end: pd.Series | pd.DataFrame,  # end of each row's label (a frame: of each of its labels); NaT where it is not known yet
+    label_end: pd.Series | pd.DataFrame,  # end of each row's label (a frame: of each of its labels); NaT where not known yet
     *,
     first_test: str | pd.Timestamp,  # first test time (UTC)
     step: str | pd.Timedelta | pd.DateOffset = "YS",  # length of a test span: a duration ("365D") or a calendar offset ("YS")
@@ -212,41 +240,53 @@ def walk_forward(
 ) -> list[Fold]:
     "Expanding walk-forward folds, purged and embargoed, up to the last row that has a label."
     ends, first = _longest_label(label_end, check_times(index)), _utc(first_test)
-    validation, embargo = pd.Timedelta(validation), pd.Timedelta(embargo)
-    if embargo < pd.Timedelta(0) or validation <= pd.Timedelta(0):
-        raise ValueError(f"embargo {embargo} must not be negative and validation {validation} must be longer than zero")
     if ends.isna().all() or first > index[ends.notna()][-1]:
-        raise ValueError(f"no label ends in the data after first_test {first}: too little history for the label's length (data end {index[-1]})")
+        raise ValueError(f"no label ends in the data after first_test {first}: "
+                         f"too little history for the label's length (data end {index[-1]})")
     if first <= index[0]: raise ValueError(f"first_test {first} leaves nothing to train on: the data begin {index[0]}")
     cuts = index.searchsorted(pd.DatetimeIndex(_test_bounds(first, index[ends.notna()][-1], step)))
     tests = [np.arange(a, b) for a, b in zip(cuts[:-1], cuts[1:]) if b > a]
     for test in tests:
-        if ends[test].isna().all(): raise ValueError(f"no label in the fold tested from {index[test[0]]}: the price is missing there; bring the data or change step")
+        if ends[test].isna().all():
+            raise ValueError(f"no label in the fold tested from {index[test[0]]}: the price is missing there; "
+                             "bring the data or change step")
     return [_make_fold(index, ends, test, validation, embargo) for test in tests]
 
 # %% ../nbs/00_leakage.ipynb #c27b160d
 def _audit_order(name: str, rows: np.ndarray, label: str) -> list[dict]:
     "Rows of one part must increase: a shuffled or repeated row says the split was not made in time."
     wrong = np.flatnonzero(np.diff(rows) <= 0)
-    return [dict(column=name, kind="shuffled", time=None, magnitude=float(len(wrong)), detail=f"{label}: '{name}' rows are not increasing in time")] if len(wrong) else []
+    if not len(wrong): return []
+    detail = f"{label}: '{name}' rows are not increasing in time"
+    return [dict(column=name, kind="shuffled", time=None, magnitude=float(len(wrong)), detail=detail)]
 
 # %% ../nbs/00_leakage.ipynb #f921b94a
-def _audit_pair(index: pd.DatetimeIndex, ends: pd.DatetimeIndex, earlier: np.ndarray, later: np.ndarray, embargo: pd.Timedelta, where: tuple) -> list[dict]:
+def _positions(rows, n: int, what: str) -> np.ndarray:
+    "`rows` as an array of positions below `n`, or a `ValueError` that names the part which holds something else."
+    rows = np.asarray(rows)
+    if not len(rows): return rows.astype(int)
+    if rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= n:
+        raise ValueError(f"{what} does not hold positions from 0 to {n - 1}: give integer positions, no mask")
+    return rows
+
+# %% ../nbs/00_leakage.ipynb #5856a5f1
+def _audit_pair(index: pd.DatetimeIndex, ends: pd.DatetimeIndex, parts: dict, where: tuple, embargo: pd.Timedelta) -> list[dict]:
     "Findings between a part and the one that comes after it: interleaved rows, labels missing or ending too late."
     fold, name, after = where
-    begin, found = index[later].min(), []
-    def add(kind, rows, magnitude, detail):
-        if len(rows): found.append(dict(column=name, kind=kind, time=index[rows].min(), magnitude=magnitude, detail=f"{fold}: {len(rows)} rows of '{name}' {detail}"))
-    mixed = earlier[np.asarray(index[earlier] >= begin)]
-    add("interleaved", mixed, float(len(mixed)), f"are not before '{after}' begins ({begin})")
-    add("unlabelled", earlier[np.asarray(ends[earlier].isna())], np.nan, "have no matured label")
-    late = earlier[np.asarray(ends[earlier] > begin)]
-    add("label overlap", late, (ends[late].max() - begin) / pd.Timedelta("1D") if len(late) else 0., f"have a label that ends after '{after}' begins; days: magnitude")
-    near = earlier[np.asarray((ends[earlier] <= begin) & (ends[earlier] > begin - embargo))]
-    add("embargo", near, (ends[near].max() - begin + embargo) / pd.Timedelta("1D") if len(near) else 0., f"end within the embargo of {embargo}")
+    earlier, found, day = parts[name], [], pd.Timedelta("1D")
+    begin, end = index[parts[after]].min(), ends[earlier]
+    def add(kind, wrong, magnitude, detail):
+        rows = earlier[np.asarray(wrong)]
+        if len(rows): found.append(dict(column=name, kind=kind, time=index[rows].min(), magnitude=magnitude(rows),
+                                        detail=f"{fold}: {len(rows)} rows of '{name}' {detail}"))
+    past = lambda limit: lambda rows: (ends[rows].max() - limit) / day
+    add("interleaved", index[earlier] >= begin, lambda rows: float(len(rows)), f"are not before '{after}' begins ({begin})")
+    add("unlabelled", end.isna(), lambda rows: np.nan, "have no matured label")
+    add("label overlap", end > begin, past(begin), f"have a label that ends after '{after}' begins; days: magnitude")
+    add("embargo", (end <= begin) & (end > begin - embargo), past(begin - embargo), f"end within the embargo of {embargo}")
     return found
 
-# %% ../nbs/00_leakage.ipynb #edd62023
+# %% ../nbs/00_leakage.ipynb #13270683
 def audit_folds(
     folds: list[Fold],  # folds to judge; anything with `train, valid, test, refit` position arrays
     label_end: pd.Series | pd.DataFrame,  # label end(s) by decision time; a frame is judged by its longest label
@@ -256,10 +296,12 @@ def audit_folds(
     index = check_times(pd.DatetimeIndex(label_end.index), "label_end.index")
     ends, embargo, findings = _longest_label(label_end, index), pd.Timedelta(embargo), []
     for k, f in enumerate(folds):
-        for name in ("train", "valid", "test", "refit"): findings += _audit_order(name, getattr(f, name), f"fold {k}")
+        names = ("train", "valid", "test", "refit")
+        parts = {name: _positions(getattr(f, name), len(index), f"fold {k}: '{name}'") for name in names}
+        for name, rows in parts.items(): findings += _audit_order(name, rows, f"fold {k}")
         for name, after in (("train", "valid"), ("valid", "test"), ("refit", "test"), ("train", "test")):
-            earlier, later = np.asarray(getattr(f, name)), np.asarray(getattr(f, after))
-            if len(earlier) and len(later): findings += _audit_pair(index, ends, earlier, later, embargo, (f"fold {k}", name, after))
+            if len(parts[name]) and len(parts[after]):
+                findings += _audit_pair(index, ends, parts, (f"fold {k}", name, after), embargo)
     return _report(findings, {"folds": len(folds), "embargo": str(embargo)})
 
 # %% ../nbs/00_leakage.ipynb #32a438b7
@@ -269,68 +311,82 @@ def _as_frame(out, frame: pd.DataFrame) -> pd.DataFrame:
     "What `fn` returned as a frame on times of `frame`."
     if isinstance(out, pd.Series): out = out.to_frame(out.name if out.name is not None else "value")
     if isinstance(out, np.ndarray):
-        if len(out) != len(frame): raise ValueError(f"fn returned {len(out)} rows for {len(frame)}: return a frame or series with its times")
+        if len(out) != len(frame): raise ValueError(f"fn returned {len(out)} rows for {len(frame)}: return them with their times")
         out = pd.DataFrame(out.reshape(len(out), -1), index=frame.index)
     if not isinstance(out, pd.DataFrame): raise ValueError(f"fn returned {type(out).__name__}: return a frame, series or array")
-    if not out.index.isin(frame.index).all(): raise ValueError("fn returned rows at times the frame does not have: keep the frame's own index")
+    if not out.index.isin(frame.index).all():
+        raise ValueError("fn returned rows at times the frame does not have: keep the frame's own index")
     if out.index.has_duplicates: raise ValueError("fn returned a time twice: return one row per time")
-    return out.set_axis(out.columns.map(str), axis=1).sort_index()
+    out = out.set_axis(out.columns.map(str), axis=1).sort_index()
+    double = out.columns[out.columns.duplicated()]
+    if len(double): raise ValueError(f"fn returned column '{double[0]}' twice: give each column a name of its own")
+    return out
 
-# %% ../nbs/00_leakage.ipynb #1e5bd893
-def _moved(base: pd.Series, other: pd.Series, largest: float) -> tuple[pd.Timestamp, float] | None:
-    "First time at which two columns on the same times differ beyond the tolerance, and the greatest difference."
-    if not pd.api.types.is_numeric_dtype(base.dtype):
-        differs = ~((base == other) | (base.isna() & other.isna())).to_numpy(dtype=bool)
-        return (base.index[differs.argmax()], np.inf) if differs.any() else None
+# %% ../nbs/00_leakage.ipynb #24d0d9a5
+def _gap(base: pd.Series, other: pd.Series) -> np.ndarray:
+    "How far two columns on the same times lie apart, row by row; inf where one is empty, or where text or categories differ."
+    base, other = base.infer_objects(), other.infer_objects()
+    if not all(pd.api.types.is_numeric_dtype(x.dtype) for x in (base, other)):
+        base, other = base.astype(object), other.astype(object)
+        same = (base.isna() & other.isna()).to_numpy() | (base == other).to_numpy(dtype=bool, na_value=False)
+        return np.where(same, 0., np.inf)
     a, b = (x.to_numpy(dtype=float, na_value=np.nan) for x in (base, other))
     with np.errstate(invalid="ignore"):
         gap = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0., np.abs(a - b))
-    gap[np.isnan(gap)] = np.inf  # a value on one side, nothing on the other
-    differs = gap > TOLERANCE.get(base.dtype, 1e-9) * largest
-    return (base.index[differs.argmax()], float(gap.max())) if differs.any() else None
-
-# %% ../nbs/00_leakage.ipynb #53b93c55
-def _compare(base: pd.DataFrame, other: pd.DataFrame, until: pd.Timestamp, kind: str, scale: pd.Series, label: str) -> list[dict]:
-    "Findings where `other` disagrees with `base` at or before `until`."
-    base, other = base.loc[:until], other.loc[:until]
-    finding = lambda column, time, size, detail: dict(column=column, kind=kind, time=time, magnitude=size, detail=f"{label}: {detail}")
-    gone = base.index.symmetric_difference(other.index)
-    if len(gone): return [finding("(rows)", gone[0], float(len(gone)), "rows appear or vanish with the future")]
-    gone = base.columns.symmetric_difference(other.columns)
-    if len(gone): return [finding(c, until, np.inf, "the column exists only with, or only without, the future") for c in gone]
-    moved = ((c, _moved(base[c], other[c], scale[c])) for c in base.columns)
-    return [finding(c, m[0], m[1], "a value at or before the cut moved") for c, m in moved if m]
+    gap[np.isnan(gap)] = np.inf
+    return gap
 
 # %% ../nbs/00_leakage.ipynb #097513c4
-def _cuts(frame: pd.DataFrame, n_cuts: int, rng: np.random.Generator) -> np.ndarray:
-    "Row counts to cut at: first and last rows, month ends, gaps in time, steps of slow columns, the rest random."
-    n, index = len(frame), frame.index
-    edge = [2, 3, n - 2, n - 1]
-    months = np.flatnonzero(np.diff(index.month)) + 1
-    gaps = np.flatnonzero(np.diff(index.asi8) > 1.5 * np.median(np.diff(index.asi8))) + 1
-    numbers = frame.select_dtypes("number")
-    changes = numbers.ne(numbers.shift()) if len(numbers.columns) else pd.DataFrame(index=index)
-    steps = np.concatenate([np.flatnonzero(changes[c])[1:] for c in changes if changes[c].mean() < .2] + [np.array([], int)])
-    special = [rng.choice(pool, min(len(pool), max(n_cuts // 6, 1)), replace=False) for pool in (months, gaps, steps)]
-    cuts = np.unique(np.concatenate([edge, *special]).astype(int))
-    free = np.setdiff1d(np.arange(2, n), cuts)
-    return np.sort(np.concatenate([cuts, rng.choice(free, min(max(n_cuts - len(cuts), 0), len(free)), replace=False)]))
+def _tolerance(base: pd.DataFrame) -> pd.Series:
+    "The difference allowed in each column: a share of its largest finite magnitude."
+    allowed = {}
+    for name, column in base.items():
+        number = pd.api.types.is_numeric_dtype(column.dtype)
+        size = np.abs(column.to_numpy(dtype=float, na_value=np.nan)) if number else np.zeros(1)
+        allowed[name] = TOLERANCE.get(column.dtype, 1e-9) * size.max(where=np.isfinite(size), initial=0.)
+    return pd.Series(allowed, dtype=float)
+
+# %% ../nbs/00_leakage.ipynb #e5dc5869
+def _compare(base: pd.DataFrame, other: pd.DataFrame, until: pd.Timestamp, kind: str, allowed: pd.Series, label: str) -> list:
+    "Findings where `other` disagrees with `base` at or before `until`; a missing row says no more than an empty one."
+    base, other = base.loc[:until], other.loc[:until]
+    def finding(column, time, size, detail):
+        return dict(column=column, kind=kind, time=time, magnitude=float(size), detail=f"{label}: {detail}")
+    gone = base.columns.symmetric_difference(other.columns)
+    if len(gone): return [finding(c, until, np.inf, "the column exists only with, or only without, the future") for c in gone]
+    gone = base.index.symmetric_difference(other.index)
+    gone = gone[(base.reindex(gone).notna() | other.reindex(gone).notna()).any(axis=1)]
+    if len(gone): return [finding("(rows)", gone[0], len(gone), "rows appear or vanish with the future")]
+    times, found = base.index.intersection(other.index), []
+    for c in base.columns:
+        gap = _gap(base[c].reindex(times), other[c].reindex(times))
+        moved = np.flatnonzero(gap > allowed[c])
+        if len(moved): found.append(finding(c, times[moved[0]], gap.max(), "a value at or before the cut moved"))
+    return found
 
 # %% ../nbs/00_leakage.ipynb #1fd61c40
-def _replacement(column: pd.Series, cut: int, mode: str, rng: np.random.Generator) -> pd.Series:
-    "`column` with everything from row `cut` on replaced: by values from elsewhere, by noise, or by nothing."
-    n, values = len(column) - cut, column.to_numpy()
-    number = pd.api.types.is_float_dtype(column.dtype) or pd.api.types.is_integer_dtype(column.dtype)
-    future = values[rng.integers(0, len(values), n)]
-    if pd.api.types.is_bool_dtype(column.dtype): future = rng.random(n) < .5
-    elif number and mode == "elsewhere": future = future * np.exp(rng.normal(0, .3, n))
-    elif number and mode == "noise":
-        known = values[np.isfinite(values.astype(float))].astype(float)
-        centre, spread = (np.mean(known), np.std(known) + abs(np.mean(known))) if len(known) else (0., 1.)
-        future = abs(centre) * np.exp(rng.normal(0, 1, n)) if len(known) and known.min() > 0 else centre + 3 * spread * rng.normal(size=n)
-    elif number and pd.api.types.is_float_dtype(column.dtype): future = np.full(n, np.nan)
-    if pd.api.types.is_integer_dtype(column.dtype): future = np.rint(future.astype(float)).astype(values.dtype)
-    return pd.Series(np.concatenate([values[:cut], future]), index=column.index, name=column.name).astype(column.dtype)
+def _replacement(column: pd.Series, rows: np.ndarray, mode: str, draw: np.ndarray, factor: np.ndarray, rng) -> pd.Series:
+    "`column` with its values at `rows` replaced: by those of the rows `draw` times `factor`, by noise, or by nothing."
+    values, number = column.array.take(draw), pd.api.types.is_float_dtype(column.dtype)
+    if pd.api.types.is_bool_dtype(column.dtype) and mode != "elsewhere": values = rng.random(len(rows)) < .5
+    if number:
+        numbers = column.to_numpy(dtype=float, na_value=np.nan)
+        known = numbers[np.isfinite(numbers)]
+        centre, spread = (known.mean(), known.std() + abs(known.mean())) if len(known) else (0., 1.)
+        future = numbers[draw] * factor
+        if mode == "nothing": future = np.full(len(rows), np.nan)
+        if mode == "noise" and len(known) and known.min() > 0: future = centre * np.exp(rng.normal(0, 1, len(rows)))
+        elif mode == "noise": future = centre + 3 * (spread or 1.) * rng.normal(size=len(rows))
+        values = pd.Series(future).astype(column.dtype).array
+    changed = column.copy()
+    changed.iloc[rows] = values
+    return changed
+
+# %% ../nbs/00_leakage.ipynb #f40e2bac
+def _changed(frame: pd.DataFrame, rows: np.ndarray, mode: str, rng: np.random.Generator) -> pd.DataFrame:
+    "`frame` with `rows` replaced; what comes from elsewhere comes as whole rows."
+    draw, factor = rng.integers(0, len(frame), len(rows)), np.exp(rng.normal(0, .3, len(rows)))
+    return pd.DataFrame({c: _replacement(frame[c], rows, mode, draw, factor, rng) for c in frame.columns}, index=frame.index)
 
 # %% ../nbs/00_leakage.ipynb #994d0ef5
 def _call(fn: Callable, frame: pd.DataFrame, broken: list) -> pd.DataFrame | None:
@@ -339,6 +395,53 @@ def _call(fn: Callable, frame: pd.DataFrame, broken: list) -> pd.DataFrame | Non
     except Exception as error:
         broken.append(f"{len(frame)} rows: {type(error).__name__}: {error}")
         return None
+
+# %% ../nbs/00_leakage.ipynb #a7c31778
+def _events(column: pd.Series) -> np.ndarray:
+    "Rows where a slow column steps; of a column that always moves, its extremes and its largest change."
+    steps = np.flatnonzero(np.diff(pd.factorize(column)[0])) + 1
+    if len(steps) <= .2 * len(column) or not pd.api.types.is_float_dtype(column.dtype): return steps
+    values = column.to_numpy(dtype=float, na_value=np.nan)
+    with np.errstate(invalid="ignore"): change = np.abs(np.diff(values, prepend=np.nan))
+    marks = ((np.nanargmax, values), (np.nanargmin, values), (np.nanargmax, change))
+    return np.unique([mark(x) for mark, x in marks if not np.isnan(x).all()])
+
+# %% ../nbs/00_leakage.ipynb #d8ef0df2
+def _suspects(fn: Callable, frame: pd.DataFrame, base: pd.DataFrame, allowed: pd.Series, rng) -> list[np.ndarray]:
+    "By column, rows that moved when the next row was replaced, where few did."
+    found: dict = {}
+    for spacing in (8, 8, 16, 32, 128, 512):
+        rows = np.cumsum(rng.integers(spacing // 2, 2 * spacing, len(frame) // spacing + 1))
+        rows = rows[rows < len(frame)]
+        out = _call(fn, _changed(frame, rows, "elsewhere", rng), [])
+        if out is None or not (out.index.equals(base.index) and out.columns.equals(base.columns)): continue
+        before = base.index.get_indexer(frame.index[rows - 1])
+        rows, before = rows[before >= 0] - 1, before[before >= 0]
+        for c in base.columns if len(rows) else []:
+            moved = _gap(base[c], out[c])[before] > allowed[c]
+            if 0 < moved.mean() < .5: found.setdefault(c, []).append(rows[moved])
+    return [np.concatenate(rows) for rows in found.values()]
+
+# %% ../nbs/00_leakage.ipynb #a69e7102
+def _draw(pools: list[np.ndarray], count: int, rng: np.random.Generator) -> np.ndarray:
+    "`count` rows, from each pool in turn."
+    pools = [pools[k] for k in rng.permutation(len(pools)) if len(pools[k])]
+    return np.array([rng.choice(pools[k % len(pools)]) for k in range(count if pools else 0)], dtype=int)
+
+# %% ../nbs/00_leakage.ipynb #794214d2
+def _cuts(frame: pd.DataFrame, base: pd.DataFrame, suspects: list, n_cuts: int, rng: np.random.Generator) -> np.ndarray:
+    "Row counts to cut at: first and last rows, month ends, gaps in time, events of input and output, suspects, the rest random."
+    n, index, share = len(frame), frame.index, max(n_cuts // 6, 1)
+    months = np.flatnonzero(np.diff(index.month)) + 1
+    gaps = np.flatnonzero(np.diff(index.asi8) > 1.5 * np.median(np.diff(index.asi8))) + 1
+    steps = [index.get_indexer(base.index[_events(base[c])]) for c in base.columns]
+    special = [np.array([2, 3, n - 2, n - 1]), _draw(suspects, share, rng) + 1]
+    for pools in ([months], [gaps], [_events(frame[c]) for c in frame.columns], steps):
+        rows = _draw(pools, share, rng)
+        special.append(rows + np.arange(len(rows)) % 2)  # the row before the event is the last one known, or the event itself
+    cuts = np.unique(np.clip(np.concatenate(special), 2, n - 1))
+    free = np.setdiff1d(np.arange(2, n), cuts)
+    return np.sort(np.concatenate([cuts, rng.choice(free, min(max(n_cuts - len(cuts), 0), len(free)), replace=False)]))
 
 # %% ../nbs/00_leakage.ipynb #ddca598e
 def _first_of_each(findings: list[dict]) -> list[dict]:
@@ -352,22 +455,17 @@ def _first_of_each(findings: list[dict]) -> list[dict]:
     return [dict(f, detail=f"{f['detail']} ({f['cuts']} cuts)") for f in merged.values()]
 
 # %% ../nbs/00_leakage.ipynb #1e9eef32
-def _scale(base: pd.DataFrame) -> pd.Series:
-    "The largest finite magnitude of each column, what the tolerance is relative to."
-    return base.apply(lambda c: pd.to_numeric(c, errors="coerce").astype(float).abs().replace(np.inf, np.nan).max()).fillna(0.)
-
-# %% ../nbs/00_leakage.ipynb #26a5533a
-def _audit_cut(fn: Callable, frame: pd.DataFrame, base: pd.DataFrame, cut: int, mode: str, rng: np.random.Generator, broken: list) -> list[dict]:
+def _audit_cut(fn: Callable, frame: pd.DataFrame, base: pd.DataFrame, allowed: pd.Series, cut: int, mode: str, rng, broken):
     "Findings of one truncation and one perturbation after row `cut - 1`."
-    until, findings, scale = frame.index[cut - 1], [], _scale(base)
-    changed = pd.DataFrame({c: _replacement(frame[c], cut, mode, rng) for c in frame.columns}, index=frame.index)
-    trials = (("truncation", frame.iloc[:cut], f"cut after {until}"), ("perturbation", changed, f"cut after {until}, future: {mode}"))
+    until, findings = frame.index[cut - 1], []
+    trials = (("truncation", frame.iloc[:cut], f"cut after {until}"),
+              ("perturbation", _changed(frame, np.arange(cut, len(frame)), mode, rng), f"cut after {until}, future: {mode}"))
     for kind, other, label in trials:
         out = _call(fn, other, broken)
-        if out is not None: findings += _compare(base, out, until, kind, scale, label)
+        if out is not None: findings += _compare(base, out, until, kind, allowed, label)
     return findings
 
-# %% ../nbs/00_leakage.ipynb #a69c4d7c
+# %% ../nbs/00_leakage.ipynb #26a5533a
 def audit(
     fn: Callable[[pd.DataFrame], pd.DataFrame | pd.Series | np.ndarray],  # code under audit
     frame: pd.DataFrame,  # time-indexed input, UTC, increasing; at least 8 rows
@@ -376,32 +474,37 @@ def audit(
     seed: int = 0,  # places the cuts and draws the replacements
 ) -> LeakReport:
     "Does anything `fn` says at or before a time depend on what comes after it? By truncation and by perturbation."
+    if not isinstance(frame, pd.DataFrame): raise ValueError(f"frame is a {type(frame).__name__}: give a DataFrame (.to_frame())")
     check_times(frame.index, "frame.index")
     if len(frame) < 8: raise ValueError(f"frame has {len(frame)} rows: an audit needs at least 8")
     base = _as_frame(fn(frame.copy()), frame)
-    again = _compare(base, _as_frame(fn(frame.copy()), frame), frame.index[-1], "not deterministic", _scale(base), "same input twice")
-    if again: return _report(_first_of_each(again), {"cuts": 0, "rows": len(frame)})
-    findings, broken, rng = [], [], np.random.default_rng(seed)
-    cuts = _cuts(frame, n_cuts, rng)
-    for k, cut in enumerate(cuts): findings += _audit_cut(fn, frame, base, cut, ("elsewhere", "noise", "nothing")[k % 3], rng, broken)
+    again, allowed, rng = _as_frame(fn(frame.copy()), frame), _tolerance(base), np.random.default_rng(seed)
+    unlike = _compare(base, again, frame.index[-1], "not deterministic", allowed, "same input twice")
+    if unlike: return _report(_first_of_each(unlike), {"cuts": 0, "rows": len(frame)})
+    findings, broken, modes = [], [], ("elsewhere", "noise", "nothing")
+    cuts = _cuts(frame, base, _suspects(fn, frame, base, allowed, rng), n_cuts, rng)
+    for k, cut in enumerate(cuts): findings += _audit_cut(fn, frame, base, allowed, cut, modes[k % 3], rng, broken)
     if len(broken) == 2 * len(cuts): raise ValueError(f"fn failed on every cut, nothing was tested; first: {broken[0]}")
-    return _report(_first_of_each(findings), {"cuts": len(cuts), "runs": 2 * len(cuts), "runs that raised": len(broken), "rows": len(frame)})
+    tested = {"cuts": len(cuts), "runs": 2 * len(cuts), "runs that raised": len(broken), "rows": len(frame)}
+    return _report(_first_of_each(findings), tested)
 
 # %% ../nbs/00_leakage.ipynb #aacd0c6e
 def _audit_cells(table: pd.DataFrame, values: pd.Series, rows: np.ndarray, max_age) -> list[dict]:
     "Findings for one panel column: cells used early, altered, or too old."
-    used, times, column, found = np.flatnonzero(rows >= 0), _nanoseconds(values.index), values.name, []
+    used, times = np.flatnonzero(rows >= 0), _nanoseconds(values.index)
     source = rows[used]
     early = (_nanoseconds(table["available_at"])[source] - times[used]) / 3.6e12
     age = (times[used] - _nanoseconds(table["value_time"])[source]) / 3.6e12
-    altered = np.abs(table[column].to_numpy(dtype=float)[source] - values.to_numpy(dtype=float)[used])
-    limit = np.inf if max_age is None else pd.Timedelta(max_age) / pd.Timedelta("1h")
+    gap = np.abs(_numbers(table, values.name)[source] - values.to_numpy(dtype=float)[used])
+    gap[np.isnan(gap)] = np.inf  # a value on one side, nothing on the other
+    limit = np.inf if max_age is None else max_age / pd.Timedelta("1h")
     orphan = np.flatnonzero((rows < 0) & values.notna().to_numpy())
-    for kind, size, cells, detail in (("used before available", early, used[early > 0], "hours early"), ("too old", age - limit, used[age > limit], "hours past max_age"),
-                                      ("not what its source says", altered, used[~(altered == 0)], "difference")):
-        if len(cells): found.append(dict(column=column, kind=kind, time=values.index[cells[0]], magnitude=float(np.nanmax(size)), detail=f"{len(cells)} cells; magnitude: {detail}"))
-    if len(orphan): found.append(dict(column=column, kind="no source row", time=values.index[orphan[0]], magnitude=float(len(orphan)), detail=f"{len(orphan)} cells"))
-    return found
+    tests = [("used before available", early, used[early > 0], "hours early"),
+             ("too old", age - limit, used[age > limit], "hours past max_age"),
+             ("not what its source says", gap, used[gap > 0], "difference"),
+             ("no source row", np.array([len(orphan)]), orphan, "cells")]
+    return [dict(column=values.name, kind=kind, time=values.index[cells[0]], magnitude=float(size.max()),
+                 detail=f"{len(cells)} cells; magnitude: {unit}") for kind, size, cells, unit in tests if len(cells)]
 
 # %% ../nbs/00_leakage.ipynb #fa9ead95
 def audit_availability(
@@ -412,11 +515,13 @@ def audit_availability(
 ) -> LeakReport:
     "Finds each cell that was used before its `available_at`, differs from its source row, or is too old."
     findings, cells = [], 0
+    if not panel.index.equals(provenance.index):
+        raise ValueError(f"panel has {len(panel)} rows, provenance {len(provenance)}, or other times: give both of one join")
     for column in provenance.columns:
         table = next((t for t in tables if column in t.columns), None)
         if table is None: raise ValueError(f"column '{column}' is in no table: give the tables the panel was joined from")
-        age = max_age.get(column) if isinstance(max_age, Mapping) else max_age
-        findings += _audit_cells(table, panel[column], provenance[column].to_numpy(), age)
+        if column not in panel: raise ValueError(f"column '{column}' is not in the panel: drop it from provenance")
+        findings += _audit_cells(table, panel[column], provenance[column].to_numpy(), _age_limit(max_age, column))
         cells += int((provenance[column] >= 0).sum())
     ages = "untested" if max_age is None else "tested"
     return _report(findings, {"columns": len(provenance.columns), "cells": cells, "max_age": ages})

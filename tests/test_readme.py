@@ -1,0 +1,53 @@
+"What README says about commands, notebooks and results is what the checkout holds."
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+REAL = json.loads((ROOT / "results" / "real_baselines.json").read_text(encoding="utf-8"))
+COLUMNS = ("log_loss", "pinball10", "pinball90", "coverage", "rmse_log_sigma", "qlike")
+
+
+def test_findings_table_is_the_committed_result():
+    means = {(r["model"], r["score"]): r["mean"] for r in REAL["summary"]}
+    rows = re.findall(r"^\| (\w+) \| ([\d. |]+) \|$", README, re.M)
+    assert [name for name, _ in rows] == REAL["config"]["models"]
+    for name, cells in rows:
+        for score, cell in zip(COLUMNS, cells.split(" | "), strict=True):
+            digits = len(cell.split(".")[1])
+            assert abs(float(cell) - means[name, score]) <= 0.51 * 10**-digits, (name, score, cell, means[name, score])
+
+
+def test_findings_are_what_the_comparison_allows():
+    better = {(r["model"], r["score"]) for r in REAL["comparison"] if r["verdict"] == "better"}
+    assert ("log_har", "rmse_log_sigma") in better
+    assert all(score.startswith(("rmse", "qlike")) for _, score in better), "README says: none better on direction or band"
+    windows = {r["n_windows"] for r in REAL["summary"] if r["score"] == "log_loss"}
+    assert windows == {27} and "27 windows" in README
+    assert REAL["begin"].startswith("2018-01-01") and REAL["end"].startswith("2024-10-03")
+    half = [(r["hi"] - r["lo"]) / 2 for r in REAL["summary"] if r["score"] == "log_loss"]
+    assert all(0.08 < h < 0.14 for h in half), "README says: log-loss intervals are about +-0.1"
+
+
+def test_forest_figures_are_those_of_the_labels_notebook():
+    text = (ROOT / "nbs" / "02_labels.ipynb").read_text(encoding="utf-8")
+    shown = re.search(r'"text": \[\s*"(\d+)%",\s*"(\d+)%",\s*"(\d+)%"', text)
+    assert shown and "real data" in text
+    shuffled, purged, up = shown.groups()
+    assert f"{shuffled} % on the direction" in README and f"and {purged} % when the split is purged" in README
+    assert f'"up" scores {up} %' in README
+
+
+def test_every_notebook_has_its_line():
+    there = {p.stem for p in (ROOT / "nbs").glob("*.ipynb")}
+    said = set(re.findall(r"^\| \**(\d\d[a-z]?_\w+?)\** \| (?!to come)", README, re.M))
+    assert said == there
+
+
+def test_commands_and_flags_exist():
+    from cryptopredict.cli import COMMANDS
+
+    named = set(re.findall(r"cryptopredict ([a-z]+)", README)) | {"fetch", "plan"}
+    assert named == set(COMMANDS)
+    assert (ROOT / "results" / "report.png").stat().st_size < 200_000
