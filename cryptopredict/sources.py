@@ -21,11 +21,11 @@ from pandas.tseries.holiday import USFederalHolidayCalendar
 from .leakage import check_times, point_in_time
 
 # %% auto #0
-__all__ = ['BAR_COLUMNS', 'KLINE_COLUMNS', 'COINMETRICS_MARKS', 'REPAIRS', 'EARLIEST', 'LATEST', 'TIME_RULES', 'BARS', 'DAILY',
-           'CHAIN_COLUMNS', 'CHARTS', 'MACRO_COLUMNS', 'METRICS', 'MAX_AGE', 'READERS', 'SPLICE', 'SourceError',
-           'read_lines', 'sniff', 'read_kraken', 'read_binance', 'next_business_day', 'next_release_monday',
-           'read_fred', 'read_yahoo', 'read_blockchaincom', 'read_coinmetrics', 'read', 'data_files', 'load_tables',
-           'join_panel', 'load_panel']
+__all__ = ['BAR_COLUMNS', 'KLINE_COLUMNS', 'COINMETRICS_MARKS', 'REPAIRS', 'EARLIEST', 'LATEST', 'TIME_RULES', 'DROP', 'PRICES',
+           'BARS', 'QUOTES', 'CHAIN_COLUMNS', 'CHARTS', 'MACRO_COLUMNS', 'METRICS', 'MAX_AGE', 'READERS', 'SPLICE',
+           'SourceError', 'read_lines', 'sniff', 'read_kraken', 'read_binance', 'next_business_day',
+           'next_release_monday', 'read_fred', 'read_yahoo', 'read_blockchaincom', 'read_coinmetrics', 'read',
+           'data_files', 'load_tables', 'join_panel', 'load_panel']
 
 # %% ../nbs/00a_sources.ipynb #a03c9896
 class SourceError(ValueError):
@@ -43,10 +43,12 @@ def _decompress(path: Path, raw: bytes) -> bytes:
         if raw[:4] != b"PK\x03\x04": return raw
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             names = [n for n in archive.namelist() if not n.endswith("/")]
-            if len(names) != 1: raise SourceError(path, f"the zip holds {len(names)} files", "Unpack it and keep the one that is needed")
-            return archive.read(names[0])
+            if len(names) == 1: return archive.read(names[0])
+            raise SourceError(path, f"the zip holds {len(names)} files", "Unpack it and keep the one that is needed")
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise SourceError(path, f"the compressed file is damaged ({error})", "Download it again") from error
+    except (RuntimeError, NotImplementedError) as error:  # encrypted, or packed by a method that is not supported
+        raise SourceError(path, f"the zip cannot be read ({error})", "Unpack it") from error
 
 # %% ../nbs/00a_sources.ipynb #50f77d69
 def read_lines(
@@ -56,7 +58,8 @@ def read_lines(
     path = Path(path)
     if not path.is_file(): raise SourceError(path, "there is no such file", "Check the path")
     try: text = _decompress(path, path.read_bytes()).decode("utf-8-sig")
-    except UnicodeDecodeError as error: raise SourceError(path, f"is not text (byte {error.start})", "Give a CSV file, plain or gzipped") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(path, f"is not text (byte {error.start})", "Give a CSV file, plain or gzipped") from error
     lines = text.rstrip("\r\n").splitlines()
     if not any(lines): raise SourceError(path, "the file is empty", "Download it again")
     return lines
@@ -64,18 +67,19 @@ def read_lines(
 # %% ../nbs/00a_sources.ipynb #d9c510a6
 BAR_COLUMNS = ["open", "high", "low", "close", "volume"]
 KLINE_COLUMNS = ["open_time", *BAR_COLUMNS, "close_time", "quote_volume", "trades", "taker_base", "taker_quote", "ignore"]
-COINMETRICS_MARKS = {"AdrActCnt", "TxCnt", "TxTfrCnt", "SplyCur", "PriceUSD", "CapMrktCurUSD", "DiffMean", "HashRate"}
+COINMETRICS_MARKS = {"AdrActCnt", "AssetEODCompletionTime", "BlkCnt", "CapMVRVCur", "CapMrktCurUSD", "DiffMean", "FeeTotNtv",
+                     "HashRate", "PriceUSD", "SplyCur", "TxCnt", "TxTfrCnt"}
 
 def _is_number(text: str) -> bool:
     "Does the text read as a number?"
-    return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text.strip()) is not None
+    return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text.strip(' "')) is not None
 
 # %% ../nbs/00a_sources.ipynb #32c43574
 def _format_of_header(fields: list[str]) -> str | None:
     "The format whose header this is."
     lower = [f.lower() for f in fields]
+    if lower[0] in ("time", "date") and COINMETRICS_MARKS & set(fields): return "coinmetrics"
     if lower[0] in ("observation_date", "date") and len(fields) == 2: return "fred"
-    if lower[0] in ("time", "date") and len(COINMETRICS_MARKS & set(fields)) >= 1: return "coinmetrics"
     if lower[0] == "date" and {"open", "high", "low", "close"} <= set(lower): return "yahoo"
     if lower[0] == "open_time" or lower == ["ts", *BAR_COLUMNS]: return "binance"
     return None
@@ -88,27 +92,29 @@ def sniff(
     "Name of the file's format: `kraken binance coinmetrics blockchaincom fred yahoo`; a `SourceError` where it is none of them."
     first = (lines or read_lines(path))[0]
     fields = [f.strip().strip('"') for f in first.split(",")]
-    numbers = [_is_number(f) for f in fields]
-    if all(numbers) and len(fields) in (7, 12): return {7: "kraken", 12: "binance"}[len(fields)]
-    if len(fields) == 2 and numbers[1] and re.match(r"\d{4}-\d\d-\d\d", fields[0]): return "blockchaincom"
+    # A bad field in the first row is for the reader to name: the time and the number of fields decide.
+    if _is_number(fields[0]) and len(fields) in (7, 12): return {7: "kraken", 12: "binance"}[len(fields)]
+    if len(fields) == 2 and re.match(r"\d{4}-\d\d-\d\d", fields[0]): return "blockchaincom"
     named = _format_of_header(fields)
     if named: return named
     hint = "A CryptoDataDownload file has a URL in line 1 and descending rows: convert it" if "://" in first else "Convert it"
-    raise SourceError(path, f"unknown format; line 1 is {first[:80]!r}", f"{hint} to one of: Kraken OHLCVT (7 columns), Binance klines (12 columns) or "
-                      "ts,open,high,low,close,volume, Coin Metrics, blockchain.com chart, FRED, Yahoo", row=1)
+    known = "Kraken OHLCVT (7 columns), Binance klines (12 columns) or ts,open,high,low,close,volume, Coin Metrics, " \
+            "blockchain.com chart, FRED (one series a file), Yahoo"
+    raise SourceError(path, f"unknown format; line 1 is {first[:80]!r}", f"{hint} to one of: {known}", row=1)
 
 # %% ../nbs/00a_sources.ipynb #982a6df6
 def _parse(path: str | Path, lines: list[str], names: list[str] | None = None) -> pd.DataFrame:
     "The file as a frame indexed by line number; `names` for a file without header. Ragged rows are named."
-    commas = np.array([line.count(",") for line in lines])
-    ragged = np.flatnonzero(commas != commas[0])
-    if len(ragged):
-        row = int(ragged[0])
-        raise SourceError(path, f"has {commas[row] + 1} fields where line 1 has {commas[0] + 1}", "Repair the line or download the file again", row=row + 1)
+    fields = np.array([line.count(",") for line in lines]) + 1
+    opened = np.array([line.count('"') % 2 for line in lines])  # an unclosed quote would swallow the lines below
+    for wrong, problem in ((opened == 1, "has a quote that is not closed"),
+                           (fields != fields[0], f"has another number of fields than line 1 ({fields[0]})")):
+        if wrong.any(): raise SourceError(path, problem, "Repair the line or download it again", row=int(wrong.argmax()) + 1)
     if names is None and len(lines) < 2: raise SourceError(path, "has a header and no rows", "Download it again")
-    frame = pd.read_csv(io.StringIO("\n".join(lines)), header=None if names else 0, names=names, index_col=False, na_values=["."], skip_blank_lines=False, low_memory=False)
+    frame = pd.read_csv(io.StringIO("\n".join(lines)), header=None if names else 0, names=names, index_col=False,
+                        na_values=["."], skip_blank_lines=False, low_memory=False)
     frame.index = pd.RangeIndex(1 if names else 2, len(lines) + 1, name="row")
-    return frame
+    return frame.rename(columns=str.strip)
 
 # %% ../nbs/00a_sources.ipynb #5d013dce
 def _number(path: str | Path, values: pd.Series) -> pd.Series:
@@ -117,7 +123,8 @@ def _number(path: str | Path, values: pd.Series) -> pd.Series:
     wrong = numbers.isna() & values.notna()
     if wrong.any():
         row = wrong.idxmax()
-        raise SourceError(path, f"is {str(values[row])[:40]!r}, not a number", "Repair the field or leave it empty", row=row, column=values.name)
+        problem = f"is {str(values[row])[:40]!r}, not a number"
+        raise SourceError(path, problem, "Repair the field or leave it empty", row=row, column=values.name)
     return numbers
 
 # %% ../nbs/00a_sources.ipynb #53da66e6
@@ -125,41 +132,50 @@ REPAIRS = ("sort", "drop_duplicates", "drop_invalid", "assume_utc", "convert_utc
 EARLIEST, LATEST = pd.Timestamp("1900-01-01", tz="UTC"), pd.Timestamp("2100-01-01", tz="UTC")
 
 def _epoch(path: str | Path, values: pd.Series) -> pd.Series:
-    "Unix time in s, ms, us or ns (told apart by magnitude) as UTC timestamps."
+    "Unix time in s, ms, us or ns (told apart by magnitude, 1973 to 2099) as UTC timestamps."
     number = _number(path, values)
-    scale = np.select([number < 1e8, number < 1e11, number < 1e14, number < 1e17, number < 4.1e18], [np.nan, 1e9, 1e6, 1e3, 1.])
-    scale = np.where(number.isna() | (scale == 0), np.nan, scale)
-    wrong = np.flatnonzero(np.isnan(scale))
-    if len(wrong):
-        raise SourceError(path, f"{values.iloc[wrong[0]]} is no unix time in s, ms, us or ns after 1973", "Repair the field", row=values.index[wrong[0]], column=values.name)
-    whole = number.astype("int64") * scale.astype("int64")
+    unit = np.select([number.between(1e8 * 1000**k, 4.1e9 * 1000**k) for k in range(4)], [10**9, 10**6, 10**3, 1], 0)
+    wrong = (unit == 0) | (number % 1 != 0)
+    if wrong.any():
+        problem = f"{values[wrong.idxmax()]} is no unix time in whole s, ms, us or ns between 1973 and 2099"
+        raise SourceError(path, problem, "Repair the field", row=wrong.idxmax(), column=values.name)
+    whole = number.astype("int64") * unit
     return pd.Series(pd.DatetimeIndex(whole.to_numpy(), tz="UTC"), index=values.index, name=values.name)
 
 # %% ../nbs/00a_sources.ipynb #254f7e52
-def _text_time(path: str | Path, values: pd.Series, repairs: tuple, counts: dict) -> pd.Series:
-    "ISO 8601 text with its UTC offset as UTC timestamps."
+def _iso(path: str | Path, values: pd.Series, example: str) -> tuple[pd.Series, pd.Series]:
+    "ISO 8601 text as UTC timestamps, and the zone each is written in (NaN where it has none)."
     text = values.astype("str").str.strip()
-    zone = text.str.extract(r"(Z|[+-]\d\d:?\d\d)$", expand=False)
-    naive, other = zone.isna(), ~zone.isin(["Z", "+00:00", "+0000", "-00:00"]) & zone.notna()
-    for wrong, repair, problem, remedy in ((naive, "assume_utc", "has no time zone", "If it is UTC, pass repairs=('assume_utc',)"),
-                                           (other, "convert_utc", "is not UTC", "If its offset is right, pass repairs=('convert_utc',)")):
-        if wrong.any() and repair not in repairs:
-            raise SourceError(path, f"time {text[wrong.idxmax()]!r} {problem}", remedy, row=wrong.idxmax(), column=values.name)
-        if wrong.any(): counts[repair] = int(wrong.sum())
     times = pd.to_datetime(text, utc=True, errors="coerce", format="ISO8601")
-    if times.isna().any():
-        row = times.isna().idxmax()
-        raise SourceError(path, f"{text[row][:40]!r} is no ISO 8601 time", "Write it as 2024-01-31T13:00:00Z", row=row, column=values.name)
-    return times.dt.as_unit("ns")
-
-# %% ../nbs/00a_sources.ipynb #725cf310
-def _date(path: str | Path, values: pd.Series) -> pd.Series:
-    "Calendar dates (or times without zone, in a format whose convention is UTC) as UTC timestamps."
-    times = pd.to_datetime(values.astype("str").str.strip(), utc=True, errors="coerce", format="ISO8601")
     wrong = times.isna() | (times < EARLIEST) | (times > LATEST)
     if wrong.any():
-        raise SourceError(path, f"{str(values[wrong.idxmax()])[:40]!r} is no date between 1900 and 2100", "Write it as 2024-01-31", row=wrong.idxmax(), column=values.name)
-    return times.dt.as_unit("ns")
+        row = wrong.idxmax()
+        problem = f"{str(values[row])[:40]!r} is no ISO 8601 time between 1900 and 2100"
+        raise SourceError(path, problem, f"Write it as {example}", row=row, column=values.name)
+    zone = text.str.extract(r"(Z|[+-]\d\d:?\d\d)$", expand=False).replace(["+00:00", "+0000", "-00:00"], "Z")
+    return times.dt.as_unit("ns"), zone
+
+# %% ../nbs/00a_sources.ipynb #725cf310
+def _text_time(path: str | Path, values: pd.Series, repairs: tuple, counts: dict) -> pd.Series:
+    "ISO 8601 text with its UTC offset as UTC timestamps."
+    times, zone = _iso(path, values, "2024-01-31T13:00:00Z")
+    for wrong, repair, problem, remedy in (
+            (zone.isna(), "assume_utc", "has no time zone", "If it is UTC, pass repairs=('assume_utc',)"),
+            (zone.notna() & (zone != "Z"), "convert_utc", "is not UTC", "If its offset is right, pass repairs=('convert_utc',)")):
+        row = wrong.idxmax()
+        if wrong[row] and repair not in repairs:
+            raise SourceError(path, f"time {str(values[row])!r} {problem}", remedy, row=row, column=values.name)
+        if wrong[row]: counts[repair] = int(wrong.sum())
+    return times
+
+# %% ../nbs/00a_sources.ipynb #e0570e24
+def _date(path: str | Path, values: pd.Series) -> pd.Series:
+    "Calendar dates (or times without zone, in a format whose convention is UTC) as UTC timestamps."
+    times, zone = _iso(path, values, "2024-01-31")
+    row = (zone.notna() & (zone != "Z")).idxmax()
+    if pd.notna(zone[row]) and zone[row] != "Z":  # midnight elsewhere is another UTC day, hours too early or too late
+        raise SourceError(path, f"time {values[row]!r} is not UTC", "Convert the times to UTC", row=row, column=values.name)
+    return times
 
 # %% ../nbs/00a_sources.ipynb #d8f63624
 def _rule(test: Callable, problem: str, remedy: str) -> pa.Check:
@@ -167,23 +183,35 @@ def _rule(test: Callable, problem: str, remedy: str) -> pa.Check:
     return pa.Check(test, error=f"{problem}|{remedy}", ignore_na=False)
 
 TIME_RULES = [
-    _rule(lambda t: ~t.duplicated(), "the time of an earlier row is repeated", "Drop one of them, or pass repairs=('drop_duplicates',) to keep the last"),
+    _rule(lambda t: ~t.duplicated(), "repeats the time of an earlier row",
+          "Drop one of them, or pass repairs=('drop_duplicates',) to keep the last"),
     _rule(lambda t: t >= t.cummax(), "comes before the row above", "Sort the file, or pass repairs=('sort',)")]
 
 # %% ../nbs/00a_sources.ipynb #7183bd0d
-_PRICE = [_rule(lambda x: x.notna(), "is empty", "Fill it in, or drop the row with repairs=('drop_invalid',)"),
-          _rule(lambda x: ~(x <= 0) & ~np.isinf(x), "is not a price", "Repair it, or drop the row with repairs=('drop_invalid',)")]
-_VOLUME = [_PRICE[0], _rule(lambda x: ~(x < 0) & ~np.isinf(x), "is not a volume", "Repair it, or drop the row with repairs=('drop_invalid',)")]
+DROP = "Repair it, or drop the row with repairs=('drop_invalid',)"
+_HERE = _rule(lambda x: x.notna(), "is empty", "Fill it in, or drop the row with repairs=('drop_invalid',)")
+_PRICE = [_HERE, _rule(lambda x: ~(x <= 0) & ~np.isinf(x), "is not a price", DROP)]
+_VOLUME = [_HERE, _rule(lambda x: ~(x < 0) & ~np.isinf(x), "is not a volume", DROP)]
 _ROUND = 1 + 1e-9  # prices written as text differ in their last digit
+_highest = lambda f: f[["open", "low", "close"]].max(axis=1)
+_lowest = lambda f: f[["open", "high", "close"]].min(axis=1)
+_HIGH = _rule(lambda f: ~(f["high"] * _ROUND < _highest(f)), "high: lies below open, low or close", DROP)
+_LOW = _rule(lambda f: ~(f["low"] > _lowest(f) * _ROUND), "low: lies above open, high or close", DROP)
 
-BARS = pa.DataFrameSchema(
-    {"value_time": pa.Column(None, [*TIME_RULES, _rule(lambda t: t == t.dt.floor("h"), "is not a full hour", "Resample to hourly bars")]),
-     **{c: pa.Column(float, _PRICE, nullable=True) for c in ("open", "high", "low", "close")}, "volume": pa.Column(float, _VOLUME, nullable=True)},
-    checks=[_rule(lambda f: ~(f["high"] * _ROUND < f[["open", "low", "close"]].max(axis=1)), "high: lies below open, low or close", "Repair it, or drop the row with repairs=('drop_invalid',)"),
-            _rule(lambda f: ~(f["low"] > f[["open", "high", "close"]].min(axis=1) * _ROUND), "low: lies above open, high or close", "Repair it, or drop the row with repairs=('drop_invalid',)")])
-DAILY = pa.DataFrameSchema({"value_time": pa.Column(None, TIME_RULES)})
+PRICES = {c: pa.Column(float, _PRICE, nullable=True) for c in ("open", "high", "low", "close")}
+_HOURLY = [*TIME_RULES, _rule(lambda t: t == t.dt.floor("h"), "is not a full hour", "Resample to hourly bars")]
+BARS = pa.DataFrameSchema({"value_time": pa.Column(None, _HOURLY), **PRICES, "volume": pa.Column(float, _VOLUME, nullable=True)},
+                          checks=[_HIGH, _LOW])
+QUOTES = pa.DataFrameSchema({"value_time": pa.Column(None, TIME_RULES), **PRICES}, checks=[_HIGH, _LOW])
 
 # %% ../nbs/00a_sources.ipynb #ccb523c1
+def _daily_rules(columns: Iterable[str], least: float = 0.) -> pa.DataFrameSchema:
+    "The rules of a daily series: its times, and in each column nothing infinite and nothing below `least`."
+    rules = [_rule(lambda x: ~(x < least), "is negative", DROP), _rule(lambda x: ~np.isinf(x), "is infinite", DROP)]
+    levels = {c: pa.Column(float, rules, nullable=True) for c in columns}
+    return pa.DataFrameSchema({"value_time": pa.Column(None, TIME_RULES), **levels})
+
+# %% ../nbs/00a_sources.ipynb #c7e8580c
 def _faults(table: pd.DataFrame, schema: pa.DataFrameSchema) -> pd.DataFrame:
     "Rows that break a rule: `row, column, problem, remedy`, the first row first."
     try: schema.validate(table, lazy=True)
@@ -191,13 +219,15 @@ def _faults(table: pd.DataFrame, schema: pa.DataFrameSchema) -> pd.DataFrame:
         cases = errors.failure_cases
         text = cases["check"].astype(str).str.split("|", n=1, expand=True)
         named = text[0].str.extract(r"^(high|low): ", expand=False)
-        faults = pd.DataFrame(dict(row=cases["index"], column=named.fillna(cases["column"]), problem=text[0].str.replace(r"^(high|low): ", "", regex=True), remedy=text[1]))
+        problem = text[0].str.replace(r"^(high|low): ", "", regex=True)
+        faults = pd.DataFrame(dict(row=cases["index"], column=named.fillna(cases["column"]), problem=problem, remedy=text[1]))
         faults = faults.iloc[np.argsort(named.notna(), kind="stable")]  # a bad field before the comparison it spoils
-        return faults.dropna(subset=["row"]).astype({"row": int}).drop_duplicates(["row", "problem"]).sort_values("row", kind="stable", ignore_index=True)
+        faults = faults.dropna(subset=["row"]).astype({"row": int}).drop_duplicates(["row", "problem"])
+        return faults.sort_values("row", kind="stable", ignore_index=True)
     return pd.DataFrame(columns=["row", "column", "problem", "remedy"])
 
 # %% ../nbs/00a_sources.ipynb #13e76ad4
-def _check(path: str | Path, table: pd.DataFrame, schema: pa.DataFrameSchema, repairs: Iterable[str], counts: dict) -> pd.DataFrame:
+def _check(path: str | Path, table: pd.DataFrame, schema: pa.DataFrameSchema, repairs: tuple, counts: dict) -> pd.DataFrame:
     "`table` after the repairs asked for, or a `SourceError` for the first fault left."
     if "drop_duplicates" in repairs:
         double = table["value_time"].duplicated(keep="last")
@@ -213,15 +243,23 @@ def _check(path: str | Path, table: pd.DataFrame, schema: pa.DataFrameSchema, re
     if len(faults):
         first = faults.iloc[0]
         value = table.loc[first["row"], first["column"]]
-        raise SourceError(path, first["problem"] if pd.isna(value) else f"{value} {first['problem']}", first["remedy"], row=first["row"], column=first["column"])
+        problem = first["problem"] if pd.isna(value) else f"{value} {first['problem']}"
+        raise SourceError(path, problem, first["remedy"], row=first["row"], column=first["column"])
+    if table.empty: raise SourceError(path, "no row is left after the repairs", "Download it again")
     return table
 
 # %% ../nbs/00a_sources.ipynb #30f3c58a
-def _finish(path: str | Path, table: pd.DataFrame, available_at: Callable, schema: pa.DataFrameSchema, repairs: Iterable[str], counts: dict) -> pd.DataFrame:
-    "The source table: checked, with `available_at`, the file's name and the count of repairs in `attrs`."
+def _known(repairs: Iterable[str]) -> tuple[str, ...]:
+    "The repairs as a tuple (one name alone, or an iterator, too), or a `ValueError` for one that does not exist."
+    repairs = (repairs,) if isinstance(repairs, str) else tuple(repairs)
     unknown = set(repairs) - set(REPAIRS)
     if unknown: raise ValueError(f"unknown repair {sorted(unknown)}: choose from {REPAIRS}")
-    table = _check(path, table, schema, tuple(repairs), counts)
+    return repairs
+
+# %% ../nbs/00a_sources.ipynb #5ec9bc5e
+def _finish(path, table: pd.DataFrame, available_at: Callable, schema: pa.DataFrameSchema, repairs, counts: dict) -> pd.DataFrame:
+    "The source table: checked, with `available_at`, the file's name and the count of repairs in `attrs`."
+    table = _check(path, table, schema, _known(repairs), counts)
     table.insert(1, "available_at", pd.DatetimeIndex(available_at(table)).as_unit("ns"))
     table = table.reset_index(drop=True)
     table.attrs = {"file": str(path), "repairs": {k: v for k, v in counts.items() if v}}
@@ -233,18 +271,18 @@ def _bar_close(table: pd.DataFrame) -> pd.Series:
     return table["value_time"] + pd.Timedelta("1h")
 
 # %% ../nbs/00a_sources.ipynb #9f6f8a1d
-def _bars(path: str | Path, frame: pd.DataFrame, times: pd.Series, available_at: Callable | None, repairs: Iterable[str], counts: dict) -> pd.DataFrame:
+def _bars(path, frame: pd.DataFrame, times: pd.Series, available_at: Callable | None, repairs, counts: dict) -> pd.DataFrame:
     "A source table of bars from a parsed frame and its opening times."
     table = pd.DataFrame({"value_time": times, **{c: _number(path, frame[c]) for c in BAR_COLUMNS}})
     table = _finish(path, table, available_at or _bar_close, BARS, repairs, counts)
-    if len(table) >= 48 and (table["value_time"].diff() == pd.Timedelta("1h")).sum() == 0:
-        raise SourceError(path, "no two bars are one hour apart", "Give hourly bars", column="value_time")
+    if len(table) >= 8 and not (table["value_time"].diff() == pd.Timedelta("1h")).any():
+        raise SourceError(path, "no two bars are one hour apart", "Give hourly bars", row=times.index[1], column="value_time")
     return table
 
 # %% ../nbs/00a_sources.ipynb #cf15d9b0
 def read_kraken(
     path: str | Path,  # OHLCVT dump without header: unix time of the OPEN, open, high, low, close, volume (BTC), trades
-    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # from the table, when each row is known; default: the bar's close
+    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # when each row is known; default: the bar's close
     repairs: Iterable[str] = (),  # opt-in repairs, of `REPAIRS`
 ) -> pd.DataFrame:
     "Hourly Kraken bars as a source table; an hour without trades has no row."
@@ -253,19 +291,20 @@ def read_kraken(
 
 # %% ../nbs/00a_sources.ipynb #630b36a4
 def read_binance(
-    path: str | Path,  # klines (12 columns, with or without header; s, ms, us or ns) or `ts,open,high,low,close,volume` with ISO times
-    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # from the table, when each row is known; default: the bar's close
+    path: str | Path,  # klines (12 columns, with or without header) or `ts,open,high,low,close,volume`; unix or ISO times
+    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # when each row is known; default: the bar's close
     repairs: Iterable[str] = (),  # opt-in repairs, of `REPAIRS`
 ) -> pd.DataFrame:
     "Hourly Binance bars as a source table; hours of exchange outage have no row."
-    lines, counts, repairs = read_lines(path), {}, tuple(repairs)
+    lines, counts, repairs = read_lines(path), {}, _known(repairs)
     headless = _is_number(lines[0].split(",")[0])
     frame = _parse(path, lines, KLINE_COLUMNS if headless else None)
     frame.columns = [c.strip().lower() for c in frame.columns]
     time = frame.columns[0]
     missing = set(BAR_COLUMNS) - set(frame.columns)
     if missing: raise SourceError(path, f"lacks column {sorted(missing)}", "Download it again", row=1)
-    times = _epoch(path, frame[time]) if pd.api.types.is_numeric_dtype(frame[time]) else _text_time(path, frame[time], repairs, counts)
+    unix = _is_number(lines[0 if headless else 1].split(",")[0])
+    times = _epoch(path, frame[time]) if unix else _text_time(path, frame[time], repairs, counts)
     return _bars(path, frame, times, available_at, repairs, counts)
 
 # %% ../nbs/00a_sources.ipynb #378b93eb
@@ -297,17 +336,19 @@ def next_release_monday(table: pd.DataFrame) -> pd.DatetimeIndex:
 # %% ../nbs/00a_sources.ipynb #c69ef7bc
 def read_fred(
     path: str | Path,  # fredgraph CSV: observation_date (or DATE), then one series; a holiday is empty or "."
-    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # from the table, when each row is known; default by series
+    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # when each row is known; default by series
     repairs: Iterable[str] = (),  # opt-in repairs, of `REPAIRS`
 ) -> pd.DataFrame:
     "A FRED series as a source table; rows without an observation stay, as NaN."
     frame = _parse(path, read_lines(path))
     series = frame.columns[1]
-    default = next_business_day if series.startswith("DGS") else next_release_monday if series in ("DTWEXBGS", "DTWEXAFEGS", "DTWEXEMEGS") else None
-    if (available_at or default) is None:
-        raise SourceError(path, f"it is not known when series {series} is published", "Pass available_at=...; known are DGS* and DTWEX*GS", row=1, column=series)
+    yields, index = series.startswith("DGS"), series in ("DTWEXBGS", "DTWEXAFEGS", "DTWEXEMEGS")
+    rule = available_at or (next_business_day if yields else next_release_monday if index else None)
+    if rule is None:
+        remedy = "Pass available_at=... to read_fred, or take the file away; known are DGS* and DTWEX*GS"
+        raise SourceError(path, f"it is not known when series {series} is published", remedy, row=1, column=series)
     table = pd.DataFrame({"value_time": _date(path, frame.iloc[:, 0]), series: _number(path, frame[series])})
-    return _finish(path, table, available_at or default, DAILY, repairs, {})
+    return _finish(path, table, rule, _daily_rules([series], 0. if index else -np.inf), repairs, {})
 
 # %% ../nbs/00a_sources.ipynb #74d19edd
 def _same_evening(table: pd.DataFrame) -> pd.DatetimeIndex:
@@ -317,15 +358,15 @@ def _same_evening(table: pd.DataFrame) -> pd.DatetimeIndex:
 # %% ../nbs/00a_sources.ipynb #e1c6c4d0
 def read_yahoo(
     path: str | Path,  # daily quotes as yfinance writes them: Date, then Open High Low Close (Volume) in any order
-    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # from the table, when each row is known; default: 17:15 New York that day
+    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # when each row is known; default: 17:15 New York that day
     repairs: Iterable[str] = (),  # opt-in repairs, of `REPAIRS`
 ) -> pd.DataFrame:
     "Daily quotes (DXY) as a source table with columns `open high low close`."
     frame = _parse(path, read_lines(path))
     frame.columns = [c.strip().lower() for c in frame.columns]
-    table = pd.DataFrame({"value_time": _date(path, frame["date"]).dt.normalize(), **{c: _number(path, frame[c]) for c in BAR_COLUMNS[:4]}})
-    schema = pa.DataFrameSchema({"value_time": pa.Column(None, TIME_RULES), **{c: pa.Column(float, _PRICE, nullable=True) for c in BAR_COLUMNS[:4]}}, checks=BARS.checks)
-    return _finish(path, table, available_at or _same_evening, schema, repairs, {})
+    day = frame["date"].astype("str").str.slice(0, 10)  # as written: midnight in the exchange's zone may be another UTC day
+    table = pd.DataFrame({"value_time": _date(path, day), **{c: _number(path, frame[c]) for c in PRICES}})
+    return _finish(path, table, available_at or _same_evening, QUOTES, repairs, {})
 
 # %% ../nbs/00a_sources.ipynb #22d56c82
 def _day_end(table: pd.DataFrame, lag: str = "24h") -> pd.Series:
@@ -335,13 +376,13 @@ def _day_end(table: pd.DataFrame, lag: str = "24h") -> pd.Series:
 # %% ../nbs/00a_sources.ipynb #26005b0e
 def read_blockchaincom(
     path: str | Path,  # chart export without header: UTC time, value; the file's name is the chart's
-    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # from the table, when each row is known; default: the day's end + 24 h
+    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # when each row is known; default: the day's end + 24 h
     repairs: Iterable[str] = (),  # opt-in repairs, of `REPAIRS`
 ) -> pd.DataFrame:
     "A blockchain.com chart as a source table with one column `value`; times may lie off the daily grid."
     frame = _parse(path, read_lines(path), ["time", "value"])
     table = pd.DataFrame({"value_time": _date(path, frame["time"]), "value": _number(path, frame["value"])})
-    return _finish(path, table, available_at or _day_end, DAILY, repairs, {})
+    return _finish(path, table, available_at or _day_end, _daily_rules(["value"]), repairs, {})
 
 # %% ../nbs/00a_sources.ipynb #13528d26
 def _eod_completion(table: pd.DataFrame, completed: pd.Series | None) -> pd.Series:
@@ -362,37 +403,35 @@ def _derive_hash_rate(table: pd.DataFrame) -> pd.DataFrame:
 # %% ../nbs/00a_sources.ipynb #f1eaa852
 def read_coinmetrics(
     path: str | Path,  # Coin Metrics community CSV: `time` or `date`, then metrics
-    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # from the table, when each row is known; default: `AssetEODCompletionTime` where real
+    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # when each row is known; default: AssetEODCompletionTime if real
     repairs: Iterable[str] = (),  # opt-in repairs, of `REPAIRS`
 ) -> pd.DataFrame:
-    "Coin Metrics daily metrics as a source table under their own names; `HashRate` or `DiffMean` is derived where only the other is there."
+    "Coin Metrics daily metrics under their own names; `HashRate` or `DiffMean` is derived where only the other is there."
     frame = _parse(path, read_lines(path))
     clocks = [c for c in ("AssetCompletionTime", "AssetEODCompletionTime") if c in frame.columns]
     metrics = {c: _number(path, frame[c]) for c in frame.columns[1:] if c not in clocks}
     table = _derive_hash_rate(pd.DataFrame({"value_time": _date(path, frame.iloc[:, 0]).dt.floor("D"), **metrics}))
     completed = frame.get("AssetEODCompletionTime")
-    if completed is not None: completed = _epoch(path, completed.fillna(1e8))
-    negative = [c for c in CHAIN_COLUMNS if c in table and (table[c] < 0).any()]
-    if negative:
-        row = (table[negative[0]] < 0).idxmax()
-        raise SourceError(path, f"{table.loc[row, negative[0]]} is negative", "Repair it or leave it empty", row=row, column=negative[0])
+    if completed is not None: completed = _epoch(path, _number(path, completed).dropna())
     rule = available_at or (lambda t: _eod_completion(t, completed if completed is None else completed.reindex(t.index)))
-    return _finish(path, table, rule, DAILY, repairs, {})
+    return _finish(path, table, rule, _daily_rules([c for c in (*CHAIN_COLUMNS, "BlkCnt") if c in metrics]), repairs, {})
 
 # %% ../nbs/00a_sources.ipynb #7f8d47ab
-CHAIN_COLUMNS = {"TxCnt": "tx_count", "TxTfrCnt": "transfer_count", "AdrActCnt": "active_addresses", "FeeTotNtv": "fees", "HashRate": "hash_rate",
-                 "DiffMean": "difficulty", "SplyCur": "supply", "CapMVRVCur": "mvrv"}  # Coin Metrics' names -> the panel's
+# Coin Metrics' names -> the panel's
+CHAIN_COLUMNS = {"TxCnt": "tx_count", "TxTfrCnt": "transfer_count", "AdrActCnt": "active_addresses", "FeeTotNtv": "fees",
+                 "HashRate": "hash_rate", "DiffMean": "difficulty", "SplyCur": "supply", "CapMVRVCur": "mvrv"}
 CHARTS = {"utxo-count": "utxo_count"}  # blockchain.com charts the panel uses
 MACRO_COLUMNS = {"DTWEXBGS": "dtwexbgs", "DGS10": "dgs10", "DGS2": "dgs2"}  # FRED's names -> the panel's
 METRICS = [*CHAIN_COLUMNS.values(), *CHARTS.values(), "dxy", *MACRO_COLUMNS.values()]
 MAX_AGE = {**dict.fromkeys(METRICS, "7D"), "dtwexbgs": "14D"}  # daily 7 days, weekly releases 14
 
 # %% ../nbs/00a_sources.ipynb #08fc98be
-READERS = dict(kraken=read_kraken, binance=read_binance, coinmetrics=read_coinmetrics, blockchaincom=read_blockchaincom, fred=read_fred, yahoo=read_yahoo)
+READERS = dict(kraken=read_kraken, binance=read_binance, coinmetrics=read_coinmetrics,
+               blockchaincom=read_blockchaincom, fred=read_fred, yahoo=read_yahoo)
 
 def read(
     path: str | Path,  # a file of any known format, plain or compressed
-    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # from the table, when each row is known; default: the format's rule
+    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # when each row is known; default: the format's rule
     repairs: Iterable[str] = (),  # opt-in repairs, of `REPAIRS`
 ) -> pd.DataFrame:
     "The file as a source table; its format is recognised by content and kept in `attrs['format']`."
@@ -407,30 +446,36 @@ SPLICE = pd.Timestamp("2019-01-01", tz="UTC")  # Kraken before, Binance from her
 def data_files(
     data_dir: str | Path,  # folder with source files, in any sub-folders
 ) -> list[Path]:
-    "The .csv, .gz and .zip files below a folder, sorted by name."
+    "The .csv, .gz and .zip files below a folder, sorted by name; hidden ones and those in hidden folders are left out."
     data_dir = Path(data_dir)
     if not data_dir.is_dir(): raise SourceError(data_dir, "there is no such directory", "Check --data")
-    found = sorted(p for p in data_dir.rglob("*") if p.suffix in (".csv", ".gz", ".zip") and p.is_file() and not p.name.startswith("."))
+    hidden = lambda p: any(part.startswith((".", "__MACOSX")) for part in p.relative_to(data_dir).parts)
+    files = (p for p in data_dir.rglob("*") if p.suffix.lower() in (".csv", ".gz", ".zip") and p.is_file())
+    found = sorted(p for p in files if not hidden(p))
     if not found: raise SourceError(data_dir, "holds no .csv, .gz or .zip file", "Give a folder with the source files")
     return found
 
 # %% ../nbs/00a_sources.ipynb #83e66556
 def _stack_bars(tables: list[pd.DataFrame]) -> pd.DataFrame:
     "Bars of one venue from several files; where two files have the same hour they must agree."
-    stacked = pd.concat([t.assign(file=t.attrs["file"]) for t in tables], ignore_index=True).sort_values("value_time", kind="stable", ignore_index=True)
+    stacked = pd.concat([t.assign(file=t.attrs["file"]) for t in tables])
+    stacked = stacked.sort_values("value_time", kind="stable", ignore_index=True)
     again = stacked["value_time"].duplicated().to_numpy()
     gap = (stacked[BAR_COLUMNS] - stacked[BAR_COLUMNS].shift()).abs() > 1e-6 * stacked[BAR_COLUMNS].abs() + 1e-8
     differs = gap.to_numpy() & again[:, None]
     if differs.any():
         row, column = np.argwhere(differs)[0]
         one, two = stacked.iloc[row - 1], stacked.iloc[row]
-        raise SourceError(two["file"], f"at {two['value_time']} says {two.iloc[column + 2]}, but {one['file']} says {one.iloc[column + 2]}", "Remove the wrong file", column=BAR_COLUMNS[column])
+        name = BAR_COLUMNS[column]
+        problem = f"at {two['value_time']} says {two[name]}, but {one['file']} says {one[name]}"
+        raise SourceError(two["file"], problem, "Remove the wrong file", column=name)
     return stacked[~again].drop(columns="file").reset_index(drop=True)
 
 # %% ../nbs/00a_sources.ipynb #c29d1bdc
 def _join_venues(tables: list[pd.DataFrame]) -> pd.DataFrame:
     "Kraken bars before the splice, Binance from there on, with `is_splice` on the first bar of the second venue."
-    venue = {k: _stack_bars([t for t in tables if t.attrs["format"] == k]) for k in ("kraken", "binance") if any(t.attrs["format"] == k for t in tables)}
+    by_venue = {k: [t for t in tables if t.attrs["format"] == k] for k in ("kraken", "binance")}
+    venue = {k: _stack_bars(found) for k, found in by_venue.items() if found}
     if len(venue) < 2: return next(iter(venue.values())).assign(is_splice=False)
     after = venue["binance"][venue["binance"]["value_time"] >= SPLICE]
     if after.empty: return venue["kraken"].assign(is_splice=False)
@@ -443,11 +488,14 @@ def _daily(table: pd.DataFrame) -> pd.DataFrame:
     "A daily source table with the panel's column names; a `SourceError` where it is not known which series a file holds."
     file, kind, attrs = Path(table.attrs["file"]), table.attrs["format"], table.attrs
     if kind == "yahoo" and not file.name.lower().startswith("dx"):
-        raise SourceError(file, "a Yahoo file does not say which series it holds", "Name the dollar index DX-Y.NYB.csv; other series are not used")
+        remedy = "Name the dollar index DX-Y.NYB.csv; other series are not used"
+        raise SourceError(file, "a Yahoo file does not say which series it holds", remedy)
     chart = next((c for c in CHARTS if c in file.name.lower().replace("_", "-")), None)
     if kind == "blockchaincom" and chart is None:
-        raise SourceError(file, "a blockchain.com file does not say which chart it holds", f"Name it after its chart; used are {list(CHARTS)}")
-    names = {"coinmetrics": CHAIN_COLUMNS, "fred": MACRO_COLUMNS, "yahoo": {"close": "dxy"}, "blockchaincom": {"value": CHARTS.get(chart)}}[kind]
+        remedy = f"Name it after its chart; used are {list(CHARTS)}"
+        raise SourceError(file, "a blockchain.com file does not say which chart it holds", remedy)
+    names = {"coinmetrics": CHAIN_COLUMNS, "fred": MACRO_COLUMNS, "yahoo": {"close": "dxy"},
+             "blockchaincom": {"value": CHARTS.get(chart)}}[kind]
     kept = [c for c in table.columns if c in names]
     out = table[["value_time", "available_at", *kept]].rename(columns=names)
     out.attrs = attrs
@@ -458,7 +506,8 @@ def _stack_vintages(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
     "Tables that share columns become one, the file that ends first last: at equal availability the last row wins."
     groups: dict = {}
     for table in sorted(tables, key=lambda t: t["value_time"].iloc[-1], reverse=True):
-        groups.setdefault(table.attrs["format"] + "".join(table.columns[2:] if table.attrs["format"] == "fred" else ""), []).append(table)
+        kind = table.attrs["format"]
+        groups.setdefault((kind, *table.columns[2:]) if kind == "fred" else kind, []).append(table)
     return [pd.concat(group, ignore_index=True) for group in groups.values()]
 
 # %% ../nbs/00a_sources.ipynb #2d1ff970
@@ -467,10 +516,11 @@ def load_tables(
     repairs: Iterable[str] = (),  # opt-in repairs for every file, of `REPAIRS`
 ) -> tuple[pd.DataFrame, list[pd.DataFrame]]:
     "All files of a folder: hourly bars (venues joined, `is_splice`), and the daily source tables under the panel's names."
+    repairs, venues = _known(repairs), ("kraken", "binance")
     tables = [read(path, repairs=repairs) for path in data_files(data_dir)]
-    bars = [t for t in tables if t.attrs["format"] in ("kraken", "binance")]
-    if not bars: raise SourceError(data_dir, "holds no hourly bars", "Add a Kraken or Binance file; the panel is built on their hours")
-    return _join_venues(bars), _stack_vintages([_daily(t) for t in tables if t.attrs["format"] not in ("kraken", "binance")])
+    bars = [t for t in tables if t.attrs["format"] in venues]
+    if not bars: raise SourceError(data_dir, "holds no hourly bars", "Add a Kraken or Binance file: the panel has their hours")
+    return _join_venues(bars), _stack_vintages([_daily(t) for t in tables if t.attrs["format"] not in venues])
 
 # %% ../nbs/00a_sources.ipynb #1134502d
 def _fill_bars(bars: pd.DataFrame, limit: int = 7 * 24) -> pd.DataFrame:
@@ -481,7 +531,8 @@ def _fill_bars(bars: pd.DataFrame, limit: int = 7 * 24) -> pd.DataFrame:
     close = frame["close"].ffill(limit=limit)
     prices = {c: frame[c].fillna(close) for c in BAR_COLUMNS[:4]}
     volume = frame["volume"].fillna(0.)
-    return pd.DataFrame({**prices, "volume": volume, "is_filled": volume == 0, "is_splice": frame["is_splice"].eq(True)}, index=grid)
+    flags = {"is_filled": volume == 0, "is_splice": frame["is_splice"].eq(True)}
+    return pd.DataFrame({**prices, "volume": volume, **flags}, index=grid)
 
 # %% ../nbs/00a_sources.ipynb #0574c3a7
 def join_panel(
@@ -495,6 +546,15 @@ def join_panel(
     return pd.concat([market.drop(columns=flags), daily.reindex(columns=METRICS), market[flags]], axis=1), provenance
 
 # %% ../nbs/00a_sources.ipynb #dc84c69d
+def _bound(time: str | pd.Timestamp | None) -> str | pd.Timestamp | None:
+    "An end of a slice: text stays (a day's name means the whole day), a time without zone is UTC."
+    if time is None: return None
+    try: stamp = pd.Timestamp(time)
+    except (ValueError, TypeError) as error: raise ValueError(f"{time!r} is no time: write it as 2024-01-31") from error
+    if isinstance(time, str): return time
+    return stamp.tz_localize("UTC") if stamp.tz is None else stamp.tz_convert("UTC")
+
+# %% ../nbs/00a_sources.ipynb #718c2b08
 def load_panel(
     data_dir: str | Path,  # folder with source files (Kraken, Binance, Coin Metrics, blockchain.com, FRED, Yahoo)
     start: str | pd.Timestamp | None = None,  # first decision time kept (UTC)
@@ -504,6 +564,8 @@ def load_panel(
     "Hourly point-in-time panel: `open high low close volume`, on-chain and macro metrics, `is_filled`, `is_splice`."
     panel, _ = join_panel(*load_tables(data_dir, repairs))
     check_times(panel.index, "panel.index")
-    kept = panel.loc[start:end]
-    if kept.empty: raise ValueError(f"no hour between start {start} and end {end}: the data reach from {panel.index[0]} to {panel.index[-1]}")
+    kept = panel.loc[_bound(start):].loc[:_bound(end)]
+    if kept.empty:
+        reach = f"the data reach from {panel.index[0]} to {panel.index[-1]}"
+        raise ValueError(f"no hour between start {start} and end {end}: {reach}")
     return kept

@@ -1,4 +1,4 @@
-"Settings and fixtures of all tests: one thread per process, repeatable hypothesis, the shell's default run, the real data."
+"Settings and fixtures of all tests: one thread per process, repeatable hypothesis, shared runs of the shell, the real data."
 import os
 from pathlib import Path
 
@@ -32,10 +32,23 @@ def default_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def small_run(tmp_path_factory) -> Path:
-    "A short finished run in the folder `out`; copy it before changing it."
-    from helpers import SMALL, shell
+def inputs(tmp_path_factory) -> Path:
+    "Folders of small source files and configurations, good and faulty; commands may read but not change them."
+    from helpers import write_inputs
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="session")
+def small(inputs) -> list[str]:
+    "Flags of a run that takes seconds: 300 days of bars, short labels, six folds, two models."
+    return ["--data", f"{inputs}/good", "--config", f"{inputs}/short.toml"]
+
+
+@pytest.fixture(scope="session")
+def small_run(small, tmp_path_factory) -> Path:
+    "A finished run with the flags of `small`; copy it before changing it."
+    from helpers import shell
     folder = tmp_path_factory.mktemp("small")
-    done = shell("run", "--out", "out", "--n-cuts", "4", *SMALL, cwd=folder)
+    done = shell("run", "--out", "out", "--n-cuts", "4", *small, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "out"

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 ENV = {**os.environ, "COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"}
-SMALL = ("--years", "5", "--first-test", "2020-01-01", "--models", "climatology", "ewma")  # one fold, two models: seconds
+BASELINES = ["climatology", "climatology_4y", "persistence", "ewma", "log_har"]
+SCHEMA = ["time", "fold", "seed", "model", "p_down", "p_flat", "p_up", "p10", "p90", "sigma"]
 MEASURE = """import json, resource, subprocess, sys, time
 begin = time.monotonic()
 rc = subprocess.call(sys.argv[2:])
@@ -49,7 +50,7 @@ class Measured:
 
 
 def measured(*words: str, cwd: Path, timeout: float = 400) -> Measured:
-    "The shell command with wall time and peak memory, the children's of a bare parent (a child starts with its parent's peak)."
+    "The shell command with wall time and peak memory, measured from a bare parent: a child starts with its parent's peak."
     note = cwd.parent / f"{cwd.name}.json"
     argv = [sys.executable, "-S", "-c", MEASURE, note, command(), *words]
     done = subprocess.run(list(map(str, argv)), cwd=cwd, env=ENV, capture_output=True, text=True, timeout=timeout)
@@ -59,62 +60,10 @@ def measured(*words: str, cwd: Path, timeout: float = 400) -> Measured:
 
 def snapshot(folder: Path, times: bool = True) -> dict:
     "Every path below a folder with its content's hash and, unless told otherwise, its time of change."
-    def entry(p): return ("folder" if p.is_dir() else hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns if times else 0)
-    return {str(p.relative_to(folder)): entry(p) for p in sorted(folder.rglob("*"))}
-
-
-def one_line(stderr: str) -> str:
-    "The single line of an error message; anything else fails."
-    lines = stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("cryptopredict: error: "), stderr
-    return lines[0]
-
-
-def walk(hours: int, seed: int = 0, start: str = "2017-01-01") -> pd.DataFrame:
-    "Bars of a random walk by opening time: open high low close volume."
-    rng = np.random.default_rng(seed)
-    close = np.round(1e4 * np.exp(np.cumsum(rng.normal(0, .006, hours))), 2)
-    opened = np.r_[1e4, close[:-1]]
-    bars = dict(open=opened, high=np.maximum(opened, close) + 1, low=np.minimum(opened, close) - 1, close=close, volume=np.round(rng.exponential(50, hours) + 1, 3))
-    return pd.DataFrame(bars, index=pd.date_range(start, periods=hours, freq="h", tz="UTC"))
-
-
-def write_binance(path: Path, bars: pd.DataFrame) -> Path:
-    "Bars as `ts,open,high,low,close,volume` with ISO times."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [f"{t:%Y-%m-%dT%H:%M:%S}+00:00," + ",".join(map(str, r)) for t, r in zip(bars.index, bars.to_numpy().tolist())]
-    path.write_text("\n".join(["ts,open,high,low,close,volume", *rows]) + "\n")
-    return path
-
-
-def write_kraken(path: Path, bars: pd.DataFrame) -> Path:
-    "Bars as a gzipped Kraken dump: unix seconds first, trades last, no header."
-    seconds = (bars.index - pd.Timestamp(0, tz="UTC")) // pd.Timedelta("1s")
-    rows = [f"{s}," + ",".join(map(str, r)) + ",7" for s, r in zip(seconds, bars.to_numpy().tolist())]
-    path.write_bytes(gzip.compress(("\n".join(rows) + "\n").encode(), mtime=0))
-    return path
-
-
-def write_sources(folder: Path, begin: str = "2017-01-01", end: str = "2019-12-31") -> Path:
-    "A folder with a small file of every format: two venues that meet at 2019, and daily series whose every value is another."
-    splice = pd.Timestamp("2019-01-01", tz="UTC")
-    days = pd.date_range(begin, end, freq="D")
-    bars = walk(24 * len(days), start=begin)
-    write_binance(folder / "market" / "binance.csv", bars[bars.index >= splice])
-    # A thin book: an hour without trades has no line.
-    kraken = bars[bars.index < splice]
-    write_kraken(folder / "market" / "kraken.csv.gz", kraken[np.arange(len(kraken)) % 10 != 7])
-    n, work = np.arange(len(days)), [d for d in days if d.day_of_week < 5]
-    metrics = ["AdrActCnt", "BlkCnt", "CapMVRVCur", "DiffMean", "FeeTotNtv", "SplyCur", "TxCnt", "TxTfrCnt"]
-    lines = [f"{d:%Y-%m-%d}," + ",".join(f"{1000. * (k + 1) + i:.1f}" for k in range(len(metrics))) for i, d in zip(n, days)]
-    (folder / "coinmetrics.csv").write_text("\n".join(["time," + ",".join(metrics), *lines]) + "\n")
-    holiday = lambda d, value: "" if f"{d:%Y-%m-%d}" == "2018-01-15" else value
-    (folder / "utxo-count.csv").write_text("".join(f"{d:%Y-%m-%d %H:%M:%S},{5e7 + i:.1f}\n" for i, d in zip(n, days)))
-    for name in ("DGS10", "DGS2", "DTWEXBGS"):
-        (folder / f"{name}.csv").write_text("\n".join([f"observation_date,{name}", *(f"{d:%Y-%m-%d},{holiday(d, 2 + i / 1000)}" for i, d in enumerate(work))]) + "\n")
-    quotes = [f"{d:%Y-%m-%d},{90 + i / 100},{91 + i / 100},{89 + i / 100},{90 + i / 100},0" for i, d in enumerate(work)]
-    (folder / "DX-Y.NYB.csv").write_text("\n".join(["Date,Close,High,Low,Open,Volume", *quotes]) + "\n")
-    return folder
+    def entry(path):
+        content = "folder" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+        return content, path.stat().st_mtime_ns if times else 0
+    return {str(p.relative_to(folder)): entry(p) for p in sorted(folder.rglob("*")) if "__pycache__" not in p.parts}
 
 
 @dataclass
@@ -136,3 +85,89 @@ def side_by_side(names: list[str], start: Callable[[str], Outcome]) -> Iterator[
         running = {name: pool.submit(start, name) for name in names}
         try: yield lambda name: running[name].result()
         finally: pool.shutdown(cancel_futures=True)
+
+
+def one_line(stderr: str) -> str:
+    "The single line of an error message; anything else fails."
+    lines = stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("cryptopredict: error: "), stderr
+    return lines[0]
+
+
+# --- source files --------------------------------------------------------------------------------------------------------
+
+
+def walk(hours: int, seed: int = 0, start: str = "2017-01-01") -> pd.DataFrame:
+    "Bars of a random walk by opening time: open high low close volume."
+    rng = np.random.default_rng(seed)
+    close = np.round(1e4 * np.exp(np.cumsum(rng.normal(0, .006, hours))), 2)
+    opened, volume = np.r_[1e4, close[:-1]], np.round(rng.exponential(50, hours) + 1, 3)
+    bars = dict(open=opened, high=np.maximum(opened, close) + 1, low=np.minimum(opened, close) - 1, close=close, volume=volume)
+    return pd.DataFrame(bars, index=pd.date_range(start, periods=hours, freq="h", tz="UTC"))
+
+
+def write(path: Path, *lines: str) -> Path:
+    "A text file of these lines, in folders made as needed."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def write_binance(path: Path, bars: pd.DataFrame) -> Path:
+    "Bars as `ts,open,high,low,close,volume` with ISO times."
+    rows = (f"{t:%Y-%m-%dT%H:%M:%S}+00:00," + ",".join(map(str, r)) for t, r in zip(bars.index, bars.to_numpy().tolist()))
+    return write(path, "ts,open,high,low,close,volume", *rows)
+
+
+def write_kraken(path: Path, bars: pd.DataFrame) -> Path:
+    "Bars as a gzipped Kraken dump: unix seconds first, trades last, no header."
+    seconds = (bars.index - pd.Timestamp(0, tz="UTC")) // pd.Timedelta("1s")
+    rows = [f"{s}," + ",".join(map(str, r)) + ",7" for s, r in zip(seconds, bars.to_numpy().tolist())]
+    path.write_bytes(gzip.compress(("\n".join(rows) + "\n").encode(), mtime=0))
+    return path
+
+
+def write_inputs(folder: Path) -> Path:
+    "A good folder of bars, folders with one fault each, and configurations."
+    bars = walk(24 * 300)
+    write_binance(folder / "good" / "file.csv", bars)
+    write_binance(folder / "other" / "file.csv", walk(24 * 300, seed=1))
+    write_binance(folder / "hole" / "file.csv", bars[(bars.index < "2017-06-10") | (bars.index >= "2017-09-10")])
+    write_binance(folder / "disordered" / "file.csv", bars.iloc[[*range(50), 51, 50, *range(52, 200)]])
+    write_binance(folder / "short" / "file.csv", bars.iloc[:24 * 20])
+    write(folder / "daily_only" / "DGS10.csv", "observation_date,DGS10", "2017-01-03,2.4")
+    write(folder / "header" / "file.csv", "ts,open,high,low,close,volume")
+    write(folder / "unknown" / "file.csv", "a,b,c", "1,2,3")
+    write(folder / "binary" / "file.csv", "\x00\x01\x02,\x00")
+    write(folder / "empty" / "file.csv")
+    (folder / "nothing").mkdir()
+    short = ['horizon = "5D"', 'vol_window = "2D"', 'validation = "60D"', 'step = "30D"', 'first_test = "2017-05-01"', "n_boot = 100"]
+    write(folder / "short.toml", *short, 'models = ["climatology", "ewma"]')
+    write(folder / "resamples.toml", *short[:-1], "n_boot = 200", 'models = ["climatology", "ewma"]')
+    for name, line in dict(key="nonsense = 3", broken="horizon = ", value='horizon = "soon"', list='models = ["nope"]').items():
+        write(folder / f"{name}.toml", line)
+    write(folder / "code.py", "def number(panel): return 3", "def raises(panel): return panel['price_usd']")
+    write(folder / "syntax.py", "def f(panel) return panel")
+    write(folder / "imports.py", "import module_that_is_not_there")
+    return folder
+
+
+def write_sources(folder: Path, begin: str = "2017-01-01", end: str = "2019-12-31") -> Path:
+    "A folder with a file of every format: two venues that meet at 2019, and daily series in which no two values are equal."
+    days, splice = pd.date_range(begin, end, freq="D"), pd.Timestamp("2019-01-01", tz="UTC")
+    bars = walk(24 * len(days), start=begin)
+    write_binance(folder / "market" / "binance.csv", bars[bars.index >= splice])
+    # A thin book: an hour without trades has no line.
+    kraken = bars[bars.index < splice]
+    write_kraken(folder / "market" / "kraken.csv.gz", kraken[np.arange(len(kraken)) % 10 != 7])
+    metrics = ["AdrActCnt", "BlkCnt", "CapMVRVCur", "DiffMean", "FeeTotNtv", "SplyCur", "TxCnt", "TxTfrCnt"]
+    rows = (f"{d:%Y-%m-%d}," + ",".join(f"{1000. * (k + 1) + i:.1f}" for k in range(len(metrics))) for i, d in enumerate(days))
+    write(folder / "coinmetrics.csv", "time," + ",".join(metrics), *rows)
+    write(folder / "utxo-count.csv", *(f"{d:%Y-%m-%d %H:%M:%S},{5e7 + i:.1f}" for i, d in enumerate(days)))
+    work = [d for d in days if d.day_of_week < 5]
+    for name in ("DGS10", "DGS2", "DTWEXBGS"):  # a holiday is an empty field
+        value = [f"{2 + i / 1000}" if f"{d:%Y-%m-%d}" != "2018-01-15" else "" for i, d in enumerate(work)]
+        write(folder / f"{name}.csv", f"observation_date,{name}", *(f"{d:%Y-%m-%d},{v}" for d, v in zip(work, value)))
+    quotes = (f"{d:%Y-%m-%d},{90 + i / 100},{91 + i / 100},{89 + i / 100},{90 + i / 100},0" for i, d in enumerate(work))
+    write(folder / "DX-Y.NYB.csv", "Date,Close,High,Low,Open,Volume", *quotes)
+    return folder
