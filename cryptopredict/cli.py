@@ -84,14 +84,16 @@ class _Walk(_Source):
     "Which forecasters, and how the walk-forward goes."
     config: Path | None = None  # TOML file with the fields of EvaluateConfig; flags win over it.
     seeds: int | None = None  # Seeds per model that uses any.
-    models: tuple[str, ...] | None = None  # Forecasters, separated by spaces, the reference first. Default: all baselines.
+    models: tuple[str, ...] | None = None  # Forecasters, separated by spaces, the reference first. Default: baselines, network.
+    preset: str | None = None  # The network's preset: tiny, baseline or mhsa. Default: tiny.
+    epochs: int | None = None  # Passes of the network over its training hours at most. Default: 3.
     first_test: str | None = None  # First test time, UTC. Default: the first 1 January at least four years after the data begin.
     step: str | None = None  # Length of a test span, for example YS or 365D.
     horizon: str | None = None  # Span of the return that is forecast, for example 90D.
 
     def _config(self):
         from cryptopredict.evaluate import load_config
-        flags = ("seed", "seeds", "models", "first_test", "step", "horizon")
+        flags = ("seed", "seeds", "models", "preset", "epochs", "first_test", "step", "horizon")
         config = load_config(self.config, **{name: getattr(self, name) for name in flags})
         usual = (config.horizon, config.vol_window, config.threshold) == ("90D", "30D", .05)
         if self.data is not None or "models" in config.model_fields_set or not usual: return config
@@ -243,6 +245,26 @@ class Forecast(_Walk):
             made.to_json(self.out, orient="records", date_format="iso", indent=1)
         return 0
 
+# %% ../nbs/06a_cli.ipynb #ba168897
+@dataclass
+class Train(_Walk):
+    "Fit the network on all labels that have matured; checkpoints and curves in a folder."
+    out: Path | None = None  # Folder of the training; one of the same training is gone on with. Default: a new folder under runs/.
+
+    def __call__(self) -> int:
+        import json
+
+        from cryptopredict.evaluate import newest_forecast
+        from cryptopredict.results import newest_table
+        config, out = self._config().model_copy(update=dict(models=("mamba2",))), self.out or _new_folder("train")
+        panel, _, _, name = self._load()
+        _say(f"{name}: {len(panel)} hours; preset {config.preset}, at most {config.epochs} epochs")
+        with _Progress() as progress: made = newest_forecast(config, panel, progress, out)
+        choice = json.loads((out / "choice.json").read_text())
+        heads = ", ".join(choice["heads"]) or "none: it repeats its anchors"
+        _say(f"chosen on validation: {choice['epochs']} epochs, heads that help: {heads}\n{newest_table(made).to_string()}\nkept in {out}")
+        return 0
+
 # %% ../nbs/06a_cli.ipynb #5108cc8a
 @dataclass
 class _Missing:
@@ -250,9 +272,6 @@ class _Missing:
 
     def __call__(self) -> int:
         raise ValueError(f"'{type(self).__name__.lower()}' is not there yet; run `cryptopredict --help` for what is")
-
-# %% ../nbs/06a_cli.ipynb #2747b4a4
-class Train(_Missing): "Not there yet: train one model on one fold."
 
 # %% ../nbs/06a_cli.ipynb #829571e5
 class Fetch(_Missing): "Not there yet: download source files."

@@ -10,30 +10,37 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 import tomllib
 from collections.abc import Callable
 from inspect import signature
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from . import __version__, leakage
 from .baselines import BASELINES
 from .calibration import reliability
+from .checkpoint import load
 from .features import build_features
 from .labels import make_labels
 from .leakage import Fold, LeakReport, audit, audit_availability, audit_folds, live_fold, walk_forward
-from .scores import SCHEMA, compare, loss_table, summarise
+from .multitask import read_preset
+from .scores import SCHEMA, compare, dm_test, loss_table, summarise
 from .simulate import conditional_law
+from .streams import fold_data, warm_forecast
+from .tbptt_trainer import train, train_preset
 
 # %% auto #0
-__all__ = ['FORECAST_COLUMNS', 'FORECASTERS', 'Truth', 'ConfigError', 'EvaluateConfig', 'load_config', 'default_first_test',
-           'origins', 'make_folds', 'audit_inputs', 'write_atomic', 'panel_hash', 'provenance_of', 'open_run',
-           'fit_predict', 'predict_folds', 'score_run', 'newest_forecast', 'walk_forward_run']
+__all__ = ['FORECAST_COLUMNS', 'FORECASTERS', 'HEAD_LOSSES', 'HEAD_COLUMNS', 'Truth', 'ConfigError', 'EvaluateConfig',
+           'load_config', 'default_first_test', 'origins', 'make_folds', 'audit_inputs', 'write_atomic', 'panel_hash',
+           'provenance_of', 'open_run', 'Anchor', 'best_epoch', 'heads_that_help', 'Network', 'fit_predict',
+           'predict_folds', 'score_run', 'newest_forecast', 'training_summary', 'walk_forward_run']
 
 # %% ../nbs/05f_evaluate.ipynb #719566b7
 FORECAST_COLUMNS = SCHEMA[4:]  # p_down p_flat p_up p10 p90 sigma
@@ -52,7 +59,7 @@ class Truth:
         if len(unknown): raise ValueError(f"truth at {unknown[0]}: known at 00:00 UTC of the built-in market only")
         return law
 
-# %% ../nbs/05f_evaluate.ipynb #9e6402eb
+# %% ../nbs/05f_evaluate.ipynb #0eae5074
 FORECASTERS = {**BASELINES, "truth": Truth}  # name -> factory of a forecaster with `fit` and `predict`
 
 class ConfigError(ValueError):
@@ -77,7 +84,9 @@ class EvaluateConfig(BaseModel):
     step: str = "YS"  # length of a test span: a pandas offset ("YS") or duration ("365D")
     validation: str = "365D"  # span before each test that choices are made on
     embargo: str = "0D"  # further time between a label's end and what comes next
-    models: tuple[str, ...] = tuple(BASELINES)  # names of forecasters; the first is what the others are compared with
+    models: tuple[str, ...] = (*BASELINES, "mamba2")  # names of forecasters; the first is what the others are compared with
+    preset: str = "tiny"  # of the network: baseline, mhsa or tiny
+    epochs: Annotated[int, Field(ge=0, le=1000)] = 3  # passes of the network over its training hours at most
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # first seed
     seeds: Annotated[int, Field(ge=1, le=100)] = 1  # how many seeds a forecaster that has any use of them is run with
     n_boot: Annotated[int, Field(ge=100, le=100_000)] = 1000  # bootstrap resamples behind each interval
@@ -85,6 +94,10 @@ class EvaluateConfig(BaseModel):
     @field_validator("horizon", "vol_window", "validation")
     @classmethod
     def _durations(cls, value): return _is_duration(value)
+
+    @field_validator("preset")
+    @classmethod
+    def _preset(cls, name): return name if read_preset(name) else name
 
     @model_validator(mode="after")
     def _truth(self):
@@ -268,11 +281,128 @@ def open_run(out: str | Path, config: EvaluateConfig, provenance: dict) -> Path:
     if not known.exists(): write_atomic(known, json.dumps({"identity": mine, "provenance": provenance}, indent=1))
     return out
 
+# %% ../nbs/05f_evaluate.ipynb #9e6402eb
+HEAD_LOSSES = {"direction": ["log_loss"], "band": ["pinball10", "pinball90"], "volatility": ["se_log_sigma"]}
+HEAD_COLUMNS = {"direction": ["p_down", "p_flat", "p_up"], "band": ["p10", "p90"], "volatility": ["sigma"]}
+
+class Anchor(NamedTuple):
+    "The baselines that the network starts from, fitted on given rows."
+    climatology: object
+    log_har: object
+
+# %% ../nbs/05f_evaluate.ipynb #e9b29f70
+def _fit_anchor(panel: pd.DataFrame, labels: pd.DataFrame, rows: np.ndarray, horizon: str, threshold: float) -> Anchor:
+    "Climatology and log-HAR of the labels at `rows`."
+    fold = Fold(rows, rows, rows[-1:] + 1, rows)
+    return Anchor(*(b.fit(panel, None, labels, fold) for b in (BASELINES["climatology"](horizon=horizon), BASELINES["log_har"](horizon=horizon, threshold=threshold))))
+
+# %% ../nbs/05f_evaluate.ipynb #bcbdb84b
+def _anchor_forecast(anchor: Anchor, panel: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
+    "What the anchor says: direction and band of climatology, sigma of log-HAR."
+    made = anchor.climatology.predict(panel, None, rows)
+    return made.assign(sigma=anchor.log_har.predict(panel, None, rows)["sigma"])
+
+# %% ../nbs/05f_evaluate.ipynb #14e1ae8b
+def best_epoch(
+    validation: list[dict],  # lines of `validation.jsonl`; epoch 0 is the anchor
+) -> int:
+    "The epoch of the lowest total validation loss; 0 when training never helped."
+    return min(validation, key=lambda r: r["total"] if np.isfinite(r["total"]) else np.inf)["epoch"]
+
+# %% ../nbs/05f_evaluate.ipynb #ba4103b5
+def heads_that_help(
+    network: pd.DataFrame,  # its forecasts at daily origins of the validation span
+    anchor: pd.DataFrame,  # the anchor's forecasts there
+    labels: pd.DataFrame,  # labels by decision time
+    spans: dict[str, int],  # days that origins share, by head
+    level: float = .2,  # of the two-sided test
+) -> list[str]:
+    "Heads whose validation loss is lower than their anchor's beyond what overlapping windows explain (`scores.dm_test`)."
+    frames = [f.rename_axis("time").reset_index().assign(fold=0, seed=0, model="one")[SCHEMA] for f in (network, anchor)]
+    one, two = (loss_table(f, labels) for f in frames)
+    found = []
+    for head, names in HEAD_LOSSES.items():
+        difference = (one[names] - two[names]).sum(axis=1, skipna=False).dropna().to_numpy()
+        if len(difference) and difference.mean() < 0 and dm_test(difference, spans[head])[1] < level: found.append(head)
+    return found
+
+# %% ../nbs/05f_evaluate.ipynb #fa0fad2b
+class Network:
+    "The Mamba2 multitask model: anchored on baselines, stopped on validation, fitted on all matured labels."
+    stochastic, needs_features = True, True
+
+    def __init__(
+        self,
+        preset: str = "tiny",  # of `multitask.preset`
+        epochs: int = 3,  # passes over the training hours at most
+        horizon: str = "90D",  # span of the return
+        threshold: float = .05,  # class boundary
+        folder: str | Path | None = None,  # training history and checkpoints of this fold; None: a temporary one
+    ):
+        self.preset, self.epochs, self.horizon, self.threshold = preset, epochs, horizon, threshold
+        self.folder = Path(folder or tempfile.mkdtemp())
+
+    def _data(self, panel, features, labels, fit, valid):
+        "Anchor and tensors for a fit on `fit`."
+        anchor = _fit_anchor(panel, labels, fit, self.horizon, self.threshold)
+        known = labels["r90"].iloc[fit].dropna()
+        c = anchor.climatology
+        start = torch.tensor(c.probs).float(), torch.tensor([c.p10, known.median(), c.p90]).float(), 1.
+        return anchor, start, fold_data(features, labels, fit, valid, np.log(anchor.log_har._sigma(panel)).to_numpy())
+
+    def _config(self, data, seed):
+        "Training configuration for tensors of that width."
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return train_preset(self.preset, data.x.shape[1], epochs=self.epochs, seed=seed, device=device, anchored=True, amp="bf16" if device == "cuda" else "off")
+
+    def fit(self, panel, features, labels, fold, seed=0):
+        "Choose on `fold.train` and `fold.valid` (once a folder), then fit on `fold.refit`."
+        epochs, self.heads = self._choice(panel, features, labels, fold, seed)
+        self.anchor, start, self.data = self._data(panel, features, labels, fold.refit, None)
+        self.model = train(self._config(self.data, seed), self.data, self.folder / f"seed-{seed}", start, until=epochs).model
+        return self
+
+    def _choice(self, panel, features, labels, fold, seed):
+        "Epochs and heads, kept in `choice.json` so that all seeds of a fold share one choice."
+        kept = self.folder / "choice.json"
+        if not kept.exists():
+            self.anchor, start, self.data = self._data(panel, features, labels, fold.train, fold.valid)
+            run = train(self._config(self.data, seed), self.data, self.folder / "choice", start)
+            best = best_epoch([json.loads(line) for line in (run.out / "validation.jsonl").read_text().splitlines()])
+            heads = self._heads_at(run, best, panel, features, labels, origins(panel.index, fold.valid)) if best else []
+            write_atomic(kept, json.dumps(dict(epochs=best if heads else 0, heads=heads, best_epoch=best)))
+        choice = json.loads(kept.read_text())
+        return choice["epochs"], choice["heads"]
+
+    def _heads_at(self, run, epoch, panel, features, labels, rows):
+        "Heads that help at the end of an epoch, on the validation rows."
+        run.restore(load(sorted((run.out / "checkpoints").glob("step-*"))[epoch - 1]))
+        self.model, self.heads = run.model, list(HEAD_COLUMNS)
+        days = pd.Timedelta(self.horizon) // pd.Timedelta("1D")
+        anchor = _anchor_forecast(self.anchor, panel, rows)
+        return heads_that_help(self.predict(panel, features, rows), anchor, labels, dict(direction=days, band=days, volatility=30))
+
+    def predict(self, panel, features, rows):
+        "Forecasts at `rows`, the state warmed through all earlier hours; a head that stayed at its anchor repeats it."
+        made = _anchor_forecast(self.anchor, panel, rows)
+        if not self.heads: return made
+        channels = [torch.from_numpy(self.data.scaler(features)), torch.from_numpy(np.log(self.anchor.log_har._sigma(panel)).ffill().fillna(0).to_numpy(dtype="float32"))[:, None]]
+        last = int(rows.max()) + 1
+        f = warm_forecast(self.model, torch.cat(channels, 1)[:last], self.data.start)
+        at = torch.from_numpy(rows - self.data.start)
+        p = f.logits[at].double().softmax(-1).numpy()
+        ours = dict(zip(FORECAST_COLUMNS, (*p.T, f.p10[at].numpy(), f.p90[at].numpy(), f.sigma[at].numpy())))
+        return made.assign(**{c: ours[c].astype(float) for head in self.heads for c in HEAD_COLUMNS[head]})
+
+# %% ../nbs/05f_evaluate.ipynb #e751c8c8
+FORECASTERS["mamba2"] = Network
+
 # %% ../nbs/05f_evaluate.ipynb #b1802eef
-def _make(model: str, config: EvaluateConfig):
-    "A new forecaster, told those of the label settings it has a use for."
+def _make(model: str, config: EvaluateConfig, folder: Path | None = None):
+    "A new forecaster, told those settings it has a use for; `folder` is where it may keep its training."
     taken = signature(FORECASTERS[model]).parameters
-    return FORECASTERS[model](**{k: getattr(config, k) for k in ("horizon", "threshold") if k in taken})
+    settings = dict(horizon=config.horizon, threshold=config.threshold, preset=config.preset, epochs=config.epochs, folder=folder)
+    return FORECASTERS[model](**{k: v for k, v in settings.items() if k in taken})
 
 # %% ../nbs/05f_evaluate.ipynb #63c80300
 def fit_predict(
@@ -283,11 +413,12 @@ def fit_predict(
     fold: Fold,  # rows for choices, fit and test
     config: EvaluateConfig,  # horizon and threshold of the labels
     seed: int,  # of the forecaster
+    folder: Path | None = None,  # where a forecaster that trains keeps its history
 ) -> pd.DataFrame:
     "Forecasts at the origins of `fold.test` in the prediction schema, without the fold's number."
     rows = fold.test if len(fold.test) == 1 else origins(panel.index, fold.test)
     if not len(rows): raise ValueError(f"the fold tested from {panel.index[fold.test[0]]} holds no 00:00 UTC: make step longer")
-    forecaster = _make(model, config).fit(panel, features, labels, fold, seed)
+    forecaster = _make(model, config, folder).fit(panel, features, labels, fold, seed)
     return forecaster.predict(panel, features, rows).rename_axis("time").reset_index().assign(seed=seed, model=model)
 
 # %% ../nbs/05f_evaluate.ipynb #d3888ec3
@@ -318,7 +449,8 @@ def predict_folds(
         progress(done, len(todo), f"fold {k + 1} of {len(folds)}, {model}, seed {seed}")
         path = part(k, model, seed)
         if not path.exists():
-            made = fit_predict(model, panel, features, labels, folds[k], config, seed).assign(fold=k)
+            folder = out / "network" / f"fold-{k:02d}"
+            made = fit_predict(model, panel, features, labels, folds[k], config, seed, folder).assign(fold=k)
             write_atomic(path, _parquet(made[SCHEMA]))
     progress(len(todo), len(todo), "predictions done")
     return pd.concat([pd.read_parquet(part(*p)) for p in todo], ignore_index=True)
@@ -370,6 +502,7 @@ def newest_forecast(
     config: EvaluateConfig,  # models and label settings
     panel: pd.DataFrame,  # hourly panel; the forecast is made at its last row
     progress: Callable[[int, int, str], None] = _quiet,  # called with models done, models in all, and what is next
+    folder: Path | None = None,  # where a forecaster that trains keeps its history
 ) -> pd.DataFrame:
     "Every model fitted on all labels matured by the last hour, and its forecast there: prediction schema, fold -1."
     labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
@@ -378,10 +511,26 @@ def newest_forecast(
     made = []
     for done, (_, model, seed) in enumerate(todo := _parts(config, 1)):
         progress(done, len(todo), f"newest forecast, {model}")
-        made.append(fit_predict(model, panel, features, labels, fold, config, seed).assign(fold=-1)[SCHEMA])
+        made.append(fit_predict(model, panel, features, labels, fold, config, seed, folder).assign(fold=-1)[SCHEMA])
     return pd.concat(made, ignore_index=True)
 
 # %% ../nbs/05f_evaluate.ipynb #65b7eac3
+def training_summary(
+    folder: Path,  # `network/` of a run folder
+) -> list[dict]:
+    "A record a fold and seed: epochs and heads chosen, tokens per second, peak device memory, and the curve of losses."
+    records = []
+    for choice in sorted(folder.glob("*/choice.json")):
+        for path in sorted(choice.parent.glob("seed-*")):
+            lines = lambda name, path=path: [json.loads(x) for x in (path / name).read_text().splitlines()] if (path / name).exists() else []
+            speed = [t["tokens_per_s"] for t in lines("timings.jsonl")]
+            curve = lines("metrics.jsonl")
+            memory = max((t.get("peak_allocated", 0) for t in lines("timings.jsonl")), default=0)
+            records.append(dict(fold=choice.parent.name, seed=path.name, **json.loads(choice.read_text()), tokens_per_s=float(np.median(speed)) if speed else None,
+                                peak_allocated=memory or None, curve=curve[::max(1, len(curve) // 60)]))
+    return records
+
+# %% ../nbs/05f_evaluate.ipynb #b7b8098a
 def walk_forward_run(
     config: EvaluateConfig,  # what to run
     panel: pd.DataFrame,  # hourly panel
@@ -399,9 +548,10 @@ def walk_forward_run(
     predictions = predict_folds(config, panel, labels, folds, out, progress)
     write_atomic(out / "predictions.parquet", _parquet(predictions))
     write_atomic(out / "origins.parquet", _parquet(_origin_table(panel, labels)))
-    write_atomic(out / "forecast.parquet", _parquet(newest_forecast(config, panel, progress)))
+    write_atomic(out / "forecast.parquet", _parquet(newest_forecast(config, panel, progress, out / "network" / "newest")))
     findings = {k: dict(ok=r.ok, tested=r.tested, findings=_records(r.findings)) for k, r in (audits or {}).items()}
     head = dict(provenance=made_by, close=float(panel["close"].iloc[-1]), config=json.loads(config.model_dump_json()), folds=_fold_table(panel.index, folds))
-    scores = dict(**head, audits=findings, **score_run(config, predictions, labels))
+    training = training_summary(out / "network")
+    scores = dict(**head, audits=findings, training=training, **score_run(config, predictions, labels))
     write_atomic(out / "scores.json", json.dumps(scores, indent=1))
     return out

@@ -19,8 +19,9 @@ from .evaluate import write_atomic
 from .labels import DIRECTIONS
 
 # %% auto #0
-__all__ = ['COLOURS', 'SCORE_NAMES', 'GROUPS', 'STYLE', 'read_run', 'score_table', 'claims', 'figure_skill', 'figure_reliability',
-           'figure_coverage', 'figure_fan', 'figure_newest', 'findings', 'newest_table', 'write_report']
+__all__ = ['COLOURS', 'SCORE_NAMES', 'GROUPS', 'CURVES', 'STYLE', 'read_run', 'score_table', 'claims', 'figure_skill',
+           'figure_reliability', 'figure_coverage', 'figure_fan', 'figure_newest', 'network_sentence',
+           'figure_training', 'findings', 'newest_table', 'write_report']
 
 # %% ../nbs/06_results.ipynb #264a86bd
 def read_run(
@@ -198,6 +199,33 @@ def figure_newest(
     fig.update_yaxes(type="log", title="USD").update_xaxes(title="day (UTC)")
     return _layout(fig, f"Newest forecast: 80 % bands for {end.date()} (drawn side by side)")
 
+# %% ../nbs/06_results.ipynb #6586ced3
+CURVES = {"cls": "direction, log loss", "vol": "log sigma, squared error", "p10": "pinball p10", "p90": "pinball p90"}
+
+def network_sentence(
+    scores: dict,  # content of `scores.json`
+) -> str:
+    "How many folds left their anchor, and in which heads; empty for a run without network."
+    folds = {r["fold"]: r["heads"] for r in scores.get("training", []) if r["fold"] != "newest"}
+    if not folds: return ""
+    moved = [f"{head} in {sum(head in h for h in folds.values())}" for head in ("direction", "band", "volatility")]
+    same = sum(not h for h in folds.values())
+    return f"The network is identical to its anchors (climatology, log-HAR) in {same} of {len(folds)} folds; heads that left theirs: {', '.join(moved)}."
+
+# %% ../nbs/06_results.ipynb #fd196d88
+def figure_training(
+    scores: dict,  # content of `scores.json`
+) -> go.Figure:
+    "Training loss by head, the task log-variances and the learning rate, over the updates of every fold and seed that trained."
+    fig = make_subplots(1, 3, subplot_titles=("loss by head", "task log-variances", "learning rate"), horizontal_spacing=.08)
+    kinds = [(key, name, 1) for key, name in CURVES.items()] + [("log_var_cls", "log-variance, direction", 2), ("log_var_reg", "log-variance, regressions", 2), ("lr", "learning rate", 3)]
+    for k, (key, name, column) in enumerate(kinds):
+        for j, record in enumerate(r for r in scores.get("training", []) if r["curve"]):
+            x, y = ([float(f"{p[what]:.4g}") for p in record["curve"]] for what in ("step", key))
+            fig.add_scatter(x=x, y=y, name=name, legendgroup=name, showlegend=j == 0, line=dict(color=COLOURS[k], width=1), row=1, col=column)
+    fig.update_xaxes(title="update").update_yaxes(type="log", row=1, col=1).update_yaxes(title="loss", row=1, col=1)
+    return _layout(fig, "Training of the network, all folds and seeds that left their anchor", 400)
+
 # %% ../nbs/06_results.ipynb #8a25c84f
 STYLE = """body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1a1a1a;max-width:1080px}
 body{margin:2rem auto;padding:0 1.2rem}h1{margin-bottom:.1rem}.sub{color:#555;margin-top:0}
@@ -230,6 +258,17 @@ def _better(comparison: list[dict], names: list[str]) -> str:
     return "; ".join(f"{model} ({', '.join(on)})" for model, on in who.items())
 
 # %% ../nbs/06_results.ipynb #e2d5da8d
+def _distance_to_truth(scores: dict) -> list[str]:
+    "How much of what the truth gains over the reference each model gains, on log loss and QLIKE."
+    mean = {(r["model"], r["score"]): r["mean"] for r in scores["summary"]}
+    reference, said = scores["config"]["models"][0], []
+    for score in ("log_loss", "qlike"):
+        whole = mean[reference, score] - mean["truth", score]
+        share = {m: (mean[reference, score] - mean[m, score]) / whole for m in scores["config"]["models"][1:] if m != "truth"}
+        if whole > 0: said.append(f"Of the truth's gain over {reference} in {SCORE_NAMES[score]}: " + ", ".join(f"{m} {v:.0%}" for m, v in share.items()) + ".")
+    return said
+
+# %% ../nbs/06_results.ipynb #d5581bea
 def findings(
     scores: dict,  # content of `scores.json`
 ) -> list[str]:
@@ -241,6 +280,8 @@ def findings(
         nobody = f"no model is shown to be better than {reference}"
         shown = f"better than {reference} at Holm-adjusted p < .05: {who}" if who else nobody
         said.append(f"On the {what.lower()}, {shown}.")
+    if network_sentence(scores): said.append(network_sentence(scores))
+    if "truth" in config["models"]: said += _distance_to_truth(scores)
     count = pd.DataFrame(scores["summary"]).groupby("score")["n_windows"].max().astype(int)
     returns, volatility = (f"{count[s]} of {config[span]}" for s, span in (("log_loss", "horizon"), ("qlike", "vol_window")))
     origins = f"{scores['origins']} daily origins from {scores['begin'][:10]} to {scores['end'][:10]}"
@@ -295,6 +336,7 @@ def _sections(scores: dict, predictions: pd.DataFrame, daily: pd.DataFrame, newe
     return [("What it shows", [f"<ul>{said}</ul>"]),
             ("Scores", [f"<p>{text}</p>", *parts]),
             (f"Against {models[0]}", [figure_skill(scores), every]),
+            *([("The network's training", [figure_training(scores)])] if any(r["curve"] for r in scores.get("training", [])) else []),
             ("Calibration", [figure_reliability(scores), figure_coverage(scores)]),
             ("Forecasts on the price", [figure_fan(predictions, daily, fan, horizon)]),
             (f"Newest forecast, made at {newest['time'].iloc[0]:%Y-%m-%d %H:%M} UTC", now),

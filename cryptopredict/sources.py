@@ -108,8 +108,10 @@ def _parse(path: str | Path, lines: list[str], names: list[str] | None = None) -
     fields = np.array([line.count(",") for line in lines]) + 1
     opened = np.array([line.count('"') % 2 for line in lines])  # an unclosed quote would swallow the lines below
     for wrong, problem in ((opened == 1, "has a quote that is not closed"),
-                           (fields != fields[0], f"has another number of fields than line 1 ({fields[0]})")):
-        if wrong.any(): raise SourceError(path, problem, "Repair the line or download it again", row=int(wrong.argmax()) + 1)
+                           (fields != fields[0], "has {} fields where line 1 has {}")):
+        row = int(wrong.argmax())
+        if not wrong[row]: continue
+        raise SourceError(path, problem.format(fields[row], fields[0]), "Repair the line or download it again", row=row + 1)
     if names is None and len(lines) < 2: raise SourceError(path, "has a header and no rows", "Download it again")
     frame = pd.read_csv(io.StringIO("\n".join(lines)), header=None if names else 0, names=names, index_col=False,
                         na_values=["."], skip_blank_lines=False, low_memory=False)
@@ -146,14 +148,16 @@ def _epoch(path: str | Path, values: pd.Series) -> pd.Series:
 def _iso(path: str | Path, values: pd.Series, example: str) -> tuple[pd.Series, pd.Series]:
     "ISO 8601 text as UTC timestamps, and the zone each is written in (NaN where it has none)."
     text = values.astype("str").str.strip()
-    times = pd.to_datetime(text, utc=True, errors="coerce", format="ISO8601")
+    zone = text.str.extract(r"[T ].*?(Z|[+-]\d\d(?::?\d\d)?)$", expand=False)
+    # Apart, because pandas 2 gives a time without zone the offset of the row above it.
+    parts = (pd.to_datetime(text[rows], utc=True, errors="coerce", format="ISO8601") for rows in (zone.isna(), zone.notna()))
+    times = pd.concat([part.dt.as_unit("us") for part in parts]).reindex(text.index)
     wrong = times.isna() | (times < EARLIEST) | (times > LATEST)
     if wrong.any():
         row = wrong.idxmax()
         problem = f"{str(values[row])[:40]!r} is no ISO 8601 time between 1900 and 2100"
         raise SourceError(path, problem, f"Write it as {example}", row=row, column=values.name)
-    zone = text.str.extract(r"(Z|[+-]\d\d:?\d\d)$", expand=False).replace(["+00:00", "+0000", "-00:00"], "Z")
-    return times.dt.as_unit("ns"), zone
+    return times.dt.as_unit("ns"), zone.mask(zone.isin(["+00:00", "+0000", "+00", "-00:00"]), "Z")
 
 # %% ../nbs/00a_sources.ipynb #725cf310
 def _text_time(path: str | Path, values: pd.Series, repairs: tuple, counts: dict) -> pd.Series:
@@ -403,7 +407,7 @@ def _derive_hash_rate(table: pd.DataFrame) -> pd.DataFrame:
 # %% ../nbs/00a_sources.ipynb #f1eaa852
 def read_coinmetrics(
     path: str | Path,  # Coin Metrics community CSV: `time` or `date`, then metrics
-    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # when each row is known; default: AssetEODCompletionTime if real
+    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # when each row is known; default: its completion time
     repairs: Iterable[str] = (),  # opt-in repairs, of `REPAIRS`
 ) -> pd.DataFrame:
     "Coin Metrics daily metrics under their own names; `HashRate` or `DiffMean` is derived where only the other is there."

@@ -141,9 +141,10 @@ def write_inputs(folder: Path) -> Path:
     write(folder / "binary" / "file.csv", "\x00\x01\x02,\x00")
     write(folder / "empty" / "file.csv")
     (folder / "nothing").mkdir()
-    short = ['horizon = "5D"', 'vol_window = "2D"', 'validation = "60D"', 'step = "30D"', 'first_test = "2017-05-01"', "n_boot = 100"]
-    write(folder / "short.toml", *short, 'models = ["climatology", "ewma"]')
-    write(folder / "resamples.toml", *short[:-1], "n_boot = 200", 'models = ["climatology", "ewma"]')
+    short = ['horizon = "5D"', 'vol_window = "2D"', 'validation = "60D"', 'step = "30D"', 'first_test = "2017-05-01"',
+             'models = ["climatology", "ewma"]']
+    write(folder / "short.toml", *short, "n_boot = 100")
+    write(folder / "resamples.toml", *short, "n_boot = 200")
     for name, line in dict(key="nonsense = 3", broken="horizon = ", value='horizon = "soon"', list='models = ["nope"]').items():
         write(folder / f"{name}.toml", line)
     write(folder / "code.py", "def number(panel): return 3", "def raises(panel): return panel['price_usd']")

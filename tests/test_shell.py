@@ -72,14 +72,17 @@ FAULTS = {  # command -> words its one line must hold
 }
 SMALL = "--data {}/good --config {}/short.toml"
 REFUSED = {  # what differs from the run that stands there -> what the refusal may name
-    "another seed": (f"{SMALL} --seed 1", "seed"), "another horizon": (f"{SMALL} --horizon 6D", "horizon"),
-    "another model": (f"{SMALL} --models climatology", "models"), "another first test": (f"{SMALL} --first-test 2017-05-02", "first_test"),
-    "another step": (f"{SMALL} --step 31D", "step"), "other data": (SMALL.replace("good", "other"), "data_sha256"),
+    "another seed": (f"{SMALL} --seed 1", "seed"),
+    "another horizon": (f"{SMALL} --horizon 6D", "horizon"),
+    "another model": (f"{SMALL} --models climatology", "models"),
+    "another first test": (f"{SMALL} --first-test 2017-05-02", "first_test"),
+    "another step": (f"{SMALL} --step 31D", "step"),
+    "other data": (SMALL.replace("good", "other"), "data_sha256"),
     "another number of resamples": (SMALL.replace("short", "resamples"), "n_boot"),
 }
-OCCUPIED = {f"{verb} into {what}": f"{verb} --out out {flags}" for what in ("a file", "a folder of others") for verb, flags in
-            (("run", f"{SMALL} --n-cuts 1"), ("evaluate", SMALL), ("prepare", "--data {}/good"))}
-DAMAGED = {f"{name} {fault}": name for name in ("fold-00-ewma-0.parquet", "run.json") for fault in ("cut short", "of other content")}
+INTO = {"run": f"{SMALL} --n-cuts 1", "evaluate": SMALL, "prepare": "--data {}/good"}
+OCCUPIED = {f"{verb} into {what}": f"{verb} --out out {INTO[verb]}" for what in ("a file", "a folder of others") for verb in INTO}
+DAMAGED = {f"{name} {fault}": name for name in ("fold-00-ewma-0.parquet", "run.json") for fault in ("cut short", "not its own")}
 MISSPELT = {"no command": "", "no such command": "nonsense", "no such flag": "run --bogus 1", "no number": "run --years eight"}
 AUDITED = {"honest": None, "centred": "smooth", "scaled": "z", "filled": "load"}  # function -> its leaky column
 MINE = """import numpy as np
@@ -90,7 +93,7 @@ def scaled(p): return honest(p).assign(z=(p['close'] - p['close'].mean()) / p['c
 def filled(p): return honest(p).assign(load=p['volume'].where(p.index.hour == 12).bfill())
 """
 WALK = "--data --years --seed --repair --out --config --seeds --models --first-test --step --horizon"
-HELP = {"run": f"{WALK} --n-cuts", "audit": f"{WALK} --n-cuts --fn", "evaluate": WALK, "forecast": WALK,
+HELP = {"run": f"{WALK} --n-cuts", "audit": f"{WALK.replace('--out ', '')} --n-cuts --fn", "evaluate": WALK, "forecast": WALK,
         "prepare": "--data --years --seed --repair --out", "train": "", "fetch": "", "plan": ""}
 
 
@@ -147,7 +150,8 @@ def test_default_run_says_where_and_nothing_else(default_run):
 
 def test_run_folder_is_whole(default_run):
     tables = {f"{n}.parquet" for n in ("forecast", "origins", "predictions")}
-    assert {p.name for p in default_run.out.iterdir()} == tables | {"config.toml", "parts", "report.html", "run.json", "scores.json"}
+    others = {"config.toml", "parts", "report.html", "run.json", "scores.json"}
+    assert {p.name for p in default_run.out.iterdir()} == tables | others
     scores = json.loads((default_run.out / "scores.json").read_text())
     parts = {f"fold-{k:02d}-{m}-0.parquet" for k in range(len(scores["folds"])) for m in scores["config"]["models"]}
     assert {p.name for p in (default_run.out / "parts").iterdir()} == parts
@@ -324,7 +328,7 @@ def test_bad_input_gets_one_line_and_exit_2(outcome, case):
 @pytest.mark.parametrize("case", MISSPELT)
 def test_a_misspelt_command_line_exits_2(outcome, case):
     got = outcome(case)
-    assert got.done.returncode == 2 and "Traceback" not in got.done.stderr and got.done.stderr and got.untouched()
+    assert got.done.returncode == 2 and got.done.stderr and "Traceback" not in got.done.stderr and got.untouched()
 
 
 def test_only_official_origins_are_scored(small, tmp_path):
@@ -409,7 +413,8 @@ def test_prepare_writes_three_tables_and_never_over(tmp_path):
 
 def test_forecast_prints_every_model(tmp_path):
     done = shell("forecast", "--years", "5", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "") and list(tmp_path.iterdir()) == [], "without --out nothing is written"
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == [], "without --out nothing is written"
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
     assert all(len(lines[m].split()) == 7 for m in [*BASELINES, "truth"]), done.stdout
     assert "2020-12-30 00:00 UTC" in done.stdout
@@ -436,7 +441,7 @@ def test_evaluate_writes_scores(small, tmp_path):
     done = shell("evaluate", *small, "--out", "a/b/out", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "") and "climatology" in done.stdout
     scores = json.loads((tmp_path / "a" / "b" / "out" / "scores.json").read_text())
-    assert {"provenance", "config", "folds", "audits", "summary", "by_year", "comparison", "reliability", "origins"} <= set(scores)
+    assert {"provenance", "config", "folds", "audits", "summary", "by_year", "comparison", "reliability"} <= set(scores)
     names = "log_loss brier pinball10 pinball90 interval_score coverage rmse_sigma rmse_log_sigma qlike".split()
     assert {(r["model"], r["score"]) for r in scores["summary"]} == {(m, s) for m in ("climatology", "ewma") for s in names}
     assert all(r["n_windows"] < r["n_origins"] and r["lo"] < r["mean"] < r["hi"] for r in scores["summary"])
@@ -451,7 +456,7 @@ def test_help_names_every_command(tmp_path):
 @pytest.mark.parametrize("case", HELP)
 def test_help_names_every_flag(outcome, case):
     got = outcome(case)
-    assert (got.done.returncode, got.done.stderr) == (0, "") and len(got.done.stdout.splitlines()) > 3 and got.untouched()
+    assert (got.done.returncode, got.done.stderr) == (0, "") and got.untouched() and len(got.done.stdout.splitlines()) > 3
     assert all(f"{flag} " in got.done.stdout for flag in HELP[case].split()), got.done.stdout
     if not HELP[case]: assert "not there yet" in got.done.stdout.lower()
 

@@ -1,0 +1,155 @@
+"The package as others import it: silent, light, in order, without pickle, and exactly what the notebooks export."
+import ast
+import configparser
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from helpers import ENV
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "cryptopredict"
+# The notebooks in the order in which data flow; a module imports only what stands before it.
+ORDER = ["leakage", "sources", "simulate", "features", "labels", "mamba2_block", "mhsa", "multitask", "streams", "checkpoint",
+         "tbptt_trainer", "vram", "scores", "baselines", "calibration", "forecast", "evaluate", "results", "cli"]
+# These need torch: the network, and what trains it.
+NETWORK = {"mamba2_block", "mhsa", "multitask", "streams", "checkpoint", "tbptt_trainer", "vram", "forecast",
+           "evaluate", "results"}
+MODULES = sorted((p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_")), key=ORDER.index)
+NAMES = {"TA-Lib": "talib", "scikit-learn": "sklearn"}  # distributions whose module is called otherwise
+
+WATCH = """import socket, sys
+def refuse(*args, **kwargs): raise RuntimeError("a connection at import")
+socket.socket.connect = socket.create_connection = refuse
+import importlib
+importlib.import_module({module!r})
+cuda = "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized()
+open(sys.argv[1], "w").write(" ".join({{m.partition(".")[0] for m in sys.modules}} | ({{"CUDA"}} if cuda else set())))"""
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    "For each module (\"\": the package) what a fresh interpreter printed, and the packages it had loaded after the import."
+    cwd, notes = tmp_path_factory.mktemp("elsewhere"), tmp_path_factory.mktemp("loaded")
+
+    def start(module):
+        code, note = WATCH.format(module=f"cryptopredict.{module}".strip(".")), notes / f"{module}.txt"
+        done = subprocess.run([sys.executable, "-c", code, note], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, f"import of {module or 'cryptopredict'}:\n{done.stderr}"
+        return done.stdout + done.stderr, set(note.read_text().split())
+    names = ["", *MODULES]
+    with ThreadPoolExecutor(2) as pool: yield dict(zip(names, pool.map(start, names)))
+    assert list(cwd.iterdir()) == [], "an import wrote a file"
+
+
+def _tree(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def _imports(tree: ast.Module) -> set[str]:
+    "Dotted names of everything imported anywhere in a module of this package, inside functions too."
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+        if isinstance(node, ast.ImportFrom):
+            base = "cryptopredict" + (f".{node.module}" if node.module else "") if node.level else node.module
+            found |= {f"{base}.{a.name}" for a in node.names}
+    return found
+
+
+@pytest.mark.parametrize("module", ["", *MODULES])
+def test_import_is_silent_and_light(imported, module):
+    said, loaded = imported[module]
+    assert said == "", said
+    heavy = {"nbdev", "execnb", "IPython", "pytest", "lightgbm", "sklearn", "arch", "mamba_ssm", "matplotlib", "CUDA"}
+    assert loaded.isdisjoint(heavy | (set() if module in NETWORK else {"torch"})), loaded & (heavy | {"torch"})
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m not in NETWORK | {"cli"}])
+def test_the_core_needs_neither_plots_nor_shell(imported, module):
+    assert imported[module][1].isdisjoint({"plotly", "tyro", "rich"})
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_imports_a_later_one(module):
+    mine = {name.split(".")[1] for name in _imports(_tree(module)) if name.startswith("cryptopredict.")} - {"__version__"}
+    later = mine & set(ORDER[ORDER.index(module):])
+    assert not later and mine <= set(ORDER), f"{module} imports {sorted(later or mine - set(ORDER))}"
+
+
+def test_notebooks_stand_in_the_same_order():
+    notebooks = [re.sub(r"^\d\d[a-z]?_", "", p.stem) for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))]
+    assert notebooks == MODULES, "one notebook is one module"
+
+
+def _declared(*keys: str) -> set[str]:
+    "Modules of the distributions that settings.ini names under these keys."
+    config = configparser.ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    entries = (entry for key in keys for entry in config["DEFAULT"][f"{key}requirements"].split())
+    names = (re.split(r"[<>=]", entry)[0] for entry in entries)
+    return {NAMES.get(name, name.replace("-", "_")) for name in names}
+
+
+def test_only_declared_dependencies_are_imported():
+    optional = _declared("cuda_", "baselines_", "track_")
+    known = _declared("") | optional | set(sys.stdlib_module_names) | {"cryptopredict"}
+    used = {m: {name.partition(".")[0] for name in _imports(_tree(m))} for m in MODULES}
+    assert all(names <= known for names in used.values()), {m: sorted(n - known) for m, n in used.items() if n - known}
+    tops = {m: ast.Module([n for n in _tree(m).body if isinstance(n, ast.Import | ast.ImportFrom)], []) for m in MODULES}
+    early = {m: {name.partition(".")[0] for name in _imports(t)} & optional for m, t in tops.items()}
+    assert not any(early.values()), f"an extra is imported where it is used, not with the module: {early}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_pickle_and_no_print(module):
+    tree, text = _tree(module), (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+    assert {n.partition(".")[0] for n in _imports(tree)}.isdisjoint({"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve"})
+    assert not re.search(r"allow_pickle\s*=\s*True|weights_only\s*=\s*False|read_pickle|to_pickle", text)
+    calls = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    assert calls.isdisjoint({"eval", "exec", "breakpoint"}) and ("print" not in calls or module == "cli")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_everything_exported_is_there_and_documented(module):
+    loaded = importlib.import_module(f"cryptopredict.{module}")
+    assert len(set(loaded.__all__)) == len(loaded.__all__) > 0
+    own = {name: getattr(loaded, name) for name in loaded.__all__}
+    bare = [n for n, v in own.items() if getattr(v, "__module__", "") == loaded.__name__ and not (v.__doc__ or "").strip()]
+    assert not bare, f"no docstring: {bare}"
+
+
+def test_modules_are_what_the_notebooks_export(tmp_path):
+    pytest.importorskip("nbdev")
+    for folder in ("nbs", "cryptopredict"): (tmp_path / folder).mkdir()
+    for file in (ROOT / "settings.ini", PACKAGE / "__init__.py", *(ROOT / "nbs").glob("*.ipynb")):
+        shutil.copy(file, tmp_path / file.relative_to(ROOT))
+    argv = [sys.executable, "-c", "import nbdev; nbdev.nbdev_export()"]
+    done = subprocess.run(argv, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    both = (tmp_path / "cryptopredict", PACKAGE)
+    made, there = ({p.name: p.read_text(encoding="utf-8") for p in folder.glob("*.py")} for folder in both)
+    assert set(made) == set(there), f"run nbdev_export: {set(made) ^ set(there)}"
+    assert [n for n in made if made[n] != there[n]] == [], "edited by hand, or a notebook was not exported: run nbdev_export"
+
+
+def test_package_data_is_declared():
+    # Files beside the modules reach a wheel only when setup.py names them.
+    others = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert all(re.fullmatch(r"presets/\w+\.toml", name) for name in others), others
+    assert "presets/*.toml" in (ROOT / "setup.py").read_text(encoding="utf-8")
+
+
+def test_results_hold_no_data_rows():
+    # The source files are not the project's to pass on; forecasts, labels' scores and figures made from them are.
+    import pandas as pd
+    for path in (ROOT / "results").glob("*.parquet"):
+        assert set(pd.read_parquet(path).columns).isdisjoint({"open", "high", "low", "close", "volume"}), path.name
+    for path in (ROOT / "results").glob("*.json"):
+        assert {"provenance", "config", "summary"} <= set(json.loads(path.read_text(encoding="utf-8"))), path.name
