@@ -34,13 +34,13 @@ from .multitask import read_preset
 from .scores import SCHEMA, compare, dm_test, loss_table, summarise
 from .simulate import conditional_law
 from .streams import fold_data, warm_forecast
-from .tbptt_trainer import train, train_preset
+from .tbptt_trainer import best_epoch, train, train_preset
 
 # %% auto #0
 __all__ = ['FORECAST_COLUMNS', 'FORECASTERS', 'HEAD_LOSSES', 'HEAD_COLUMNS', 'Truth', 'ConfigError', 'EvaluateConfig',
            'load_config', 'default_first_test', 'origins', 'make_folds', 'audit_inputs', 'write_atomic', 'panel_hash',
-           'provenance_of', 'open_run', 'Anchor', 'best_epoch', 'heads_that_help', 'Network', 'fit_predict',
-           'predict_folds', 'score_run', 'newest_forecast', 'training_summary', 'walk_forward_run']
+           'provenance_of', 'open_run', 'Anchor', 'heads_that_help', 'Network', 'fit_predict', 'predict_folds',
+           'score_run', 'newest_forecast', 'training_summary', 'walk_forward_run']
 
 # %% ../nbs/05f_evaluate.ipynb #719566b7
 FORECAST_COLUMNS = SCHEMA[4:]  # p_down p_flat p_up p10 p90 sigma
@@ -302,13 +302,6 @@ def _anchor_forecast(anchor: Anchor, panel: pd.DataFrame, rows: np.ndarray) -> p
     made = anchor.climatology.predict(panel, None, rows)
     return made.assign(sigma=anchor.log_har.predict(panel, None, rows)["sigma"])
 
-# %% ../nbs/05f_evaluate.ipynb #14e1ae8b
-def best_epoch(
-    validation: list[dict],  # lines of `validation.jsonl`; epoch 0 is the anchor
-) -> int:
-    "The epoch of the lowest total validation loss; 0 when training never helped."
-    return min(validation, key=lambda r: r["total"] if np.isfinite(r["total"]) else np.inf)["epoch"]
-
 # %% ../nbs/05f_evaluate.ipynb #ba4103b5
 def heads_that_help(
     network: pd.DataFrame,  # its forecasts at daily origins of the validation span
@@ -368,7 +361,7 @@ class Network:
         if not kept.exists():
             self.anchor, start, self.data = self._data(panel, features, labels, fold.train, fold.valid)
             run = train(self._config(self.data, seed), self.data, self.folder / "choice", start)
-            best = best_epoch([json.loads(line) for line in (run.out / "validation.jsonl").read_text().splitlines()])
+            best = best_epoch(run.out)
             heads = self._heads_at(run, best, panel, features, labels, origins(panel.index, fold.valid)) if best else []
             write_atomic(kept, json.dumps(dict(epochs=best if heads else 0, heads=heads, best_epoch=best)))
         choice = json.loads(kept.read_text())
