@@ -166,7 +166,8 @@ def _longest_label(label_end: pd.Series | pd.DataFrame, index: pd.DatetimeIndex)
     if isinstance(label_end, pd.DataFrame): label_end = label_end.max(axis=1).where(label_end.notna().all(axis=1))
     if not len(index): raise ValueError("index is empty: too little history for the label's length; bring data")
     if len(label_end) != len(index): raise ValueError(f"label_end has {len(label_end)} rows, index {len(index)}: give as many")
-    if isinstance(label_end, pd.Series) and isinstance(label_end.index, pd.DatetimeIndex) and not label_end.index.equals(index):
+    own = label_end.index if isinstance(label_end, pd.Series) else None
+    if isinstance(own, pd.DatetimeIndex) and not (own == index).all():  # in pandas 2 `equals` tells seconds from nanoseconds
         raise ValueError("label_end and index have different times: reindex label_end to index")
     ends = pd.DatetimeIndex(label_end)
     if ends.isna().all(): ends = pd.DatetimeIndex(ends, tz=ends.tz or "UTC")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['ssd_reference', 'ssd_scan', 'Mamba2State', 'Mamba2Config', 'no_weight_decay', 'RMSNorm', 'causal_conv', 'Mamba2',
-           'check_state', 'GatedMLP', 'Mamba2Block']
+           'check_like', 'check_state', 'GatedMLP', 'Mamba2Block']
 
 # %% ../nbs/03_mamba2_block.ipynb #ae4646bb
 def ssd_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
@@ -37,11 +37,10 @@ def ssd_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
 def _decays(dA: Tensor) -> tuple[Tensor, Tensor]:
     "Cumulative sums of `dA` (b, c, h, q) and the lower-triangular decays exp(sum over (j, i]) of shape (b, c, h, q, q)."
     total = dA.cumsum(-1)
-    q = dA.shape[-1]
-    later = torch.ones(q, q, dtype=torch.bool, device=dA.device).triu(1)
-    # Masked before the exponential: above the diagonal the difference is positive and may overflow.
-    span = (total[..., :, None] - total[..., None, :]).masked_fill(later, -math.inf)
-    return total, span.exp()
+    never = torch.full((dA.shape[-1],) * 2, -math.inf, dtype=dA.dtype, device=dA.device).triu(1)
+    # Minus infinity before the exponential: above the diagonal the difference is positive and may overflow.
+    # In place, on a matrix nobody else holds: it is the largest of the scan, and reading it over is what the scan's time goes to.
+    return total, (total[..., :, None] + (-total)[..., None, :]).add_(never).exp_()
 
 # %% ../nbs/03_mamba2_block.ipynb #d0fc56a5
 def _hand_on(left: Tensor, keep: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,40 +51,51 @@ def _hand_on(left: Tensor, keep: Tensor, state: Tensor) -> tuple[Tensor, Tensor]
         state = keep[:, c, :, None, None] * state + left[:, c]
     return torch.stack(before, 1), state
 
-# %% ../nbs/03_mamba2_block.ipynb #06ee3973
+# %% ../nbs/03_mamba2_block.ipynb #fcd5a399
 def _scan_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, q: int) -> tuple[Tensor, Tensor]:
     "The scan over a length that is a multiple of `q`, without D; `state` is (b, h, p, n) in at least float32."
-    g = B.shape[2]
-    wide = state.dtype
-    x, dt, B, C = (rearrange(m, "b (c q) ... -> b c q ...", q=q) for m in (x, dt.to(wide), B, C))
-    dt = rearrange(dt, "b c q h -> b c h q")
-    total, L = _decays(dt * A.to(wide)[:, None])
-    xg = rearrange(x, "b c q (g r) p -> b c g r q p", g=g)  # heads by the group whose B and C they share
-    near = rearrange(C, "b c i g n -> b c g i n") @ rearrange(B, "b c j g n -> b c g n j")  # (b, c, g, i, j)
-    weight = near[:, :, :, None].to(wide) * rearrange(L * dt[..., None, :], "b c (g r) i j -> b c g r i j", g=g)
-    y = weight.to(x.dtype) @ xg  # own inputs to own outputs
-    fade = rearrange((total[..., -1:] - total).exp() * dt, "b c (g r) q -> b c g r q 1", g=g)
-    left = (fade * xg).to(x.dtype).transpose(-1, -2) @ rearrange(B, "b c q g n -> b c g 1 q n")  # left in the state
-    before, state = _hand_on(rearrange(left, "b c g r p n -> b c (g r) p n").to(wide), total[..., -1].exp(), state)
-    read = rearrange(C, "b c q g n -> b c g 1 q n") @ rearrange(before, "b c (g r) p n -> b c g r n p", g=g).to(x.dtype)
-    y = y + (read.to(wide) * rearrange(total.exp(), "b c (g r) q -> b c g r q 1", g=g)).to(x.dtype)
+    kind, wide, g = x.dtype, state.dtype, B.shape[2]
+    by_group = lambda m: rearrange(m, "b c (g r) ... -> b c g r ...", g=g)  # r heads share the B and C of a group
+    total, L = _decays(rearrange(dt.to(wide) * A.to(wide), "b (c q) h -> b c h q", q=q))
+    x = rearrange(x.to(wide) * dt.to(wide)[..., None], "b (c q) (g r) p -> b c g r q p", q=q, g=g)  # what a step writes
+    B, C = (rearrange(m, "b (c q) g n -> b c g q n", q=q) for m in (B, C))
+    near = (C @ B.transpose(-1, -2)).to(wide)[:, :, :, None]  # (b, c, g, 1, q, q)
+    y = (near * by_group(L)).to(kind) @ x.to(kind)  # own inputs to own outputs
+    fade = by_group((total[..., -1:] - total).exp())[..., None]
+    left = (fade * x).to(kind).transpose(-1, -2) @ B[:, :, :, None]  # left in the state (b, c, g, r, p, n)
+    before, state = _hand_on(left.flatten(2, 3).to(wide), total[..., -1].exp(), state)
+    read = C[:, :, :, None] @ by_group(before).to(kind).transpose(-1, -2)  # what was before, as it is read
+    y = y + (read.to(wide) * by_group(total.exp())[..., None]).to(kind)
     return rearrange(y, "b c g r q p -> b (c q) (g r) p"), state
 
-# %% ../nbs/03_mamba2_block.ipynb #fcd5a399
+# %% ../nbs/03_mamba2_block.ipynb #79dd457f
+def _scan_any(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    "The scan over any length: whole chunks, then the tail as one shorter chunk."
+    whole = x.shape[1] - x.shape[1] % chunk
+    lengths, ys = [n for n in (whole, x.shape[1] - whole) if n], []
+    for n, xs, dts, Bs, Cs in zip(lengths, *(m.split(lengths, dim=1) for m in (x, dt, B, C))):
+        y, state = _scan_chunks(xs, dts, A, Bs, Cs, state, min(n, chunk))
+        ys.append(y)
+    return torch.cat(ys, 1) if len(ys) > 1 else ys[0], state
+
+# %% ../nbs/03_mamba2_block.ipynb #29fba023
 def _check_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor | None) -> None:
     "A `ValueError` that names the argument and both shapes where they do not fit."
     if x.dim() != 4: raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, time, head, headdim)")
     b, t, h, p = x.shape
     g, n = (B.shape[2], B.shape[3]) if B.dim() == 4 else (1, 0)
-    expected = {"dt": (dt, (b, t, h)), "A": (A, (h,)), "B": (B, (b, t, g, n)), "C": (C, (b, t, g, n))}
-    if D is not None: expected["D"] = (D, (h,))
-    if state is not None: expected["initial_state"] = (state, (b, h, p, n))
+    expected = dict(dt=(dt, (b, t, h)), A=(A, (h,)), B=(B, (b, t, g, n)), C=(C, (b, t, g, n)), D=(D, (h,)),
+                    initial_state=(state, (b, h, p, n)))
     for name, (value, shape) in expected.items():
-        if tuple(value.shape) != shape: raise ValueError(f"{name} has shape {tuple(value.shape)}; with x {tuple(x.shape)} expected {shape}")
+        if value is None or value.shape == shape: continue
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; with x {tuple(x.shape)} expected {shape}")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if state is not None and state.dtype != wide:
+        raise ValueError(f"initial_state is {state.dtype}; with x {x.dtype} expected {wide}")
     if h % g: raise ValueError(f"B has {g} groups, which do not divide the {h} heads of x")
     if t == 0: raise ValueError(f"x has shape {tuple(x.shape)}: at least one time step is needed")
 
-# %% ../nbs/03_mamba2_block.ipynb #ff5b34d9
+# %% ../nbs/03_mamba2_block.ipynb #a51f2eaa
 def ssd_scan(
     x: Tensor,  # inputs (b, t, h, p)
     dt: Tensor,  # step sizes, positive (b, t, h)
@@ -101,17 +111,11 @@ def ssd_scan(
     _check_scan(x, dt, A, B, C, D, initial_state)
     if backend not in ("auto", "torch"): raise ValueError(f"backend is {backend!r}; known are 'auto' and 'torch'")
     if chunk < 1: raise ValueError(f"chunk is {chunk}; give at least 1")
-    wide = torch.promote_types(x.dtype, torch.float32)
-    b, t, h, p = x.shape
-    state = x.new_zeros(b, h, p, B.shape[-1], dtype=wide) if initial_state is None else initial_state.to(wide)
-    whole, ys = t - t % chunk, []
+    b, _, h, p = x.shape
+    state = initial_state
+    if state is None: state = x.new_zeros(b, h, p, B.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
     with torch.autocast(x.device.type, enabled=False):
-        B, C = B.to(x.dtype), C.to(x.dtype)
-        for start, stop, q in ((0, whole, chunk), (whole, t, t - whole)):
-            if stop == start: continue
-            y, state = _scan_chunks(x[:, start:stop], dt[:, start:stop], A, B[:, start:stop], C[:, start:stop], state, q)
-            ys.append(y)
-        y = ys[0] if len(ys) == 1 else torch.cat(ys, 1)
+        y, state = _scan_any(x, dt, A, B.to(x.dtype), C.to(x.dtype), state, chunk)
         return (y if D is None else y + D[:, None].to(x.dtype) * x), state
 
 # %% ../nbs/03_mamba2_block.ipynb #11ed3553
@@ -134,8 +138,9 @@ class Mamba2Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not (isinstance(value, int) and value >= 1): raise ValueError(f"{name} is {value!r}: give a whole number, at least 1")
-        if self.d_inner % self.headdim: raise ValueError(f"headdim {self.headdim} does not divide expand * d_model = {self.d_inner}")
+            if type(value) is not int or value < 1: raise ValueError(f"{name} is {value!r}: give a whole number, at least 1")
+        if self.d_inner % self.headdim:
+            raise ValueError(f"headdim {self.headdim} does not divide expand * d_model = {self.d_inner}")
         if self.nheads % self.ngroups: raise ValueError(f"ngroups {self.ngroups} does not divide the {self.nheads} heads")
 
     @property
@@ -172,9 +177,10 @@ def causal_conv(
     past: Tensor,  # the width - 1 inputs before the first (b, channels, width - 1)
 ) -> tuple[Tensor, Tensor]:
     "Depthwise causal convolution that continues after `past`; returns outputs and the new past."
-    joined = torch.cat([past.to(x.dtype), x.transpose(1, 2)], dim=2)  # (b, channels, width - 1 + t)
-    y = F.conv1d(joined, weight.to(x.dtype), bias.to(x.dtype), groups=weight.shape[0])
-    return y.transpose(1, 2), joined[:, :, joined.shape[2] - past.shape[2]:]
+    joined, t, y = torch.cat([past.transpose(1, 2).to(x.dtype), x], dim=1), x.shape[1], bias  # (b, width - 1 + t, channels)
+    # A product a tap: a few taps of one filter a channel are too little work for a convolution to be worth its change of layout.
+    for k in range(weight.shape[2]): y = torch.addcmul(y, joined[:, k:k + t], weight[:, 0, k])
+    return y.to(x.dtype), joined[:, t:].transpose(1, 2)
 
 # %% ../nbs/03_mamba2_block.ipynb #efdfd7c7
 def _initial_dt_bias(h: int) -> Tensor:
@@ -194,46 +200,52 @@ class Mamba2(nn.Module):
         self.dt_bias = no_weight_decay(nn.Parameter(_initial_dt_bias(cfg.nheads)))
         self.A_log = no_weight_decay(nn.Parameter(torch.log(torch.empty(cfg.nheads).uniform_(1, 16))))
         self.D = no_weight_decay(nn.Parameter(torch.ones(cfg.nheads)))
-        self.norm = RMSNorm(cfg.d_inner)
-        self.out_proj = nn.Linear(cfg.d_inner, cfg.d_model, bias=False)
+        self.norm, self.out_proj = RMSNorm(cfg.d_inner), nn.Linear(cfg.d_inner, cfg.d_model, bias=False)
         no_weight_decay(self.conv1d.bias)
 
     def init_state(self, batch: int) -> Mamba2State:
         "The state before anything was seen."
         c, w = self.cfg, self.in_proj.weight
-        wide = torch.promote_types(w.dtype, torch.float32)
-        return Mamba2State(w.new_zeros(batch, c.d_xbc, c.d_conv - 1), w.new_zeros(batch, c.nheads, c.headdim, c.d_state, dtype=wide))
+        ssm = w.new_zeros(batch, c.nheads, c.headdim, c.d_state, dtype=torch.promote_types(w.dtype, torch.float32))
+        return Mamba2State(w.new_zeros(batch, c.d_xbc, c.d_conv - 1), ssm)
 
     def forward(self, u: Tensor, state: Mamba2State | None = None) -> tuple[Tensor, Mamba2State]:
         "Outputs (b, t, d_model) for inputs of that shape, and the state after the last step."
-        state = check_state(self, u, state)
-        return _mix(self, u, state)
+        return _mix(self, u, check_state(self, u, state))
 
     def step(self, u_t: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
         "One time step: u_t (b, d_model)."
         y, state = self(u_t[:, None], state)
         return y[:, 0], state
 
-# %% ../nbs/03_mamba2_block.ipynb #ceb8b7f6
+# %% ../nbs/03_mamba2_block.ipynb #5cba4ca5
+def check_like(given, due, name: str, u: Tensor):
+    "`given` if its type, shapes, types of numbers and devices are those of `due`; else a `ValueError` that names the part."
+    if type(given) is not type(due): raise ValueError(f"{name} is {type(given).__name__}; expected {type(due).__name__}")
+    if isinstance(due, tuple):
+        for field, one, two in zip(due._fields, given, due): check_like(one, two, f"{name}.{field}", u)
+    elif given.shape != due.shape:
+        raise ValueError(f"{name} has shape {tuple(given.shape)}; for u {tuple(u.shape)} expected {tuple(due.shape)}")
+    elif given.dtype != due.dtype: raise ValueError(f"{name} is {given.dtype}; expected {due.dtype}")
+    elif given.device != due.device:
+        raise ValueError(f"{name} is on {given.device}, the module on {due.device}: move it with .to")
+    return given
+
+# %% ../nbs/03_mamba2_block.ipynb #1fd0a006
 def check_state(mixer: Mamba2, u: Tensor, state: Mamba2State | None) -> Mamba2State:
     "The state to start from; a `ValueError` names the argument and both shapes where `u` or `state` does not fit."
     d = mixer.cfg.d_model
     if u.dim() != 3 or u.shape[-1] != d: raise ValueError(f"u has shape {tuple(u.shape)}; expected (batch, time, {d})")
     fresh = mixer.init_state(u.shape[0])
-    for name, given, due in zip(fresh._fields, state or fresh, fresh):
-        if given.shape != due.shape: raise ValueError(f"state.{name} has shape {tuple(given.shape)}; for u {tuple(u.shape)} expected {tuple(due.shape)}")
-        if given.device != due.device: raise ValueError(f"state.{name} is on {given.device}, the mixer on {due.device}: move it with .to")
-        if name == "ssm" and given.dtype != due.dtype: raise ValueError(f"state.ssm is {given.dtype}; expected {due.dtype}")
-    return state or fresh
+    return fresh if state is None else check_like(state, fresh, "state", u)
 
-# %% ../nbs/03_mamba2_block.ipynb #5cba4ca5
+# %% ../nbs/03_mamba2_block.ipynb #d430c338
 def _mix(m: Mamba2, u: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
     "The mixer's forward: project, convolve, scan, gate, project."
-    c = m.cfg
+    c, wide = m.cfg, state.ssm.dtype
     z, xbc, dt = m.in_proj(u).split([c.d_inner, c.d_xbc, c.nheads], dim=-1)
     xbc, conv = causal_conv(xbc, m.conv1d.weight, m.conv1d.bias, state.conv)
     x, B, C = F.silu(xbc).split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], dim=-1)
-    wide = state.ssm.dtype
     dt, A = F.softplus(dt.to(wide) + m.dt_bias.to(wide)), -torch.exp(m.A_log.to(wide))
     B, C = (rearrange(v, "b t (g n) -> b t g n", g=c.ngroups) for v in (B, C))
     y, ssm = ssd_scan(rearrange(x, "b t (h p) -> b t h p", p=c.headdim), dt, A, B, C, m.D, state.ssm, c.chunk)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .mamba2_block import Mamba2Block, Mamba2Config, Mamba2State, RMSNorm, no_weight_decay
+from .mamba2_block import Mamba2Block, Mamba2Config, Mamba2State, RMSNorm, check_like, no_weight_decay
 
 # %% auto #0
 __all__ = ['rotate', 'KVCache', 'window_mask', 'MHSAConfig', 'MHSA', 'HybridState', 'HybridBlock']
@@ -29,8 +29,9 @@ def rotate(
     wide = torch.promote_types(x.dtype, torch.float32)
     rate = base ** (-torch.arange(half, device=x.device, dtype=wide) / half)
     angle = positions.to(wide)[:, None] * rate  # (t, d/2)
+    cos, sin = angle.cos(), angle.sin()
     one, two = x.to(wide).chunk(2, dim=-1)
-    return torch.cat([one * angle.cos() - two * angle.sin(), two * angle.cos() + one * angle.sin()], dim=-1).to(x.dtype)
+    return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1).to(x.dtype)
 
 # %% ../nbs/04_mhsa.ipynb #b6553927
 class KVCache(NamedTuple):
@@ -39,7 +40,7 @@ class KVCache(NamedTuple):
     v: Tensor  # (b, heads, kv_window, d)
     seen: Tensor  # filled slots, int64 (b,)
 
-# %% ../nbs/04_mhsa.ipynb #e1fd0b25
+# %% ../nbs/04_mhsa.ipynb #ac5d2401
 def window_mask(
     t: int,  # queries
     window: int,  # steps before itself that a query sees
@@ -48,9 +49,10 @@ def window_mask(
     "True where a query may look: (b, 1, t, window + t)."
     i = torch.arange(t, device=seen.device)[:, None]
     j = torch.arange(window + t, device=seen.device)[None]
-    return (((j >= i) & (j <= i + window))[None] & (j[None] >= (window - seen)[:, None, None]))[:, None]
+    real = j[None] >= (window - seen)[:, None, None]  # (b, 1, window + t)
+    return (((j >= i) & (j <= i + window))[None] & real)[:, None]
 
-# %% ../nbs/04_mhsa.ipynb #ad0517d4
+# %% ../nbs/04_mhsa.ipynb #00069e58
 @dataclass(frozen=True)
 class MHSAConfig:
     "Sizes of the attention."
@@ -63,17 +65,21 @@ class MHSAConfig:
     def __post_init__(self):
         for name, least in (("d_model", 2), ("n_heads", 1), ("kv_window", 0), ("block", 1)):
             value = getattr(self, name)
-            if not (isinstance(value, int) and value >= least): raise ValueError(f"{name} is {value!r}: give a whole number, at least {least}")
-        if self.d_model % (2 * self.n_heads): raise ValueError(f"n_heads {self.n_heads} does not divide d_model {self.d_model} into heads of even width")
+            if type(value) is int and value >= least: continue
+            raise ValueError(f"{name} is {value!r}: give a whole number, at least {least}")
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(f"n_heads {self.n_heads} does not divide d_model {self.d_model} into heads of even width")
 
-# %% ../nbs/04_mhsa.ipynb #81caf3a2
+# %% ../nbs/04_mhsa.ipynb #ed931c30
 def _attend(cfg: MHSAConfig, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
     "Attention of one block of queries to the cache and itself, and the cache after it."
     t, w = q.shape[2], cfg.kv_window
     keys, values = torch.cat([cache.k.to(k.dtype), k], 2), torch.cat([cache.v.to(v.dtype), v], 2)
     at = torch.arange(w + t, device=q.device)
-    y = F.scaled_dot_product_attention(rotate(q, at[w:], cfg.base), rotate(keys, at, cfg.base), values, window_mask(t, w, cache.seen))
-    return y, KVCache(keys[:, :, t:].to(cache.k.dtype), values[:, :, t:].to(cache.v.dtype), (cache.seen + t).clamp_max(w))
+    turned, mask = rotate(keys, at, cfg.base), window_mask(t, w, cache.seen)
+    y = F.scaled_dot_product_attention(rotate(q, at[w:], cfg.base), turned, values, mask)
+    kept = keys[:, :, t:].to(cache.k.dtype), values[:, :, t:].to(cache.v.dtype)
+    return y, KVCache(*kept, (cache.seen + t).clamp_max(w))
 
 # %% ../nbs/04_mhsa.ipynb #703db3ab
 class MHSA(nn.Module):
@@ -110,12 +116,10 @@ class MHSA(nn.Module):
 def _check_cache(m: MHSA, u: Tensor, cache: KVCache | None) -> KVCache:
     "The cache to start from; a `ValueError` names the argument and both shapes where `u` or `cache` does not fit."
     d = m.cfg.d_model
-    if u.dim() != 3 or u.shape[-1] != d: raise ValueError(f"u has shape {tuple(u.shape)}; expected (batch, time, {d})")
+    if u.dim() != 3 or u.shape[-1] != d or not u.shape[1]:
+        raise ValueError(f"u has shape {tuple(u.shape)}; expected (batch, time, {d})")
     fresh = m.init_state(u.shape[0])
-    for name, given, due in zip(fresh._fields, cache or fresh, fresh):
-        if given.shape != due.shape: raise ValueError(f"cache.{name} has shape {tuple(given.shape)}; for u {tuple(u.shape)} expected {tuple(due.shape)}")
-        if given.dtype != due.dtype: raise ValueError(f"cache.{name} is {given.dtype}; expected {due.dtype}")
-    return cache or fresh
+    return fresh if cache is None else check_like(cache, fresh, "cache", u)
 
 # %% ../nbs/04_mhsa.ipynb #530b4e83
 class HybridState(NamedTuple):
@@ -123,7 +127,7 @@ class HybridState(NamedTuple):
     mixer: Mamba2State
     attention: KVCache
 
-# %% ../nbs/04_mhsa.ipynb #1c0d31b9
+# %% ../nbs/04_mhsa.ipynb #1a303b88
 class HybridBlock(nn.Module):
     "A Mamba2 block with a gated attention branch beside the mixer."
 
@@ -139,6 +143,8 @@ class HybridBlock(nn.Module):
 
     def forward(self, u: Tensor, state: HybridState | None = None) -> tuple[Tensor, HybridState]:
         "Residual stream (b, t, d_model) after the block, and its state."
+        if not isinstance(state, HybridState | None):
+            raise ValueError(f"state is {type(state).__name__}; expected HybridState")
         mixer, cache = state or self.init_state(u.shape[0])
         looked, cache = self.attention(self.norm(u), cache)
         mixed, mixer = self.base.mixer(self.base.norm1(u), mixer)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mamba2_block import Mamba2Block, Mamba2Config, RMSNorm, no_weight_decay
+from .mamba2_block import Mamba2Block, Mamba2Config, RMSNorm, check_like, no_weight_decay
 from .mhsa import MHSA, HybridBlock, MHSAConfig
 
 # %% auto #0
@@ -25,6 +25,16 @@ __all__ = ['POOLINGS', 'MAX_LOG_VAR', 'ModelConfig', 'read_preset', 'preset', 'M
 # %% ../nbs/04a_multitask.ipynb #b09528ca
 POOLINGS = ("last", "mean", "attention")  # how the hidden states up to t become one
 
+def _check_sizes(cfg: ModelConfig) -> None:
+    "A `ValueError` that names the field."
+    if cfg.pooling not in POOLINGS: raise ValueError(f"pooling is {cfg.pooling!r}; known are {', '.join(POOLINGS)}")
+    if not 0 <= cfg.dropout < 1: raise ValueError(f"dropout is {cfg.dropout}: give a share in [0, 1)")
+    for name, least in dict(n_features=1 + cfg.anchored, n_layers=1, mlp=1, attention_every=0, pool_window=0).items():
+        value = getattr(cfg, name)
+        if type(value) is not int or value < least: raise ValueError(f"{name} is {value}: give at least {least}, a whole number")
+    _ = cfg.mixer, cfg.attention  # made, they check their own sizes
+
+# %% ../nbs/04a_multitask.ipynb #1d7903c1
 @dataclass(frozen=True)
 class ModelConfig:
     "Sizes of the model."
@@ -46,36 +56,33 @@ class ModelConfig:
     pool_window: int = 168  # steps the attention pooling looks back
     anchored: bool = False  # the last input channel is a forecast of log sigma that the volatility head adds to
 
-    def __post_init__(self):
-        if self.pooling not in POOLINGS: raise ValueError(f"pooling is {self.pooling!r}; known are {', '.join(POOLINGS)}")
-        if not 0 <= self.dropout < 1: raise ValueError(f"dropout is {self.dropout}: give a share in [0, 1)")
-        for name, least in dict(n_features=1 + self.anchored, n_layers=1, mlp=1, attention_every=0).items():
-            if getattr(self, name) < least: raise ValueError(f"{name} is {getattr(self, name)}: give at least {least}")
-        self.mixer, self.attention  # their own checks
+    def __post_init__(self): _check_sizes(self)
 
     @property
-    def mixer(self) -> Mamba2Config: return Mamba2Config(self.d_model, self.d_state, self.expand, self.headdim, self.ngroups, self.d_conv, self.chunk)
+    def mixer(self) -> Mamba2Config: return Mamba2Config(**{f.name: getattr(self, f.name) for f in fields(Mamba2Config)})
     @property
     def attention(self) -> MHSAConfig: return MHSAConfig(self.d_model, self.n_heads, self.kv_window)
 
-# %% ../nbs/04a_multitask.ipynb #1d7903c1
+# %% ../nbs/04a_multitask.ipynb #2f011791
 def read_preset(
     name: str,  # baseline, mhsa or tiny
 ) -> dict:
     "The preset's TOML: sections `model` and `train`."
-    known = sorted(p.name.removesuffix(".toml") for p in files("cryptopredict").joinpath("presets").iterdir() if p.name.endswith(".toml"))
+    folder = files("cryptopredict").joinpath("presets")
+    known = sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml"))
     if name not in known: raise ValueError(f"unknown preset {name!r}; known are {', '.join(known)}")
-    return tomllib.loads(files("cryptopredict").joinpath("presets", f"{name}.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(folder.joinpath(f"{name}.toml").read_text(encoding="utf-8"))
 
-# %% ../nbs/04a_multitask.ipynb #813a810d
+# %% ../nbs/04a_multitask.ipynb #4971676a
 def preset(
     name: str,  # baseline, mhsa or tiny
     n_features: int = 60,  # input channels
     **overrides,  # any other field of `ModelConfig`
 ) -> ModelConfig:
     "The preset's model, with overrides."
-    unknown = set(overrides) - {f.name for f in fields(ModelConfig)}
-    if unknown: raise ValueError(f"unknown key {sorted(unknown)[0]!r}; known are {', '.join(f.name for f in fields(ModelConfig))}")
+    known = [f.name for f in fields(ModelConfig)]
+    unknown = sorted(set(overrides) - set(known))
+    if unknown: raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(known)}")
     return replace(ModelConfig(n_features=n_features, **read_preset(name)["model"]), **overrides)
 
 # %% ../nbs/04a_multitask.ipynb #96af6092
@@ -84,7 +91,7 @@ class MeanState(NamedTuple):
     total: Tensor  # sum of hidden states (b, d), at least float32
     count: Tensor  # how many, float of the same type (b, 1)
 
-# %% ../nbs/04a_multitask.ipynb #a47b49be
+# %% ../nbs/04a_multitask.ipynb #880f4b6e
 class Pooling(nn.Module):
     "Hidden states (b, t, d) to pooled states of the same shape, causal, with carried state."
 
@@ -95,9 +102,10 @@ class Pooling(nn.Module):
 
     def init_state(self, like: Tensor):
         "The state before anything was seen; batch, device and type as of `like` (b, t, d)."
-        wide = torch.promote_types(like.dtype, torch.float32)
-        zeros = lambda n: torch.zeros(like.shape[0], n, dtype=wide, device=like.device)
-        return {"last": (), "mean": MeanState(zeros(self.d), zeros(1))}.get(self.kind) if self.kind != "attention" else self.attention.init_state(like.shape[0])
+        if self.kind == "last": return ()
+        if self.kind == "attention": return self.attention.init_state(like.shape[0])
+        zeros = lambda n: like.new_zeros(like.shape[0], n, dtype=torch.promote_types(like.dtype, torch.float32))
+        return MeanState(zeros(self.d), zeros(1))
 
     def forward(self, u: Tensor, state) -> tuple[Tensor, MeanState | tuple]:
         "Pooled states and the carried state."
@@ -105,6 +113,7 @@ class Pooling(nn.Module):
         if self.kind == "attention":
             y, state = self.attention(u, state)
             return u + y, state
+        state = check_like(state, self.init_state(u), "state.pool", u)
         total = state.total[:, None] + u.to(state.total.dtype).cumsum(1)
         count = state.count + torch.arange(1, u.shape[1] + 1, device=u.device, dtype=state.count.dtype)  # (b, t)
         return (total / count[..., None]).to(u.dtype), MeanState(total[:, -1], count[:, -1:])
@@ -122,13 +131,14 @@ def _inverse_softplus(x: Tensor) -> Tensor:
     "y with softplus(y) = x, for x > 0."
     return x + torch.log(-torch.expm1(-x))
 
-# %% ../nbs/04a_multitask.ipynb #18ef2b62
+# %% ../nbs/04a_multitask.ipynb #564ffff8
 class Heads(nn.Module):
     "Pooled states to `Forecast`; ordering and positivity by construction, weights start at zero."
 
     def __init__(self, d_model: int):
         super().__init__()
-        self.classifier, self.regressor = nn.Linear(d_model, 3), nn.Linear(d_model, 4)  # middle, width down, width up, log sigma
+        self.classifier = nn.Linear(d_model, 3)
+        self.regressor = nn.Linear(d_model, 4)  # middle, width down, width up, log sigma
         for layer in (self.classifier, self.regressor):
             nn.init.zeros_(layer.weight)
             no_weight_decay(layer.bias)
@@ -144,10 +154,11 @@ class Heads(nn.Module):
 
     def forward(self, u: Tensor, anchor: Tensor | None) -> Forecast:
         "Forecasts from pooled states (b, t, d) in float32 at least, adding to `anchor` (b, t), a log sigma, where given."
-        wide = torch.promote_types(u.dtype, torch.float32)
-        middle, down, up, log_sigma = self.regressor(u).to(wide).unbind(-1)
-        if anchor is not None: log_sigma = log_sigma + anchor.to(wide)
-        return Forecast(self.classifier(u).to(wide), middle - F.softplus(down), middle + F.softplus(up), log_sigma.clamp(-6, 3).exp())
+        u = u.to(torch.promote_types(u.dtype, torch.float32))
+        with torch.autocast(u.device.type, enabled=False):  # a bias in bfloat16 would be no climatology any more
+            logits, (middle, down, up, log_sigma) = self.classifier(u), self.regressor(u).unbind(-1)
+        if anchor is not None: log_sigma = log_sigma + anchor.to(u.dtype)
+        return Forecast(logits, middle - F.softplus(down), middle + F.softplus(up), log_sigma.clamp(-6, 3).exp())
 
 # %% ../nbs/04a_multitask.ipynb #461bda95
 class ModelState(NamedTuple):
@@ -162,27 +173,36 @@ def detach(state):
     parts = [detach(s) for s in state]
     return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
 
-# %% ../nbs/04a_multitask.ipynb #8f40df43
+# %% ../nbs/04a_multitask.ipynb #1f2ab422
 def _blocks(cfg: ModelConfig) -> nn.ModuleList:
     "The backbone: an attention branch in every `attention_every`-th block."
-    hybrid = lambda k: cfg.attention_every and (k + 1) % cfg.attention_every == 0
-    make = lambda k: HybridBlock(cfg.mixer, cfg.mlp, cfg.attention, cfg.dropout) if hybrid(k) else Mamba2Block(cfg.mixer, cfg.mlp, cfg.dropout)
-    blocks = nn.ModuleList(make(k) for k in range(cfg.n_layers))
+    blocks = nn.ModuleList()
+    for k in range(1, cfg.n_layers + 1):
+        if cfg.attention_every and k % cfg.attention_every == 0:
+            blocks.append(HybridBlock(cfg.mixer, cfg.mlp, cfg.attention, cfg.dropout))
+        else: blocks.append(Mamba2Block(cfg.mixer, cfg.mlp, cfg.dropout))
     for name, p in blocks.named_parameters():  # residual branches start small, so that depth does not blow up the stream
         if name.endswith(("out_proj.weight", "fc2.weight")): p.data /= math.sqrt(2 * cfg.n_layers)
     return blocks
 
-# %% ../nbs/04a_multitask.ipynb #1f2ab422
+# %% ../nbs/04a_multitask.ipynb #06a7d7df
+def _through(blocks: nn.ModuleList, u: Tensor, states: tuple) -> tuple[Tensor, tuple]:
+    "The residual stream after all blocks, and their states."
+    after = []
+    for block, state in zip(blocks, states, strict=True):
+        u, state = block(u, state)
+        after.append(state)
+    return u, tuple(after)
+
+# %% ../nbs/04a_multitask.ipynb #88e75079
 class MultitaskModel(nn.Module):
     "Features (b, t, n_features) to a joint `Forecast` at each step, with carried state."
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.cfg = cfg
-        self.embed = nn.Linear(cfg.n_features - cfg.anchored, cfg.d_model)
+        self.cfg, self.embed = cfg, nn.Linear(cfg.n_features - cfg.anchored, cfg.d_model)
         self.blocks, self.norm = _blocks(cfg), RMSNorm(cfg.d_model)
         self.pool, self.heads = Pooling(cfg), Heads(cfg.d_model)
-        # A class attribute's worth of state: the task weights learn with the model (see `multitask_loss`).
         self.log_var_cls, self.log_var_reg = (no_weight_decay(nn.Parameter(torch.zeros(()))) for _ in range(2))
         no_weight_decay(self.embed.bias)
 
@@ -193,29 +213,32 @@ class MultitaskModel(nn.Module):
 
     def forward(self, x: Tensor, state: ModelState | None = None) -> tuple[Forecast, ModelState]:
         "Forecasts at all steps and the state after the last."
-        _check_input(self, x)
+        _check_input(self, x, state)
         x, anchor = (x[..., :-1], x[..., -1]) if self.cfg.anchored else (x, None)
-        state = self.init_state(x.shape[0]) if state is None else state
-        u, states = self.embed(x), []
-        for block, before in zip(self.blocks, state.blocks, strict=True):
-            u, after = block(u, before)
-            states.append(after)
+        state = state or self.init_state(x.shape[0])
+        u, blocks = _through(self.blocks, self.embed(x), state.blocks)
         pooled, pool = self.pool(self.norm(u), state.pool)
-        return self.heads(pooled, anchor), ModelState(tuple(states), pool)
+        return self.heads(pooled, anchor), ModelState(blocks, pool)
 
     def step(self, x_t: Tensor, state: ModelState) -> tuple[Forecast, ModelState]:
         "One time step: x_t (b, n_features)."
         forecast, state = self(x_t[:, None], state)
         return Forecast(*(v[:, 0] for v in forecast)), state
 
-# %% ../nbs/04a_multitask.ipynb #58f83501
-def _check_input(model: MultitaskModel, x: Tensor) -> None:
-    "A `ValueError` that names the argument and both shapes."
-    n = model.cfg.n_features
-    if x.dim() != 3 or x.shape[-1] != n or not x.shape[1]: raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, time, {n})")
-    if not x.is_cuda and not torch.isfinite(x).all():
+# %% ../nbs/04a_multitask.ipynb #a11ef27c
+def _check_input(model: MultitaskModel, x: Tensor, state: ModelState | None = None) -> None:
+    "A `ValueError` that names the argument, and both shapes or the place; the parts of a state are checked where they are used."
+    n, due = model.cfg.n_features, model.embed.weight.dtype
+    if x.dim() != 3 or x.shape[-1] != n or 0 in x.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, time, {n})")
+    if x.dtype != due and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+        raise ValueError(f"x is {x.dtype}; expected {due}: convert it with .to")
+    if not x.is_cuda and not torch.isfinite(x).all():  # on a GPU looking would make the host wait; training stops on the gradient
         row = torch.nonzero(~torch.isfinite(x))[0].tolist()
-        raise ValueError(f"x{row} (batch, time, feature) is {x[tuple(row)].item()}: scale features and set missing ones to 0 first")
+        value = x[tuple(row)].item()
+        raise ValueError(f"x{row} (batch, time, feature) is {value}: scale features and set missing ones to 0 first")
+    if state is not None and (not isinstance(state, ModelState) or len(state.blocks) != len(model.blocks)):
+        raise ValueError(f"state is no ModelState of {len(model.blocks)} blocks: take it from this model")
 
 # %% ../nbs/04a_multitask.ipynb #1d90338d
 class Targets(NamedTuple):
@@ -225,11 +248,12 @@ class Targets(NamedTuple):
     high: Tensor  # what p90 is a quantile of: r90, or the path's own 0.9 quantile
     sigma: Tensor  # realised volatility
 
-# %% ../nbs/04a_multitask.ipynb #ff58dbc4
+# %% ../nbs/04a_multitask.ipynb #3d536ef9
 def pinball(y: Tensor, q: Tensor, alpha: float) -> Tensor:
     "Pinball loss of a forecast `q` of the `alpha` quantile."
     return torch.maximum(alpha * (y - q), (alpha - 1) * (y - q))
 
+# %% ../nbs/04a_multitask.ipynb #a075980a
 def _masked_mean(loss, y: Tensor) -> Tensor:
     "Mean of `loss(known, y filled)` where y is known; 0 where nothing is. NaN never enters the graph."
     known = torch.isfinite(y)
@@ -246,9 +270,11 @@ def task_losses(
     if target not in ("terminal", "path"): raise ValueError(f"target is {target!r}; known are 'terminal' and 'path'")
     quantile = pinball if target == "terminal" else lambda y, q, alpha: (y - q) ** 2
     logp = forecast.logits.log_softmax(-1)
-    return dict(cls=_masked_mean(lambda y: -logp.gather(-1, y.long()[..., None])[..., 0], targets.direction),
-                p10=_masked_mean(lambda y: quantile(y, forecast.p10, .1), targets.low), p90=_masked_mean(lambda y: quantile(y, forecast.p90, .9), targets.high),
-                vol=_masked_mean(lambda y: (y.clamp_min(1e-3).log() - forecast.sigma.log()) ** 2, targets.sigma))
+    return dict(
+        cls=_masked_mean(lambda y: -logp.gather(-1, y.long()[..., None])[..., 0], targets.direction),
+        p10=_masked_mean(lambda y: quantile(y, forecast.p10, .1), targets.low),
+        p90=_masked_mean(lambda y: quantile(y, forecast.p90, .9), targets.high),
+        vol=_masked_mean(lambda y: (y.clamp_min(1e-3).log() - forecast.sigma.log()) ** 2, targets.sigma))
 
 # %% ../nbs/04a_multitask.ipynb #178a767b
 MAX_LOG_VAR = math.log(100)  # task weights stay in [1/100, 100]

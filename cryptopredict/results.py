@@ -19,9 +19,9 @@ from .evaluate import write_atomic
 from .labels import DIRECTIONS
 
 # %% auto #0
-__all__ = ['COLOURS', 'SCORE_NAMES', 'GROUPS', 'CURVES', 'STYLE', 'read_run', 'score_table', 'claims', 'figure_skill',
+__all__ = ['COLOURS', 'SCORE_NAMES', 'GROUPS', 'CURVES', 'REPORTED', 'STYLE', 'read_run', 'score_table', 'claims', 'figure_skill',
            'figure_reliability', 'figure_coverage', 'figure_fan', 'figure_newest', 'network_sentence',
-           'figure_training', 'findings', 'newest_table', 'write_report']
+           'figure_training', 'figure_vram', 'findings', 'newest_table', 'write_report']
 
 # %% ../nbs/06_results.ipynb #264a86bd
 def read_run(
@@ -225,6 +225,24 @@ def figure_training(
             fig.add_scatter(x=x, y=y, name=name, legendgroup=name, showlegend=j == 0, line=dict(color=COLOURS[k], width=1), row=1, col=column)
     fig.update_xaxes(title="update").update_yaxes(type="log", row=1, col=1).update_yaxes(title="loss", row=1, col=1)
     return _layout(fig, "Training of the network, all folds and seeds that left their anchor", 400)
+
+# %% ../nbs/06_results.ipynb #fe3a8e3a
+REPORTED = {"baseline": (11, 13), "mhsa": (18, 22)}  # GB, the original design's footprints
+
+def figure_vram(
+    record: dict,  # content of `results/vram.json`
+) -> go.Figure:
+    "Peak memory against `tbptt_len` for each preset, measured and as once reported."
+    fig = go.Figure()
+    for preset, colour in zip(REPORTED, COLOURS):
+        rows = [r for r in record["sweep"] if r["preset"] == preset and r["status"] == "ok"]
+        for key, dash in (("peak_allocated", "solid"), ("peak_reserved", "dot")):
+            y = [round(r[key] / 1e9, 2) for r in rows]
+            fig.add_scatter(x=[r["tbptt_len"] for r in rows], y=y, name=f"{preset}, {key[5:]}", line=dict(color=colour, dash=dash))
+        low, high = REPORTED[preset]
+        fig.add_hrect(y0=low, y1=high, fillcolor=colour, opacity=.15, line_width=0, annotation_text=f"{preset}, reported")
+    fig.update_xaxes(title="tbptt_len (hours)", type="log", tickvals=[256, 512, 1024, 2048]).update_yaxes(title="GB", rangemode="tozero")
+    return _layout(fig, f"Peak memory of training, batch {record['arguments']['batch']}, {record['device']['name']}")
 
 # %% ../nbs/06_results.ipynb #8a25c84f
 STYLE = """body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1a1a1a;max-width:1080px}

@@ -60,6 +60,7 @@ def read_lines(
     try: text = _decompress(path, path.read_bytes()).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SourceError(path, f"is not text (byte {error.start})", "Give a CSV file, plain or gzipped") from error
+    if "\0" in text: raise SourceError(path, "is not text (it holds NUL)", "Give a CSV file, plain or gzipped")
     lines = text.rstrip("\r\n").splitlines()
     if not any(lines): raise SourceError(path, "the file is empty", "Download it again")
     return lines

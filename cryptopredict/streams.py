@@ -21,6 +21,14 @@ __all__ = ['Scaler', 'fit_scaler', 'FoldData', 'fold_data', 'StreamPlan', 'plan_
            'warm_forecast']
 
 # %% ../nbs/04b_streams.ipynb #0ead3d10
+def _finite_or_missing(features: pd.DataFrame) -> pd.DataFrame:
+    "The features; a `ValueError` names the first infinite one, which no scale can make sense of."
+    row, column = np.nonzero(np.isinf(features.to_numpy(dtype=np.float64)))
+    if not len(row): return features
+    value, name, time = features.iat[row[0], column[0]], features.columns[column[0]], features.index[row[0]]
+    raise ValueError(f"feature {name!r} is {value} at {time}: make it missing (NaN) where it cannot be computed")
+
+# %% ../nbs/04b_streams.ipynb #1e28ada9
 @dataclass(frozen=True)
 class Scaler:
     "Centre and spread of the kept columns, fitted on a fold's training rows."
@@ -31,21 +39,22 @@ class Scaler:
 
     def __call__(self, features: pd.DataFrame) -> np.ndarray:
         "Scaled features (rows, columns), float32, clipped to +-10, missing ones 0."
-        x = (features[list(self.columns)].to_numpy(dtype=np.float32) - np.float32(self.centre)) / np.float32(self.spread)
-        return np.nan_to_num(np.clip(x, -10, 10), nan=0.)
+        x = _finite_or_missing(features[list(self.columns)]).to_numpy(dtype=np.float32)
+        return np.nan_to_num(np.clip((x - np.float32(self.centre)) / np.float32(self.spread), -10, 10), nan=0.)
 
-# %% ../nbs/04b_streams.ipynb #a958abb7
+# %% ../nbs/04b_streams.ipynb #b6f30295
 def fit_scaler(
     features: pd.DataFrame,  # as from `build_features`
     rows: np.ndarray,  # training rows
 ) -> Scaler:
     "A scaler of the training rows."
-    seen = features.iloc[rows].astype("float64")
+    seen = _finite_or_missing(features.iloc[rows].astype("float64"))
     if seen.empty: raise ValueError("rows is empty: a scaler needs training rows")
     kept = [c for c in features if seen[c].notna().mean() >= .5]
     low, middle, high = (seen[kept].quantile(q) for q in (.25, .5, .75))
     spread = ((high - low) / 1.349).where(high > low, seen[kept].std()).fillna(0.)
-    return Scaler(tuple(kept), tuple(middle), tuple(spread.where(spread > 1e-12, 1.)), tuple(c for c in features if c not in kept))
+    dropped = tuple(c for c in features if c not in kept)
+    return Scaler(tuple(kept), tuple(middle), tuple(spread.where(spread > 1e-12, 1.)), dropped)
 
 # %% ../nbs/04b_streams.ipynb #66204df5
 class FoldData(NamedTuple):
@@ -66,7 +75,14 @@ def _targets(labels: pd.DataFrame, rows: np.ndarray, target: str) -> Targets:
     values = (labels[n].to_numpy(dtype="float32", na_value=np.nan) for n in names)
     return Targets(*(torch.from_numpy(np.where(inside, v, np.float32(np.nan))) for v in values))
 
-# %% ../nbs/04b_streams.ipynb #f75d61e0
+# %% ../nbs/04b_streams.ipynb #209c8898
+def _check_labelled(labels: pd.DataFrame, **rows: np.ndarray | None) -> None:
+    "A `ValueError` that names the rows which hold no label at all."
+    for name, at in rows.items():
+        if at is None or (len(at) and labels["r90"].iloc[at].notna().any()): continue
+        raise ValueError(f"{name} holds no labelled row: start later or bring more history")
+
+# %% ../nbs/04b_streams.ipynb #0d5fb147
 def fold_data(
     features: pd.DataFrame,  # as from `build_features`
     labels: pd.DataFrame,  # as from `make_labels`, same hours
@@ -76,14 +92,17 @@ def fold_data(
     target: str = "terminal",  # "terminal" or "path" quantiles
 ) -> FoldData:
     "Tensors of one fold; the scaler knows the `fit` rows alone."
-    if not len(fit) or labels["r90"].iloc[fit].isna().all(): raise ValueError("fit holds no labelled row: start later or bring more history")
+    if len(features) != len(labels):
+        raise ValueError(f"labels has {len(labels)} rows, features {len(features)}: give the same hours")
+    _check_labelled(labels, fit=fit, valid=valid)
     scaler = fit_scaler(features, fit)
     x, start = scaler(features), 0
     if anchor is not None:
         known = np.flatnonzero(np.isfinite(anchor))
         if not len(known) or known[0] >= fit[-1]: raise ValueError("anchor is not known at any row of fit: bring more history")
         start = int(known[0])
-        filled = pd.Series(anchor).ffill().fillna(0).to_numpy(dtype="float32")  # before `start` nothing is used
+        # Before `start` nothing is used; later gaps carry the last forecast on.
+        filled = pd.Series(np.where(np.isfinite(anchor), anchor, np.nan)).ffill().fillna(0).to_numpy(dtype="float32")
         x = np.concatenate([x, filled[:, None]], axis=1)
     rest = None if valid is None else _targets(labels, valid, target)
     return FoldData(torch.from_numpy(x), _targets(labels, fit, target), rest, scaler, start, int(fit[-1]) + 1)
@@ -96,6 +115,7 @@ class StreamPlan(NamedTuple):
     chunks: int  # chunks in each stream, the burn-in included
     note: str  # what was reduced, or ""
 
+# %% ../nbs/04b_streams.ipynb #5ae2ba71
 def plan_streams(
     hours: int,  # training hours
     batch: int,  # streams asked for
@@ -107,7 +127,8 @@ def plan_streams(
     while not fits() and batch > 1: batch //= 2
     while not fits() and tbptt_len > 8: tbptt_len //= 2
     if not fits(): raise ValueError(f"{hours} training hours are too few for four chunks of 8: bring more history")
-    note = "" if (batch, tbptt_len) == asked else f"batch {asked[0]} -> {batch}, tbptt_len {asked[1]} -> {tbptt_len}: a stream must hold four chunks"
+    note = f"batch {asked[0]} -> {batch}, tbptt_len {asked[1]} -> {tbptt_len}: a stream must hold four chunks"
+    note = "" if (batch, tbptt_len) == asked else note
     return StreamPlan(batch, tbptt_len, (hours - tbptt_len) // batch // tbptt_len, note)
 
 # %% ../nbs/04b_streams.ipynb #494d1064
@@ -117,7 +138,7 @@ class Chunk(NamedTuple):
     targets: Targets  # (batch, time) each
     fresh: bool  # the first chunk of its streams: state from nothing, no loss
 
-# %% ../nbs/04b_streams.ipynb #f3320786
+# %% ../nbs/04b_streams.ipynb #2d9f0104
 def stream_chunks(
     data: FoldData,  # tensors of a fold
     plan: StreamPlan,  # how they are cut
@@ -126,12 +147,11 @@ def stream_chunks(
 ) -> Iterator[Chunk]:
     "Chunks in order; stream j of chunk k goes on where stream j of chunk k - 1 ended."
     offset = int(np.random.default_rng((seed, epoch)).integers(plan.tbptt_len))
-    length = plan.chunks * plan.tbptt_len
     gap = (data.stop - data.start - offset) // plan.batch
+    assert plan.chunks * plan.tbptt_len <= gap  # no hour in two streams
     first = data.start + offset + gap * torch.arange(plan.batch)  # (batch,)
     for k in range(plan.chunks):
         rows = first[:, None] + torch.arange(k * plan.tbptt_len, (k + 1) * plan.tbptt_len)[None]  # (batch, time)
-        assert length <= gap
         targets = Targets(*(torch.full_like(v[rows], torch.nan) if k == 0 else v[rows] for v in data.fit))
         yield Chunk(data.x[rows], targets, k == 0)
 

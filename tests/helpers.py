@@ -1,6 +1,8 @@
 "What several test files share: the shell command as a process, folders compared by content, source files written out."
+import contextlib
 import gzip
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -8,7 +10,6 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,16 @@ def command() -> str:
 def shell(*words: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess:
     "The shell command run to its end."
     return subprocess.run([command(), *map(str, words)], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=timeout)
+
+
+def inside(*words: str, cwd: Path) -> subprocess.CompletedProcess:
+    "The same command within this process: as good where exit code, words and files are looked at, and quicker."
+    from cryptopredict.cli import main
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try: code = main(list(map(str, words)))
+        except SystemExit as stop: code = stop.code
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 @dataclass
@@ -78,7 +89,7 @@ class Outcome:
         return snapshot(self.cwd) == self.before
 
 
-@contextmanager
+@contextlib.contextmanager
 def side_by_side(names: list[str], start: Callable[[str], Outcome]) -> Iterator[Callable[[str], Outcome]]:
     "Processes of many small tests, two at a time; gives a function from name to outcome."
     with ThreadPoolExecutor(2) as pool:

@@ -1,0 +1,276 @@
+"The real files: what each reader makes of its own, the committed results made again, speed, and no look into the future."
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import BASELINES, measured
+
+from cryptopredict import leakage, scores, sources
+from cryptopredict.features import ALL, build_features, registry
+from cryptopredict.labels import make_labels
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _quickest(limit: float, work, *args):
+    "The result of `work` and its time, the best of three: others may share the machine."
+    best = np.inf
+    for _ in range(3):
+        begin = time.perf_counter()
+        result = work(*args)
+        best = min(best, time.perf_counter() - begin)
+        if best < limit: break
+    return result, best
+
+
+@pytest.fixture(scope="module")
+def panel(data_dir):
+    return sources.load_panel(data_dir)
+
+
+@pytest.fixture(scope="module")
+def run(data_dir, tmp_path_factory):
+    "`cryptopredict run --data` in an empty folder with the committed run's models, and its scores."
+    words = ["run", "--data", str(data_dir), "--models", *_committed()["config"]["models"]]
+    made = measured(*words, cwd=tmp_path_factory.mktemp("real"), timeout=600)
+    assert made.rc == 0, made.stderr
+    return made, json.loads((made.out / "scores.json").read_text())
+
+
+def _committed() -> dict:
+    return json.loads((ROOT / "results" / "real_baselines.json").read_text(encoding="utf-8"))
+
+
+# --- files ----------------------------------------------------------------------------------------------------------------
+
+FILES = [  # path, format, rows, first and last period; counts and ranges are those of the data's own README
+    ("market/kraken_XBTUSD_60.csv.gz", "kraken", 70253, "2013-10-06 21:00", "2023-01-07 09:00"),
+    ("market/binance_BTCUSDT_1h.csv.gz", "binance", 52549, "2019-01-01 00:00", "2024-12-31 23:00"),
+    ("market/BTCUSDT-1h-2024-11.csv", "binance", 720, "2024-11-01 00:00", "2024-11-30 23:00"),
+    ("market/BTCUSDT-1h-2024-12.csv", "binance", 744, "2024-12-01 00:00", "2024-12-31 23:00"),
+    ("onchain/coinmetrics_btc.csv.gz", "coinmetrics", 5842, "2009-01-03", "2024-12-31"),
+    ("onchain/coinmetrics_btc_vintage_2019-10.csv.gz", "coinmetrics", 3943, "2009-01-03", "2019-10-20"),
+    ("onchain/blockchaincom_utxo-count_to2018.csv", "blockchaincom", 1511, "2013-01-25", "2018-01-24"),
+    ("macro/DGS10.csv", "fred", 5217, "2005-01-03", "2024-12-31"),
+    ("macro/DGS2.csv", "fred", 5217, "2005-01-03", "2024-12-31"),
+    ("macro/DTWEXBGS.csv", "fred", 4957, "2006-01-02", "2024-12-31"),
+    ("macro/DX-Y.NYB.csv", "yahoo", 2767, "2014-01-02", "2024-12-31"),
+]
+HOLES, FLAT = 59, 4  # hours of outage and bars without volume in the long Binance file
+
+
+@pytest.mark.parametrize("path, kind, rows, begin, end", FILES, ids=[Path(f[0]).name for f in FILES])
+def test_reader_on_its_file(data_dir, path, kind, rows, begin, end):
+    table = sources.read(data_dir / path)
+    assert (table.attrs["format"], len(table), table.attrs["repairs"]) == (kind, rows, {})
+    assert list(table.columns[:2]) == ["value_time", "available_at"] and (table.dtypes.iloc[2:] == "float64").all()
+    first, last = table["value_time"].iloc[[0, -1]]
+    assert (first.floor("D" if kind == "blockchaincom" else "h"), last.floor("D" if kind == "blockchaincom" else "h")) == (
+        pd.Timestamp(begin, tz="UTC"), pd.Timestamp(end, tz="UTC"))
+    assert str(table["value_time"].dt.tz) == str(table["available_at"].dt.tz) == "UTC"
+    assert table["value_time"].is_monotonic_increasing and table["value_time"].is_unique
+    assert (table["available_at"] > table["value_time"]).all(), "nothing is known before its period begins"
+
+
+def test_every_file_is_read_by_these(data_dir):
+    there = {p.relative_to(data_dir).as_posix() for p in sources.data_files(data_dir)}
+    assert there == {f[0] for f in FILES}
+
+
+def test_hours_without_trades_are_where_the_readme_says(data_dir):
+    kraken, binance = (sources.read(data_dir / f[0]) for f in FILES[:2])
+    grid = pd.date_range(kraken["value_time"].iloc[0], kraken["value_time"].iloc[-1], freq="h")
+    lost = grid.difference(pd.DatetimeIndex(kraken["value_time"]))
+    assert lost.year.value_counts().reindex(range(2013, 2017)).tolist() == [825, 5438, 4348, 182]
+    # The longest hole: 57 hours from the last bar before it to the first after it.
+    assert round(100 * len(lost) / len(grid), 1) == 13.4 and kraken["value_time"].diff().max() == pd.Timedelta("57h")
+    hours = pd.date_range("2019-01-01", "2024-12-31 23:00", freq="h", tz="UTC")
+    assert len(hours.difference(pd.DatetimeIndex(binance["value_time"]))) == len(hours) - len(binance) == HOLES
+    assert ((binance["volume"] == 0) & (binance["high"] == binance["low"])).sum() == FLAT
+
+
+def test_klines_say_what_the_other_file_says(data_dir):
+    iso = sources.read(data_dir / FILES[1][0]).set_index("value_time")
+    for name in (FILES[2][0], FILES[3][0]):
+        klines = sources.read(data_dir / name).set_index("value_time")
+        both = klines.index.intersection(iso.index)
+        assert len(both) == len(klines)
+        assert np.allclose(klines.loc[both, sources.BAR_COLUMNS], iso.loc[both, sources.BAR_COLUMNS], rtol=1e-6)
+
+
+def test_vintages_agree(data_dir):
+    new, old = (sources.read(data_dir / f[0]).set_index("value_time") for f in FILES[4:6])
+    assert "HashRate" in old, "derived from DiffMean, which only the old vintage has"
+    both = old.index[old.index >= "2012-01-01"].intersection(new.index)
+    for column in ("TxCnt", "AdrActCnt", "SplyCur", "HashRate"):
+        gap = (new.loc[both, column] / old.loc[both, column] - 1).abs().dropna()
+        assert len(gap) > 2500 and gap.quantile(.99) < 1e-3, (column, gap.quantile(.99))
+
+
+def test_availability_of_coin_metrics(data_dir):
+    table = sources.read(data_dir / "onchain/coinmetrics_btc.csv.gz")
+    lag = (table["available_at"] - table["value_time"].dt.floor("D") - pd.Timedelta("1D")) / pd.Timedelta("1h")
+    real = table["value_time"] >= "2021-02-26"
+    assert (lag[~real] == 24).mean() > .99, "the back-fill date says nothing: 24 hours are assumed"
+    assert 3 <= lag[real].median() <= 5 and lag.min() >= 0 and round(lag[real].max()) == 118
+    assert table["value_time"][lag[real].idxmax()] == pd.Timestamp("2024-08-14", tz="UTC")
+
+
+# --- panel ----------------------------------------------------------------------------------------------------------------
+
+
+def test_panel_loads_in_time(data_dir):
+    _, seconds = _quickest(5, sources.load_panel, data_dir)
+    assert seconds < 5, seconds
+
+
+def test_panel_keeps_its_contract(panel):
+    assert panel.index.name == "time" and str(panel.index.tz) == "UTC" and len(panel) == 98499
+    assert (np.diff(panel.index.asi8) == np.diff(panel.index.asi8)[0]).all(), "hourly without holes"
+    names = "open high low close volume tx_count transfer_count active_addresses fees hash_rate difficulty supply mvrv utxo_count"
+    assert panel.columns.tolist() == [*names.split(), "dxy", "dtwexbgs", "dgs10", "dgs2", "is_filled", "is_splice"]
+    assert panel.dtypes.astype(str).tolist() == ["float64"] * 18 + ["bool"] * 2
+    assert panel.index[panel["is_splice"]].tolist() == [pd.Timestamp("2019-01-01 01:00", tz="UTC")]
+    filled = panel["is_filled"]
+    assert not panel["close"].isna().any() and (panel["volume"][filled] == 0).all() and (panel["volume"][~filled] > 0).all()
+    assert filled["2014-01-01 01:00":"2015-01-01 00:00"].sum() == 5438 and filled["2019-01-01 01:00":].sum() == HOLES + FLAT
+
+
+def test_known_prices_and_yields(panel):
+    # A row is the close of the bar that opened an hour earlier: shift back to have calendar days.
+    days = panel.set_axis(panel.index - pd.Timedelta("1h")).groupby(lambda t: str(t.date()))
+    high, low = days["high"].max(), days["low"].min()
+    for day, price in (("2013-11-29", 1199), ("2017-12-17", 19660), ("2021-11-10", 69000), ("2024-03-14", 73777)):
+        assert abs(high[day] - price) < 1, (day, high[day])
+    assert abs(low["2020-03-13"] - 3782) < 1
+    # Thursday's yield is known on Friday at 16:15 New York (20:15 UTC), not earlier.
+    known = panel.loc["2023-10-20 19:00":"2023-10-20 22:00", "dgs10"]
+    assert known.tolist()[:2] == [4.91, 4.91] and known.tolist()[2:] == [4.98, 4.98], known
+
+
+def test_nothing_is_used_early_or_old(data_dir):
+    bars, tables = sources.load_tables(data_dir)
+    panel, provenance = sources.join_panel(bars, tables)
+    report = leakage.audit_availability(tables, panel, provenance, sources.MAX_AGE).raise_if_leaky()
+    assert report.tested["columns"] == 13 and report.tested["cells"] > 1_000_000
+    shifted = [t.assign(available_at=t["available_at"] + pd.Timedelta("30min")) for t in tables]
+    assert not leakage.audit_availability(shifted, panel, provenance, sources.MAX_AGE).ok, "half an hour early is found"
+    assert panel.loc["2018-03-01":, "utxo_count"].isna().all(), "a chart that ends in January 2018 is not carried on"
+
+
+# --- features -------------------------------------------------------------------------------------------------------------
+
+
+def test_features_in_time(panel):
+    made, seconds = _quickest(2, build_features, panel.iloc[:100_000])
+    assert seconds < 2, seconds
+    assert made.shape == (len(panel.iloc[:100_000]), len(registry)) and (made.dtypes == "float32").all()
+    assert not np.isinf(made.to_numpy()).any()
+
+
+def test_audit_of_features_in_time(panel):
+    begin = time.perf_counter()
+    report = leakage.audit(build_features, panel)
+    seconds = time.perf_counter() - begin
+    report.raise_if_leaky()
+    assert report.tested["cuts"] >= 32 and report.tested["runs that raised"] == 0
+    assert seconds < 60, seconds
+
+
+def _another_future(panel: pd.DataFrame, cut: int) -> pd.DataFrame:
+    "The panel with every value from row `cut` on taken from elsewhere and scaled, some of it missing."
+    rng, rows = np.random.default_rng(cut), len(panel) - cut
+    other = panel.copy()
+    for name in panel.columns[:-2]:
+        values = rng.choice(panel[name].dropna().to_numpy(), rows) * rng.lognormal(0, .2, rows)
+        other.iloc[cut:, other.columns.get_loc(name)] = np.where(rng.random(rows) < .02, np.nan, values)
+    for name, share in (("is_filled", .3), ("is_splice", .0001)):
+        other.iloc[cut:, other.columns.get_loc(name)] = rng.random(rows) < share
+    return other
+
+
+def test_no_feature_moves_when_only_the_future_does(panel):
+    base, moved = build_features(panel), pd.Series(False, index=list(registry))
+    splice = int(np.flatnonzero(panel["is_splice"])[0])
+    for cut in (20_000, splice, splice + 1, 90_000):
+        made = build_features(_another_future(panel, cut))
+        differs = ~((made == base) | (made.isna() & base.isna()))
+        early = differs.iloc[:cut].any()
+        assert not early.any(), f"cut {panel.index[cut]}: {early.index[early].tolist()} moved before it"
+        moved |= differs.iloc[cut:].any()
+    clock = {name for name, f in registry.items() if f.group == "time"}
+    assert set(moved.index[~moved]) == clock, "every feature but the clock's answers to its input"
+
+
+def test_every_feature_is_known_somewhere(panel):
+    made = build_features(panel)
+    assert {f.group for f in registry.values()} == set(ALL) and len(registry) >= 55
+    assert made.notna().any().all(), made.columns[~made.notna().any()].tolist()
+    late = made.loc["2019-06-01":].notna().mean()
+    rare = {n for n in late.index[late < .95] if "utxo_count" not in registry[n].inputs}
+    assert not rare, f"missing in over 5 % of the rows since 2019: {rare}"
+
+
+# --- the run --------------------------------------------------------------------------------------------------------------
+
+
+def test_run_in_time_and_clean(run):
+    made, got = run
+    assert made.seconds < 300 and made.peak < 2 * 2**30, (made.seconds, made.peak)
+    assert made.stderr == "" and set(got["audits"]) == {"features", "labels", "folds", "availability"}
+    assert all(a["ok"] for a in got["audits"].values()) and (made.out / "report.html").exists()
+
+
+def test_run_again_gives_the_committed_scores(run):
+    got, there = run[1], _committed()
+    assert all(got[k] == there[k] for k in ("origins", "begin", "end", "folds"))
+    assert {k: got["config"][k] for k in there["config"]} == there["config"]
+    for table, keys in (("summary", ("model", "score")), ("by_year", ("model", "year", "score"))):
+        ours, theirs = ({tuple(r[k] for k in keys): r for r in x[table]} for x in (got, there))
+        assert set(ours) == set(theirs)
+        for key, r in theirs.items():
+            assert np.isclose(ours[key]["mean"], r["mean"], rtol=1e-6), (table, key)
+            assert (ours[key]["n_origins"], ours[key]["n_windows"]) == (r["n_origins"], r["n_windows"]), (table, key)
+    ours, theirs = ({(r["model"], r["score"]): r["verdict"] for r in x["comparison"]} for x in (got, there))
+    assert ours == theirs
+
+
+def test_run_again_gives_the_committed_predictions(run):
+    got, there = (pd.read_parquet(p) for p in (run[0].out / "predictions.parquet", ROOT / "results" / "real_baselines.parquet"))
+    pd.testing.assert_frame_equal(got, there, rtol=1e-9, atol=1e-12, check_dtype=False)
+
+
+YARDSTICKS = {  # an independent script's figures on the same task, origins to 2024-09-30
+    "climatology": dict(log_loss=1.002, pinball10=.0675, pinball90=.0769, coverage=.83),
+    "climatology_4y": dict(log_loss=.989, pinball10=.0648, pinball90=.0765),
+    "persistence": dict(rmse_sigma=.283, rmse_log_sigma=.377, qlike=.410),
+    "ewma": dict(rmse_sigma=.273, rmse_log_sigma=.364, qlike=.391),
+    "log_har": dict(rmse_sigma=.238, rmse_log_sigma=.336, qlike=.254),
+}
+
+
+@pytest.fixture(scope="module")
+def until_september(run, panel):
+    "Mean scores of the run's predictions over the yardsticks' origins."
+    made = pd.read_parquet(run[0].out / "predictions.parquet")
+    made = made[(made["time"] >= "2018-01-01") & (made["time"] <= "2024-09-30")]
+    table = scores.summarise(scores.loss_table(made, make_labels(panel["close"])), n_boot=100)
+    assert set(table.loc[table["score"] == "log_loss", "n_origins"]) == {2465}
+    return table.set_index(["model", "score"])["mean"]
+
+
+@pytest.mark.parametrize("model", YARDSTICKS)
+def test_yardsticks_within_two_percent(until_september, model):
+    for score, value in YARDSTICKS[model].items():
+        assert abs(until_september[model, score] / value - 1) < .02, (model, score, until_september[model, score], value)
+
+
+def test_committed_results_are_of_these_files(panel):
+    there = _committed()
+    assert there["config"]["models"] == BASELINES and there["provenance"]["rows"] == len(panel)
+    assert all(Path(f[0]).name in there["provenance"]["source"] for f in FILES)
+    assert re.fullmatch(r"[0-9a-f]{12}", there["provenance"]["commit"]), "results are made from committed code"
