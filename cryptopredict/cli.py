@@ -249,7 +249,7 @@ class Forecast(_Walk):
 @dataclass
 class Train(_Walk):
     "Fit the network on all labels that have matured; checkpoints and curves in a folder."
-    out: Path | None = None  # Folder of the training; one of the same training is gone on with. Default: a new folder under runs/.
+    out: Path | None = None  # Folder of the training; the same one is gone on with. Default: a new folder under runs/.
 
     def __call__(self) -> int:
         import json
@@ -262,7 +262,8 @@ class Train(_Walk):
         with _Progress() as progress: made = newest_forecast(config, panel, progress, out)
         choice = json.loads((out / "choice.json").read_text())
         heads = ", ".join(choice["heads"]) or "none: it repeats its anchors"
-        _say(f"chosen on validation: {choice['epochs']} epochs, heads that help: {heads}\n{newest_table(made).to_string()}\nkept in {out}")
+        _say(f"chosen on validation: {choice['epochs']} epochs, heads that help: {heads}")
+        _say(f"{newest_table(made).to_string()}\nkept in {out}")
         return 0
 
 # %% ../nbs/06a_cli.ipynb #5108cc8a

@@ -33,14 +33,14 @@ from .leakage import Fold, LeakReport, audit, audit_availability, audit_folds, l
 from .multitask import read_preset
 from .scores import SCHEMA, compare, dm_test, loss_table, summarise
 from .simulate import conditional_law
-from .streams import fold_data, warm_forecast
-from .tbptt_trainer import best_epoch, train, train_preset
+from .streams import FoldData, fold_data, warm_forecast
+from .tbptt_trainer import TrainConfig, best_epoch, train, train_preset
 
 # %% auto #0
 __all__ = ['FORECAST_COLUMNS', 'FORECASTERS', 'HEAD_LOSSES', 'HEAD_COLUMNS', 'Truth', 'ConfigError', 'EvaluateConfig',
            'load_config', 'default_first_test', 'origins', 'make_folds', 'audit_inputs', 'write_atomic', 'panel_hash',
-           'provenance_of', 'open_run', 'Anchor', 'heads_that_help', 'Network', 'fit_predict', 'predict_folds',
-           'score_run', 'newest_forecast', 'training_summary', 'walk_forward_run']
+           'provenance_of', 'open_run', 'fit_predict', 'Anchor', 'heads_that_help', 'Prepared', 'Network',
+           'predict_folds', 'score_run', 'newest_forecast', 'training_summary', 'walk_forward_run']
 
 # %% ../nbs/05f_evaluate.ipynb #719566b7
 FORECAST_COLUMNS = SCHEMA[4:]  # p_down p_flat p_up p10 p90 sigma
@@ -260,7 +260,8 @@ def provenance_of(panel: pd.DataFrame, source: str) -> dict:
 # %% ../nbs/05f_evaluate.ipynb #4a6a23d8
 def _identity(config: EvaluateConfig, provenance: dict) -> dict:
     "What must be equal for a run to be gone on with."
-    return {"config": json.loads(config.model_dump_json()), **{k: provenance[k] for k in ("data_sha256", "cryptopredict", "commit")}}
+    same = ("data_sha256", "cryptopredict", "commit")
+    return {"config": json.loads(config.model_dump_json()), **{k: provenance[k] for k in same}}
 
 # %% ../nbs/05f_evaluate.ipynb #9241fe71
 def open_run(out: str | Path, config: EvaluateConfig, provenance: dict) -> Path:
@@ -272,7 +273,8 @@ def open_run(out: str | Path, config: EvaluateConfig, provenance: dict) -> Path:
     if known.exists():
         flat = lambda d: {**d["config"], **{k: v for k, v in d.items() if k != "config"}}
         try: there, here = flat(json.loads(known.read_text())["identity"]), flat(mine)
-        except (ValueError, KeyError, TypeError) as error: raise ValueError(f"{known} is damaged ({error}): choose another --out") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{known} is damaged ({error}): choose another --out") from error
         for k in {**there, **here}:
             if there.get(k) == here.get(k): continue
             raise ValueError(f"{out} holds another run ({k}: {there.get(k)} there, {here.get(k)} here): choose another --out")
@@ -280,115 +282,6 @@ def open_run(out: str | Path, config: EvaluateConfig, provenance: dict) -> Path:
     (out / "parts").mkdir(parents=True, exist_ok=True)
     if not known.exists(): write_atomic(known, json.dumps({"identity": mine, "provenance": provenance}, indent=1))
     return out
-
-# %% ../nbs/05f_evaluate.ipynb #9e6402eb
-HEAD_LOSSES = {"direction": ["log_loss"], "band": ["pinball10", "pinball90"], "volatility": ["se_log_sigma"]}
-HEAD_COLUMNS = {"direction": ["p_down", "p_flat", "p_up"], "band": ["p10", "p90"], "volatility": ["sigma"]}
-
-class Anchor(NamedTuple):
-    "The baselines that the network starts from, fitted on given rows."
-    climatology: object
-    log_har: object
-
-# %% ../nbs/05f_evaluate.ipynb #e9b29f70
-def _fit_anchor(panel: pd.DataFrame, labels: pd.DataFrame, rows: np.ndarray, horizon: str, threshold: float) -> Anchor:
-    "Climatology and log-HAR of the labels at `rows`."
-    fold = Fold(rows, rows, rows[-1:] + 1, rows)
-    return Anchor(*(b.fit(panel, None, labels, fold) for b in (BASELINES["climatology"](horizon=horizon), BASELINES["log_har"](horizon=horizon, threshold=threshold))))
-
-# %% ../nbs/05f_evaluate.ipynb #bcbdb84b
-def _anchor_forecast(anchor: Anchor, panel: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
-    "What the anchor says: direction and band of climatology, sigma of log-HAR."
-    made = anchor.climatology.predict(panel, None, rows)
-    return made.assign(sigma=anchor.log_har.predict(panel, None, rows)["sigma"])
-
-# %% ../nbs/05f_evaluate.ipynb #ba4103b5
-def heads_that_help(
-    network: pd.DataFrame,  # its forecasts at daily origins of the validation span
-    anchor: pd.DataFrame,  # the anchor's forecasts there
-    labels: pd.DataFrame,  # labels by decision time
-    spans: dict[str, int],  # days that origins share, by head
-    level: float = .2,  # of the two-sided test
-) -> list[str]:
-    "Heads whose validation loss is lower than their anchor's beyond what overlapping windows explain (`scores.dm_test`)."
-    frames = [f.rename_axis("time").reset_index().assign(fold=0, seed=0, model="one")[SCHEMA] for f in (network, anchor)]
-    one, two = (loss_table(f, labels) for f in frames)
-    found = []
-    for head, names in HEAD_LOSSES.items():
-        difference = (one[names] - two[names]).sum(axis=1, skipna=False).dropna().to_numpy()
-        if len(difference) and difference.mean() < 0 and dm_test(difference, spans[head])[1] < level: found.append(head)
-    return found
-
-# %% ../nbs/05f_evaluate.ipynb #fa0fad2b
-class Network:
-    "The Mamba2 multitask model: anchored on baselines, stopped on validation, fitted on all matured labels."
-    stochastic, needs_features = True, True
-
-    def __init__(
-        self,
-        preset: str = "tiny",  # of `multitask.preset`
-        epochs: int = 3,  # passes over the training hours at most
-        horizon: str = "90D",  # span of the return
-        threshold: float = .05,  # class boundary
-        folder: str | Path | None = None,  # training history and checkpoints of this fold; None: a temporary one
-    ):
-        self.preset, self.epochs, self.horizon, self.threshold = preset, epochs, horizon, threshold
-        self.folder = Path(folder or tempfile.mkdtemp())
-
-    def _data(self, panel, features, labels, fit, valid):
-        "Anchor and tensors for a fit on `fit`."
-        anchor = _fit_anchor(panel, labels, fit, self.horizon, self.threshold)
-        known = labels["r90"].iloc[fit].dropna()
-        c = anchor.climatology
-        start = torch.tensor(c.probs).float(), torch.tensor([c.p10, known.median(), c.p90]).float(), 1.
-        return anchor, start, fold_data(features, labels, fit, valid, np.log(anchor.log_har._sigma(panel)).to_numpy())
-
-    def _config(self, data, seed):
-        "Training configuration for tensors of that width."
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return train_preset(self.preset, data.x.shape[1], epochs=self.epochs, seed=seed, device=device, anchored=True, amp="bf16" if device == "cuda" else "off")
-
-    def fit(self, panel, features, labels, fold, seed=0):
-        "Choose on `fold.train` and `fold.valid` (once a folder), then fit on `fold.refit`."
-        epochs, self.heads = self._choice(panel, features, labels, fold, seed)
-        self.anchor, start, self.data = self._data(panel, features, labels, fold.refit, None)
-        self.model = train(self._config(self.data, seed), self.data, self.folder / f"seed-{seed}", start, until=epochs).model
-        return self
-
-    def _choice(self, panel, features, labels, fold, seed):
-        "Epochs and heads, kept in `choice.json` so that all seeds of a fold share one choice."
-        kept = self.folder / "choice.json"
-        if not kept.exists():
-            self.anchor, start, self.data = self._data(panel, features, labels, fold.train, fold.valid)
-            run = train(self._config(self.data, seed), self.data, self.folder / "choice", start)
-            best = best_epoch(run.out)
-            heads = self._heads_at(run, best, panel, features, labels, origins(panel.index, fold.valid)) if best else []
-            write_atomic(kept, json.dumps(dict(epochs=best if heads else 0, heads=heads, best_epoch=best)))
-        choice = json.loads(kept.read_text())
-        return choice["epochs"], choice["heads"]
-
-    def _heads_at(self, run, epoch, panel, features, labels, rows):
-        "Heads that help at the end of an epoch, on the validation rows."
-        run.restore(load(sorted((run.out / "checkpoints").glob("step-*"))[epoch - 1]))
-        self.model, self.heads = run.model, list(HEAD_COLUMNS)
-        days = pd.Timedelta(self.horizon) // pd.Timedelta("1D")
-        anchor = _anchor_forecast(self.anchor, panel, rows)
-        return heads_that_help(self.predict(panel, features, rows), anchor, labels, dict(direction=days, band=days, volatility=30))
-
-    def predict(self, panel, features, rows):
-        "Forecasts at `rows`, the state warmed through all earlier hours; a head that stayed at its anchor repeats it."
-        made = _anchor_forecast(self.anchor, panel, rows)
-        if not self.heads: return made
-        channels = [torch.from_numpy(self.data.scaler(features)), torch.from_numpy(np.log(self.anchor.log_har._sigma(panel)).ffill().fillna(0).to_numpy(dtype="float32"))[:, None]]
-        last = int(rows.max()) + 1
-        f = warm_forecast(self.model, torch.cat(channels, 1)[:last], self.data.start)
-        at = torch.from_numpy(rows - self.data.start)
-        p = f.logits[at].double().softmax(-1).numpy()
-        ours = dict(zip(FORECAST_COLUMNS, (*p.T, f.p10[at].numpy(), f.p90[at].numpy(), f.sigma[at].numpy())))
-        return made.assign(**{c: ours[c].astype(float) for head in self.heads for c in HEAD_COLUMNS[head]})
-
-# %% ../nbs/05f_evaluate.ipynb #e751c8c8
-FORECASTERS["mamba2"] = Network
 
 # %% ../nbs/05f_evaluate.ipynb #b1802eef
 def _make(model: str, config: EvaluateConfig, folder: Path | None = None):
@@ -413,6 +306,132 @@ def fit_predict(
     if not len(rows): raise ValueError(f"the fold tested from {panel.index[fold.test[0]]} holds no 00:00 UTC: make step longer")
     forecaster = _make(model, config, folder).fit(panel, features, labels, fold, seed)
     return forecaster.predict(panel, features, rows).rename_axis("time").reset_index().assign(seed=seed, model=model)
+
+# %% ../nbs/05f_evaluate.ipynb #9e6402eb
+HEAD_LOSSES = {"direction": ["log_loss"], "band": ["pinball10", "pinball90"], "volatility": ["se_log_sigma"]}
+HEAD_COLUMNS = {"direction": ["p_down", "p_flat", "p_up"], "band": ["p10", "p90"], "volatility": ["sigma"]}
+
+class Anchor(NamedTuple):
+    "The baselines that the network starts from, fitted on given rows."
+    climatology: object  # forecasts direction and band
+    log_har: object  # forecasts sigma
+
+# %% ../nbs/05f_evaluate.ipynb #e9b29f70
+def _fit_anchor(panel: pd.DataFrame, labels: pd.DataFrame, rows: np.ndarray, horizon: str, threshold: float) -> Anchor:
+    "Climatology and log-HAR of the labels at `rows`."
+    fold = Fold(rows, rows, rows[-1:] + 1, rows)
+    baselines = BASELINES["climatology"](horizon=horizon), BASELINES["log_har"](horizon=horizon, threshold=threshold)
+    return Anchor(*(b.fit(panel, None, labels, fold) for b in baselines))
+
+# %% ../nbs/05f_evaluate.ipynb #bcbdb84b
+def _anchor_forecast(anchor: Anchor, panel: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
+    "What the anchor says: direction and band of climatology, sigma of log-HAR."
+    made = anchor.climatology.predict(panel, None, rows)
+    return made.assign(sigma=anchor.log_har.predict(panel, None, rows)["sigma"])
+
+# %% ../nbs/05f_evaluate.ipynb #48a5d998
+def heads_that_help(
+    network: pd.DataFrame,  # its forecasts at daily origins of the validation span
+    anchor: pd.DataFrame,  # the anchor's forecasts there
+    labels: pd.DataFrame,  # labels by decision time
+    spans: dict[str, int],  # days that origins share, by head
+    level: float = .2,  # of the two-sided test
+) -> list[str]:
+    "Heads whose validation loss is lower than their anchor's beyond what overlapping windows explain (`scores.dm_test`)."
+    frames = [f.rename_axis("time").reset_index().assign(fold=0, seed=0, model="one")[SCHEMA] for f in (network, anchor)]
+    one, two = (loss_table(f, labels) for f in frames)
+    found = []
+    for head, names in HEAD_LOSSES.items():
+        d = (one[names] - two[names]).sum(axis=1, skipna=False).dropna().to_numpy()
+        if len(d) and d.mean() < 0 and dm_test(d, spans[head])[1] < level: found.append(head)
+    return found
+
+# %% ../nbs/05f_evaluate.ipynb #f8aaf256
+class Prepared(NamedTuple):
+    "An anchor, where the heads start, and tensors, for one fit."
+    anchor: Anchor
+    start: tuple  # class frequencies, quantiles and volatility, as for `Heads.set_climatology`
+    data: FoldData  # tensors, log-HAR's log sigma as the last channel
+
+# %% ../nbs/05f_evaluate.ipynb #e809f50c
+def _log_sigma(anchor: Anchor, panel: pd.DataFrame) -> np.ndarray:
+    "Log-HAR's log sigma at every hour of the panel, NaN where its history is too short."
+    return np.log(anchor.log_har._sigma(panel)).to_numpy()
+
+# %% ../nbs/05f_evaluate.ipynb #801ff9fa
+def _prepare(model: Network, panel: pd.DataFrame, features: pd.DataFrame, labels: pd.DataFrame, fit, valid) -> Prepared:
+    "Anchor, start and tensors of a fit on the rows `fit`, to be stopped on the rows `valid`."
+    anchor = _fit_anchor(panel, labels, fit, model.horizon, model.threshold)
+    c, middle = anchor.climatology, labels["r90"].iloc[fit].median()
+    start = torch.tensor(c.probs).float(), torch.tensor([c.p10, middle, c.p90]).float(), 1.
+    return Prepared(anchor, start, fold_data(features, labels, fit, valid, _log_sigma(anchor, panel)))
+
+# %% ../nbs/05f_evaluate.ipynb #58358045
+def _train_config(model: Network, data: FoldData, seed: int) -> TrainConfig:
+    "Training configuration for tensors of that width, on the GPU where there is one."
+    cuda = torch.cuda.is_available()
+    where = dict(device="cuda", amp="bf16") if cuda else dict(device="cpu")
+    return train_preset(model.preset, data.x.shape[1], epochs=model.epochs, seed=seed, anchored=True, **where)
+
+# %% ../nbs/05f_evaluate.ipynb #665935d3
+def _choose(model: Network, panel: pd.DataFrame, features: pd.DataFrame, labels: pd.DataFrame, fold: Fold, seed: int) -> dict:
+    "Epochs and heads, from a training on `fold.train` judged on `fold.valid`."
+    prepared = _prepare(model, panel, features, labels, fold.train, fold.valid)
+    run = train(_train_config(model, prepared.data, seed), prepared.data, model.folder / "choice", prepared.start)
+    best, rows = best_epoch(run.out), origins(panel.index, fold.valid)
+    if not best: return dict(epochs=0, heads=[], best_epoch=0)
+    run.restore(load(sorted((run.out / "checkpoints").glob("step-*"))[best - 1]))
+    network = _network_forecast(run.model, prepared, list(HEAD_COLUMNS), panel, features, rows)
+    days = pd.Timedelta(model.horizon) // pd.Timedelta("1D")
+    spans = dict(direction=days, band=days, volatility=30)
+    heads = heads_that_help(network, _anchor_forecast(prepared.anchor, panel, rows), labels, spans)
+    return dict(epochs=best if heads else 0, heads=heads, best_epoch=best)
+
+# %% ../nbs/05f_evaluate.ipynb #fe4e15a4
+def _network_forecast(net, prepared: Prepared, heads: list[str], panel: pd.DataFrame, features, rows) -> pd.DataFrame:
+    "Forecasts at `rows`, the state warmed through all earlier hours; a head that is not in `heads` repeats its anchor."
+    made = _anchor_forecast(prepared.anchor, panel, rows)
+    if not heads: return made
+    sigma = pd.Series(_log_sigma(prepared.anchor, panel)).ffill().fillna(0).to_numpy(dtype="float32")
+    x = np.concatenate([prepared.data.scaler(features), sigma[:, None]], axis=1)[:int(rows.max()) + 1]
+    f = warm_forecast(net, torch.from_numpy(x), prepared.data.start)
+    at = torch.from_numpy(rows - prepared.data.start)
+    p = f.logits[at].double().softmax(-1).numpy()
+    ours = dict(zip(FORECAST_COLUMNS, (*p.T, f.p10[at].numpy(), f.p90[at].numpy(), f.sigma[at].numpy())))
+    return made.assign(**{c: ours[c].astype(float) for head in heads for c in HEAD_COLUMNS[head]})
+
+# %% ../nbs/05f_evaluate.ipynb #23a8fe89
+class Network:
+    "The Mamba2 multitask model: anchored on baselines, stopped on validation, fitted on all matured labels."
+    stochastic, needs_features = True, True
+
+    def __init__(
+        self,
+        preset: str = "tiny",  # of `multitask.preset`
+        epochs: int = 3,  # passes over the training hours at most
+        horizon: str = "90D",  # span of the return
+        threshold: float = .05,  # class boundary
+        folder: str | Path | None = None,  # training history and checkpoints of this fold; None: a temporary one
+    ):
+        self.preset, self.epochs, self.horizon, self.threshold = preset, epochs, horizon, threshold
+        self.folder = Path(folder or tempfile.mkdtemp())
+
+    def fit(self, panel, features, labels, fold, seed=0):
+        "Choose on `fold.train` and `fold.valid` (once a folder, for all seeds), then fit on `fold.refit`."
+        kept = self.folder / "choice.json"
+        if not kept.exists(): write_atomic(kept, json.dumps(_choose(self, panel, features, labels, fold, seed)))
+        choice = json.loads(kept.read_text())
+        self.heads, self.prepared = choice["heads"], _prepare(self, panel, features, labels, fold.refit, None)
+        config, data = _train_config(self, self.prepared.data, seed), self.prepared.data
+        self.model = train(config, data, self.folder / f"seed-{seed}", self.prepared.start, until=choice["epochs"]).model
+        return self
+
+    def predict(self, panel, features, rows):
+        "Forecasts at `rows`; a head that stayed at its anchor repeats it to the last digit."
+        return _network_forecast(self.model, self.prepared, self.heads, panel, features, rows)
+
+# %% ../nbs/05f_evaluate.ipynb #e751c8c8
+FORECASTERS["mamba2"] = Network
 
 # %% ../nbs/05f_evaluate.ipynb #d3888ec3
 def _parts(config: EvaluateConfig, n_folds: int) -> list[tuple[int, str, int]]:
@@ -508,19 +527,22 @@ def newest_forecast(
     return pd.concat(made, ignore_index=True)
 
 # %% ../nbs/05f_evaluate.ipynb #65b7eac3
+def _lines(path: Path) -> list[dict]:
+    "The records of a .jsonl file; none where there is no file."
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+# %% ../nbs/05f_evaluate.ipynb #23297f72
 def training_summary(
     folder: Path,  # `network/` of a run folder
 ) -> list[dict]:
     "A record a fold and seed: epochs and heads chosen, tokens per second, peak device memory, and the curve of losses."
     records = []
-    for choice in sorted(folder.glob("*/choice.json")):
-        for path in sorted(choice.parent.glob("seed-*")):
-            lines = lambda name, path=path: [json.loads(x) for x in (path / name).read_text().splitlines()] if (path / name).exists() else []
-            speed = [t["tokens_per_s"] for t in lines("timings.jsonl")]
-            curve = lines("metrics.jsonl")
-            memory = max((t.get("peak_allocated", 0) for t in lines("timings.jsonl")), default=0)
-            records.append(dict(fold=choice.parent.name, seed=path.name, **json.loads(choice.read_text()), tokens_per_s=float(np.median(speed)) if speed else None,
-                                peak_allocated=memory or None, curve=curve[::max(1, len(curve) // 60)]))
+    for path in sorted(folder.glob("*/seed-*")):
+        timings, curve = _lines(path / "timings.jsonl"), _lines(path / "metrics.jsonl")
+        speed = float(np.median([t["tokens_per_s"] for t in timings])) if timings else None
+        memory = max((t.get("peak_allocated", 0) for t in timings), default=0) or None
+        head = dict(fold=path.parent.name, seed=path.name, **json.loads((path.parent / "choice.json").read_text()))
+        records.append(dict(**head, tokens_per_s=speed, peak_allocated=memory, curve=curve[::max(1, len(curve) // 60)]))
     return records
 
 # %% ../nbs/05f_evaluate.ipynb #b7b8098a
@@ -543,7 +565,8 @@ def walk_forward_run(
     write_atomic(out / "origins.parquet", _parquet(_origin_table(panel, labels)))
     write_atomic(out / "forecast.parquet", _parquet(newest_forecast(config, panel, progress, out / "network" / "newest")))
     findings = {k: dict(ok=r.ok, tested=r.tested, findings=_records(r.findings)) for k, r in (audits or {}).items()}
-    head = dict(provenance=made_by, close=float(panel["close"].iloc[-1]), config=json.loads(config.model_dump_json()), folds=_fold_table(panel.index, folds))
+    head = dict(provenance=made_by, close=float(panel["close"].iloc[-1]), config=json.loads(config.model_dump_json()),
+                folds=_fold_table(panel.index, folds))
     training = training_summary(out / "network")
     scores = dict(**head, audits=findings, training=training, **score_run(config, predictions, labels))
     write_atomic(out / "scores.json", json.dumps(scores, indent=1))

@@ -179,7 +179,8 @@ def causal_conv(
     "Depthwise causal convolution that continues after `past`; returns outputs and the new past."
     joined, t, y = torch.cat([past.transpose(1, 2).to(x.dtype), x], dim=1), x.shape[1], bias  # (b, width - 1 + t, channels)
     # A product a tap: a few taps of one filter a channel are too little work for a convolution to be worth its change of layout.
-    for k in range(weight.shape[2]): y = torch.addcmul(y, joined[:, k:k + t], weight[:, 0, k])
+    with torch.autocast(x.device.type, enabled=False):  # summed in the weights' type; autocast would keep a wide copy a tap
+        for k in range(weight.shape[2]): y = torch.addcmul(y, joined[:, k:k + t], weight[:, 0, k])
     return y.to(x.dtype), joined[:, t:].transpose(1, 2)
 
 # %% ../nbs/03_mamba2_block.ipynb #efdfd7c7

@@ -210,7 +210,8 @@ def network_sentence(
     if not folds: return ""
     moved = [f"{head} in {sum(head in h for h in folds.values())}" for head in ("direction", "band", "volatility")]
     same = sum(not h for h in folds.values())
-    return f"The network is identical to its anchors (climatology, log-HAR) in {same} of {len(folds)} folds; heads that left theirs: {', '.join(moved)}."
+    return (f"The network is identical to its anchors (climatology, log-HAR) in {same} of {len(folds)} folds; "
+            f"heads that left theirs: {', '.join(moved)}.")
 
 # %% ../nbs/06_results.ipynb #fd196d88
 def figure_training(
@@ -218,11 +219,15 @@ def figure_training(
 ) -> go.Figure:
     "Training loss by head, the task log-variances and the learning rate, over the updates of every fold and seed that trained."
     fig = make_subplots(1, 3, subplot_titles=("loss by head", "task log-variances", "learning rate"), horizontal_spacing=.08)
-    kinds = [(key, name, 1) for key, name in CURVES.items()] + [("log_var_cls", "log-variance, direction", 2), ("log_var_reg", "log-variance, regressions", 2), ("lr", "learning rate", 3)]
+    weights = {"log_var_cls": "log-variance, direction", "log_var_reg": "log-variance, regressions"}
+    columns = {1: CURVES, 2: weights, 3: {"lr": "learning rate"}}
+    kinds = [(key, name, column) for column, names in columns.items() for key, name in names.items()]
+    curves = [r["curve"] for r in scores.get("training", []) if r["curve"]]
     for k, (key, name, column) in enumerate(kinds):
-        for j, record in enumerate(r for r in scores.get("training", []) if r["curve"]):
-            x, y = ([float(f"{p[what]:.4g}") for p in record["curve"]] for what in ("step", key))
-            fig.add_scatter(x=x, y=y, name=name, legendgroup=name, showlegend=j == 0, line=dict(color=COLOURS[k], width=1), row=1, col=column)
+        for j, curve in enumerate(curves):
+            x, y = ([float(f"{p[what]:.4g}") for p in curve] for what in ("step", key))
+            line = dict(color=COLOURS[k], width=1)
+            fig.add_scatter(x=x, y=y, name=name, legendgroup=name, showlegend=j == 0, line=line, row=1, col=column)
     fig.update_xaxes(title="update").update_yaxes(type="log", row=1, col=1).update_yaxes(title="loss", row=1, col=1)
     return _layout(fig, "Training of the network, all folds and seeds that left their anchor", 400)
 
@@ -238,10 +243,12 @@ def figure_vram(
         rows = [r for r in record["sweep"] if r["preset"] == preset and r["status"] == "ok"]
         for key, dash in (("peak_allocated", "solid"), ("peak_reserved", "dot")):
             y = [round(r[key] / 1e9, 2) for r in rows]
-            fig.add_scatter(x=[r["tbptt_len"] for r in rows], y=y, name=f"{preset}, {key[5:]}", line=dict(color=colour, dash=dash))
+            x, line = [r["tbptt_len"] for r in rows], dict(color=colour, dash=dash)
+            fig.add_scatter(x=x, y=y, name=f"{preset}, {key[5:]}", line=line)
         low, high = REPORTED[preset]
         fig.add_hrect(y0=low, y1=high, fillcolor=colour, opacity=.15, line_width=0, annotation_text=f"{preset}, reported")
-    fig.update_xaxes(title="tbptt_len (hours)", type="log", tickvals=[256, 512, 1024, 2048]).update_yaxes(title="GB", rangemode="tozero")
+    fig.update_xaxes(title="tbptt_len (hours)", type="log", tickvals=[256, 512, 1024, 2048])
+    fig.update_yaxes(title="GB", rangemode="tozero")
     return _layout(fig, f"Peak memory of training, batch {record['arguments']['batch']}, {record['device']['name']}")
 
 # %% ../nbs/06_results.ipynb #8a25c84f
@@ -282,8 +289,10 @@ def _distance_to_truth(scores: dict) -> list[str]:
     reference, said = scores["config"]["models"][0], []
     for score in ("log_loss", "qlike"):
         whole = mean[reference, score] - mean["truth", score]
-        share = {m: (mean[reference, score] - mean[m, score]) / whole for m in scores["config"]["models"][1:] if m != "truth"}
-        if whole > 0: said.append(f"Of the truth's gain over {reference} in {SCORE_NAMES[score]}: " + ", ".join(f"{m} {v:.0%}" for m, v in share.items()) + ".")
+        others = [m for m in scores["config"]["models"][1:] if m != "truth"]
+        share = {m: (mean[reference, score] - mean[m, score]) / whole for m in others}
+        shares = ", ".join(f"{m} {v:.0%}" for m, v in share.items())
+        if whole > 0: said.append(f"Of the truth's gain over {reference} in {SCORE_NAMES[score]}: {shares}.")
     return said
 
 # %% ../nbs/06_results.ipynb #d5581bea
@@ -351,10 +360,12 @@ def _sections(scores: dict, predictions: pd.DataFrame, daily: pd.DataFrame, newe
     parts = [f"<h3>{title}</h3>{_table(table[[SCORE_NAMES[s] for s in names]])}" for title, names in GROUPS.items()]
     every = f"<details><summary>All comparisons</summary>{_table(claims(scores), index=False)}</details>"
     now = [_table(newest_table(newest, horizon, scores["config"]["vol_window"])), figure_newest(newest, daily, scores["close"], models, horizon)]
+    trained = any(r["curve"] for r in scores.get("training", []))
+    training = [("The network's training", [figure_training(scores)])] if trained else []
     return [("What it shows", [f"<ul>{said}</ul>"]),
             ("Scores", [f"<p>{text}</p>", *parts]),
             (f"Against {models[0]}", [figure_skill(scores), every]),
-            *([("The network's training", [figure_training(scores)])] if any(r["curve"] for r in scores.get("training", [])) else []),
+            *training,
             ("Calibration", [figure_reliability(scores), figure_coverage(scores)]),
             ("Forecasts on the price", [figure_fan(predictions, daily, fan, horizon)]),
             (f"Newest forecast, made at {newest['time'].iloc[0]:%Y-%m-%d %H:%M} UTC", now),

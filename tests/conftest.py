@@ -1,5 +1,9 @@
 "Settings and fixtures of all tests: one thread per process, repeatable hypothesis, shared runs of the shell, the real data."
+import json
 import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,21 +18,51 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"  # the real source files, beside the checkout; they are not part of it
+_long = {}  # the runs that take longest, started beside the tests that do not need them
+
+
+def _start(name: str):
+    "One of the long runs, in an empty folder."
+    from helpers import measured
+    if name == "default_run": return measured("run", cwd=_long["folder"] / "default")
+    models = json.loads((ROOT / "results" / "real.json").read_text(encoding="utf-8"))["config"]["models"]
+    return measured("run", "--data", DATA, "--models", *models, cwd=_long["folder"] / "real", timeout=600)
+
+
+def pytest_collection_finish(session):
+    "With two cores this saves more than a minute."
+    wanted = {name for item in session.items for name in ("default_run", "real_run") if name in getattr(item, "fixturenames", ())}
+    if session.config.option.collectonly or not wanted: return
+    _long["folder"], _long["pool"] = Path(tempfile.mkdtemp(prefix="cryptopredict-")), ThreadPoolExecutor(1)
+    for name in sorted(wanted, reverse=True):  # the run on the real files is asked for first
+        if name == "default_run" or DATA.is_dir(): _long[name] = _long["pool"].submit(_start, name)
+
+
+def pytest_sessionfinish(session):
+    "Nothing is left running, and no folder behind."
+    if "pool" in _long:
+        _long["pool"].shutdown(cancel_futures=True)
+        shutil.rmtree(_long["folder"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    "Folder of the real source files, beside the checkout; they are not part of it."
-    found = ROOT.parent / "shared" / "data"
-    if not found.is_dir(): pytest.skip("the real data are not here: ../shared/data beside the checkout")
-    return found
+    "Folder of the real source files."
+    if not DATA.is_dir(): pytest.skip("the real data are not here: ../shared/data beside the checkout")
+    return DATA
 
 
 @pytest.fixture(scope="session")
-def default_run(tmp_path_factory):
-    "`cryptopredict run` without any flag in an empty folder, made once: files, output, seconds, peak memory."
-    from helpers import measured
-    return measured("run", cwd=tmp_path_factory.mktemp("default"))
+def default_run():
+    "`cryptopredict run` without any flag in an empty folder: files, output, seconds, peak memory."
+    return _long["default_run"].result()
+
+
+@pytest.fixture(scope="session")
+def real_run(data_dir):
+    "`cryptopredict run --data` with the models of the committed results."
+    return _long["real_run"].result()
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,7 @@ class Measured:
 
 def measured(*words: str, cwd: Path, timeout: float = 400) -> Measured:
     "The shell command with wall time and peak memory, measured from a bare parent: a child starts with its parent's peak."
+    cwd.mkdir(parents=True, exist_ok=True)
     note = cwd.parent / f"{cwd.name}.json"
     argv = [sys.executable, "-S", "-c", MEASURE, note, command(), *words]
     done = subprocess.run(list(map(str, argv)), cwd=cwd, env=ENV, capture_output=True, text=True, timeout=timeout)

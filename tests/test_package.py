@@ -22,28 +22,29 @@ ORDER = ["leakage", "sources", "simulate", "features", "labels", "mamba2_block",
 NETWORK = {"mamba2_block", "mhsa", "multitask", "streams", "checkpoint", "tbptt_trainer", "vram", "forecast",
            "evaluate", "results"}
 MODULES = sorted((p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_")), key=ORDER.index)
+LIGHT, NETWORK_HERE = [m for m in MODULES if m not in NETWORK], [m for m in reversed(MODULES) if m in NETWORK]
 NAMES = {"TA-Lib": "talib", "scikit-learn": "sklearn"}  # distributions whose module is called otherwise
 
 WATCH = """import socket, sys
 def refuse(*args, **kwargs): raise RuntimeError("a connection at import")
 socket.socket.connect = socket.create_connection = refuse
 import importlib
-importlib.import_module({module!r})
+for module in {modules!r}: importlib.import_module(f"cryptopredict.{{module}}".strip("."))
 cuda = "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized()
 open(sys.argv[1], "w").write(" ".join({{m.partition(".")[0] for m in sys.modules}} | ({{"CUDA"}} if cuda else set())))"""
 
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    "For each module (and the package, an empty name) what a fresh interpreter printed, and what it had loaded afterwards."
+    "What a fresh interpreter printed and what it had loaded: for the package (an empty name), a module, the whole network."
     cwd, notes = tmp_path_factory.mktemp("elsewhere"), tmp_path_factory.mktemp("loaded")
 
     def start(module):
-        code, note = WATCH.format(module=f"cryptopredict.{module}".strip(".")), notes / f"{module}.txt"
+        code, note = WATCH.format(modules=NETWORK_HERE if module == "network" else [module]), notes / f"{module}.txt"
         done = subprocess.run([sys.executable, "-c", code, note], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"import of {module or 'cryptopredict'}:\n{done.stderr}"
         return done.stdout + done.stderr, set(note.read_text().split())
-    names = ["", *MODULES]
+    names = ["", *LIGHT, "network"]
     with ThreadPoolExecutor(2) as pool: yield dict(zip(names, pool.map(start, names)))
     assert list(cwd.iterdir()) == [], "an import wrote a file"
 
@@ -63,15 +64,15 @@ def _imports(tree: ast.Module) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("module", ["", *MODULES])
+@pytest.mark.parametrize("module", ["", *LIGHT, "network"])
 def test_import_is_silent_and_light(imported, module):
     said, loaded = imported[module]
     assert said == "", said
     heavy = {"nbdev", "execnb", "IPython", "pytest", "lightgbm", "sklearn", "arch", "mamba_ssm", "matplotlib", "CUDA"}
-    assert loaded.isdisjoint(heavy | (set() if module in NETWORK else {"torch"})), loaded & (heavy | {"torch"})
+    assert loaded.isdisjoint(heavy | (set() if module == "network" else {"torch"})), loaded & (heavy | {"torch"})
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m not in NETWORK | {"cli"}])
+@pytest.mark.parametrize("module", [m for m in LIGHT if m != "cli"])
 def test_the_core_needs_neither_plots_nor_shell(imported, module):
     assert imported[module][1].isdisjoint({"plotly", "tyro", "rich"})
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-REAL = json.loads((ROOT / "results" / "real_baselines.json").read_text(encoding="utf-8"))
+REAL = json.loads((ROOT / "results" / "real.json").read_text(encoding="utf-8"))
 COLUMNS = ("log_loss", "pinball10", "pinball90", "coverage", "rmse_log_sigma", "qlike")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import BASELINES, measured
+from helpers import BASELINES
 
 from cryptopredict import leakage, scores, sources
 from cryptopredict.features import ALL, build_features, registry
@@ -33,16 +33,14 @@ def panel(data_dir):
 
 
 @pytest.fixture(scope="module")
-def run(data_dir, tmp_path_factory):
-    "`cryptopredict run --data` in an empty folder with the committed run's models, and its scores."
-    words = ["run", "--data", str(data_dir), "--models", *_committed()["config"]["models"]]
-    made = measured(*words, cwd=tmp_path_factory.mktemp("real"), timeout=600)
-    assert made.rc == 0, made.stderr
-    return made, json.loads((made.out / "scores.json").read_text())
+def run(real_run):
+    "The run on the real files and its scores."
+    assert real_run.rc == 0, real_run.stderr
+    return real_run, json.loads((real_run.out / "scores.json").read_text())
 
 
 def _committed() -> dict:
-    return json.loads((ROOT / "results" / "real_baselines.json").read_text(encoding="utf-8"))
+    return json.loads((ROOT / "results" / "real.json").read_text(encoding="utf-8"))
 
 
 # --- files ----------------------------------------------------------------------------------------------------------------
@@ -240,7 +238,7 @@ def test_run_again_gives_the_committed_scores(run):
 
 
 def test_run_again_gives_the_committed_predictions(run):
-    got, there = (pd.read_parquet(p) for p in (run[0].out / "predictions.parquet", ROOT / "results" / "real_baselines.parquet"))
+    got, there = (pd.read_parquet(p) for p in (run[0].out / "predictions.parquet", ROOT / "results" / "real.parquet"))
     pd.testing.assert_frame_equal(got, there, rtol=1e-9, atol=1e-12, check_dtype=False)
 
 
