@@ -57,10 +57,10 @@ def _scan_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: 
     kind, wide, g = x.dtype, state.dtype, B.shape[2]
     by_group = lambda m: rearrange(m, "b c (g r) ... -> b c g r ...", g=g)  # r heads share the B and C of a group
     total, L = _decays(rearrange(dt.to(wide) * A.to(wide), "b (c q) h -> b c h q", q=q))
-    x = rearrange(x.to(wide) * dt.to(wide)[..., None], "b (c q) (g r) p -> b c g r q p", q=q, g=g)  # what a step writes
+    x = rearrange((x * dt.to(wide)[..., None]).to(kind), "b (c q) (g r) p -> b c g r q p", q=q, g=g)  # what a step writes
     B, C = (rearrange(m, "b (c q) g n -> b c g q n", q=q) for m in (B, C))
     near = (C @ B.transpose(-1, -2)).to(wide)[:, :, :, None]  # (b, c, g, 1, q, q)
-    y = (near * by_group(L)).to(kind) @ x.to(kind)  # own inputs to own outputs
+    y = (near * by_group(L)).to(kind) @ x  # own inputs to own outputs
     fade = by_group((total[..., -1:] - total).exp())[..., None]
     left = (fade * x).to(kind).transpose(-1, -2) @ B[:, :, :, None]  # left in the state (b, c, g, r, p, n)
     before, state = _hand_on(left.flatten(2, 3).to(wide), total[..., -1].exp(), state)

@@ -359,7 +359,8 @@ def _sections(scores: dict, predictions: pd.DataFrame, daily: pd.DataFrame, newe
     text = "Mean and 90 % block-bootstrap interval; lower is better, coverage should be 0.80. Seeds are averaged before scoring."
     parts = [f"<h3>{title}</h3>{_table(table[[SCORE_NAMES[s] for s in names]])}" for title, names in GROUPS.items()]
     every = f"<details><summary>All comparisons</summary>{_table(claims(scores), index=False)}</details>"
-    now = [_table(newest_table(newest, horizon, scores["config"]["vol_window"])), figure_newest(newest, daily, scores["close"], models, horizon)]
+    bands = figure_newest(newest, daily, scores["close"], models, horizon)
+    now = [_table(newest_table(newest, horizon, scores["config"]["vol_window"])), bands]
     trained = any(r["curve"] for r in scores.get("training", []))
     training = [("The network's training", [figure_training(scores)])] if trained else []
     return [("What it shows", [f"<ul>{said}</ul>"]),
