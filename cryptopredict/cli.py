@@ -5,6 +5,7 @@
 # %% ../nbs/06a_cli.ipynb #addaa8bf
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -305,6 +306,7 @@ def main(
 ) -> int:
     "Run a command; the exit code is 0, 1 (leak found), 2 (user's mistake), 130 (Ctrl-C) or 143 (terminated)."
     before = _on_terminate()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait by spinning starve each other on a busy machine
     try:
         command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cryptopredict", description=DESCRIPTION, args=args)
         return command()

@@ -380,7 +380,8 @@ def _choose(model: Network, panel: pd.DataFrame, features: pd.DataFrame, labels:
     run = train(_train_config(model, prepared.data, seed), prepared.data, model.folder / "choice", prepared.start)
     best, rows = best_epoch(run.out), origins(panel.index, fold.valid)
     if not best: return dict(epochs=0, heads=[], best_epoch=0)
-    run.restore(load(sorted((run.out / "checkpoints").glob("step-*"))[best - 1]))
+    # The first checkpoint is the untrained model; the one after it ends the first epoch.
+    run.restore(load(sorted((run.out / "checkpoints").glob("step-*"))[best]))
     network = _network_forecast(run.model, prepared, list(HEAD_COLUMNS), panel, features, rows)
     days = pd.Timedelta(model.horizon) // pd.Timedelta("1D")
     spans = dict(direction=days, band=days, volatility=30)

@@ -88,7 +88,8 @@ MISSPELT = {"no command": "", "no such command": "nonsense", "no such flag": "ru
 AUDITED = {"honest": None, "centred": "smooth", "scaled": "z", "filled": "load"}  # function -> its leaky column
 WALK = "--data --years --seed --repair --config --seeds --models --first-test --step --horizon"
 HELP = {"run": f"{WALK} --out --n-cuts", "audit": f"{WALK} --n-cuts --fn", "evaluate": f"{WALK} --out",
-        "forecast": f"{WALK} --out", "prepare": "--data --years --seed --repair --out", "train": f"{WALK} --preset --epochs --out", "fetch": "", "plan": ""}
+        "forecast": f"{WALK} --out", "train": f"{WALK} --preset --epochs --out", "fetch": "", "plan": "",
+        "prepare": "--data --years --seed --repair --out"}
 # Cases that get a process of their own; the others are called within this one, where a command takes a tenth of the time.
 OWN = {"missing directory", "empty file", "unknown format", "unknown config key", "too little history", "no label in a fold",
        "function that raises", "another seed", "other data", "run into a folder of others", "prepare into a file",
@@ -252,22 +253,25 @@ def test_a_place_that_is_no_run_is_refused(outcome, case):
     assert got.done.returncode == 2 and "out" in one_line(got.done.stderr) and got.untouched()
 
 
-QUICK = ["evaluate", "--out", "out", "--models", *BASELINES, "truth"]  # the built-in market, three folds, nothing to train
+@pytest.fixture(scope="module")
+def many_parts(small) -> list[str]:
+    "A walk-forward of seconds in a hundred and more parts."
+    return ["evaluate", "--out", "out", *small, "--step", "2D"]
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Path:
-    "The folder of a walk-forward that nothing stopped."
+def uninterrupted(many_parts, tmp_path_factory) -> Path:
+    "The folder of that walk-forward when nothing stops it."
     folder = tmp_path_factory.mktemp("whole")
-    assert shell(*QUICK, cwd=folder).returncode == 0
+    assert shell(*many_parts, cwd=folder).returncode == 0
     return folder / "out"
 
 
-def _stopped(cwd: Path, how: int) -> tuple[int, str]:
+def _stopped(words: list[str], cwd: Path, how: int) -> tuple[int, str]:
     "Send a signal to a walk-forward as soon as its first part stands; exit code and stderr."
     # A shell that runs tests in the background may have SIGINT ignored, which a child would inherit.
     process = subprocess.Popen(
-        [command(), *QUICK], cwd=cwd, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        [command(), *words], cwd=cwd, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     deadline = time.monotonic() + 120
     while not list(cwd.glob("out/parts/*.parquet")):
@@ -279,15 +283,15 @@ def _stopped(cwd: Path, how: int) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("how, code", [("SIGKILL", -9), ("SIGINT", 130), ("SIGTERM", 143)])
-def test_stopped_half_way_and_started_again(uninterrupted, tmp_path, how, code):
-    ended, stderr = _stopped(tmp_path, getattr(signal, how))
+def test_stopped_half_way_and_started_again(many_parts, uninterrupted, tmp_path, how, code):
+    ended, stderr = _stopped(many_parts, tmp_path, getattr(signal, how))
     out = tmp_path / "out"
     kept = {p.name: p.read_bytes() for p in (out / "parts").glob("*.parquet")}
     assert ended == code and 0 < len(kept) < len(list((uninterrupted / "parts").iterdir())), "stopped in the middle"
     assert all((uninterrupted / "parts" / name).read_bytes() == data for name, data in kept.items()), "what stands is whole"
     assert not (out / "predictions.parquet").exists() and not (out / "scores.json").exists()
     if how != "SIGKILL": assert len(stderr.splitlines()) == 1 and not list(tmp_path.rglob("*.tmp")), stderr
-    again = shell(*QUICK, cwd=tmp_path)
+    again = shell(*many_parts, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     differ = {p for p, entry in snapshot(uninterrupted, times=False).items() if snapshot(out, times=False).get(p) != entry}
     assert not differ, f"not those of an uninterrupted run: {differ}"
@@ -345,9 +349,10 @@ def test_a_misspelt_command_line_exits_2(outcome, case):
     assert got.done.returncode == 2 and got.done.stderr and "Traceback" not in got.done.stderr and got.untouched()
 
 
-def test_only_official_origins_are_scored(small, tmp_path):
-    # A step of six hours has folds without any 00:00 UTC: refused, or left out of the scores.
-    done = inside("evaluate", *small, "--first-test", "2017-10-12", "--step", "6h", "--out", "out", cwd=tmp_path)
+@pytest.mark.parametrize("step", ["6h", "1h"])
+def test_only_official_origins_are_scored(small, tmp_path, step):
+    # Folds this short hold no 00:00 UTC: refused before anything is written, or left out of the scores.
+    done = inside("evaluate", *small, "--first-test", "2017-10-22", "--step", step, "--out", "out", cwd=tmp_path)
     if done.returncode == 2: assert "step" in one_line(done.stderr) and not (tmp_path / "out").exists()
     else: assert set(pd.read_parquet(tmp_path / "out" / "predictions.parquet")["time"].dt.hour) == {0}
 
