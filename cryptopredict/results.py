@@ -227,7 +227,7 @@ def figure_training(
         for j, curve in enumerate(curves):
             x, y = ([float(f"{p[what]:.4g}") for p in curve] for what in ("step", key))
             line = dict(color=COLOURS[k], width=1)
-            fig.add_scatter(x=x, y=y, name=name, legendgroup=name, showlegend=j == 0, line=line, row=1, col=column)
+            fig.add_scatter(x=x, y=y, name=name, legendgroup=name, showlegend=j == 0, mode="lines", line=line, row=1, col=column)
     fig.update_xaxes(title="update").update_yaxes(type="log", row=1, col=1).update_yaxes(title="loss", row=1, col=1)
     return _layout(fig, "Training of the network, all folds and seeds that left their anchor", 400)
 
@@ -274,13 +274,20 @@ def _leak_sentence(audits: dict) -> str:
     return f"Leaks were found in: {', '.join(leaks)}." if leaks else f"The audits of {', '.join(audits)} found no leak."
 
 # %% ../nbs/06_results.ipynb #e4b97fea
-def _better(comparison: list[dict], names: list[str]) -> str:
-    "Who is better than the reference on the named scores, and on which; empty if nobody."
+def _better(comparison: list[dict], names: list[str], without: tuple[str, ...] = ("truth",)) -> str:
+    "Who is better than the reference on the named scores, and on which; empty if nobody. Models in `without` are left out."
     who = {}
     for row in comparison:
-        if row["score"] in names and row["verdict"] == "better" and row["model"] != "truth":
+        if row["score"] in names and row["verdict"] == "better" and row["model"] not in without:
             who.setdefault(row["model"], []).append(SCORE_NAMES[row["score"]])
     return "; ".join(f"{model} ({', '.join(on)})" for model, on in who.items())
+
+# %% ../nbs/06_results.ipynb #ba965bf4
+def _repeats_anchor(scores: dict, group: str) -> list[str]:
+    "The network's name, where its head of that group never left its anchor: the anchor's claim is not the network's."
+    head = {"Direction": "direction", "80 % band": "band", "Volatility": "volatility"}[group]
+    folds = [r["heads"] for r in scores.get("training", []) if r["fold"] != "newest"]
+    return ["mamba2"] if folds and not any(head in heads for heads in folds) else []
 
 # %% ../nbs/06_results.ipynb #e2d5da8d
 def _distance_to_truth(scores: dict) -> list[str]:
@@ -303,7 +310,7 @@ def findings(
     config, said = scores["config"], [_leak_sentence(scores["audits"])]
     reference = config["models"][0]
     for what, names in GROUPS.items():
-        who = _better(scores["comparison"], names)
+        who = _better(scores["comparison"], names, ("truth", *_repeats_anchor(scores, what)))
         nobody = f"no model is shown to be better than {reference}"
         shown = f"better than {reference} at Holm-adjusted p < .05: {who}" if who else nobody
         said.append(f"On the {what.lower()}, {shown}.")

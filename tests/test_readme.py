@@ -23,6 +23,9 @@ def test_findings_are_what_the_comparison_allows():
     better = {(r["model"], r["score"]) for r in REAL["comparison"] if r["verdict"] == "better"}
     assert ("log_har", "rmse_log_sigma") in better
     assert all(score.startswith(("rmse", "qlike")) for _, score in better), "README says: none better on direction or band"
+    assert not any(model == "mamba2" and score.startswith("qlike") for model, score in better)
+    folds = {r["fold"]: r["heads"] for r in REAL["training"] if r["fold"] != "newest"}
+    assert sorted(map(bool, folds.values())) == [False] * 6 + [True] and folds["fold-00"] == ["direction", "band"]
     windows = {r["n_windows"] for r in REAL["summary"] if r["score"] == "log_loss"}
     assert windows == {27} and "27 windows" in README
     assert REAL["begin"].startswith("2018-01-01") and REAL["end"].startswith("2024-10-03")
@@ -37,6 +40,13 @@ def test_forest_figures_are_those_of_the_labels_notebook():
     shuffled, purged, up = shown.groups()
     assert f"{shuffled} % on the direction" in README and f"and {purged} % when the split is purged" in README
     assert f'"up" scores {up} %' in README
+
+
+def test_gpu_memory_is_what_was_measured():
+    vram = json.loads((ROOT / "results" / "vram.json").read_text(encoding="utf-8"))
+    peak = {(r["preset"], r["tbptt_len"]): r["peak_allocated"] / 1e9 for r in vram["sweep"]}
+    assert f"{peak['baseline', 1024]:.1f} GB (baseline, chunks of 1024" in README
+    assert f"{peak['mhsa', 512]:.1f} GB\n  (mhsa, 512)" in README
 
 
 def test_every_notebook_has_its_line():
