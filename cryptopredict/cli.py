@@ -198,7 +198,9 @@ class Audit(_Walk):
         panel, tables, provenance, name = self._load()
         _say(f"{name}: {len(panel)} hours, {panel.index[0]:%Y-%m-%d} to {panel.index[-1]:%Y-%m-%d}")
         if own is None: return 0 if all(r.ok for r in _audits(panel, tables, provenance, config, self.n_cuts).values()) else 1
-        report = audit(own, panel, n_cuts=self.n_cuts, seed=config.seed)
+        try: report = audit(own, panel, n_cuts=self.n_cuts, seed=config.seed)
+        except Exception as error:
+            raise ValueError(f"--fn {self.fn} cannot be audited: {type(error).__name__}: {error}") from error
         _say(repr(report))
         return 0 if report.ok else 1
 

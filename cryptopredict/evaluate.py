@@ -163,9 +163,14 @@ def make_folds(
     if ends["label_end"].isna().all():
         raise ValueError(f"no label: the data ({index[0]} to {index[-1]}) are shorter than the horizon of {config.horizon}; "
                          "bring more history or shorten horizon")
-    try: return walk_forward(index, ends, first_test=first, **spans)
+    try: folds = walk_forward(index, ends, first_test=first, **spans)
     except ValueError as error:
         raise ValueError(f"{error} [first_test {first}; the data are {index[0]} to {index[-1]}]") from None
+    for fold in folds:
+        if not len(origins(index, fold.test)):
+            begin = index[fold.test[0]]
+            raise ValueError(f"the fold tested from {begin} holds no 00:00 UTC: make step ({config.step}) a day or longer")
+    return folds
 
 # %% ../nbs/05f_evaluate.ipynb #5aa90952
 def _labels_as_known(frame: pd.DataFrame, config: EvaluateConfig) -> pd.DataFrame:

@@ -1,5 +1,4 @@
 "Settings and fixtures of all tests: one thread per process, repeatable hypothesis, shared runs of the shell, the real data."
-import json
 import os
 import shutil
 import tempfile
@@ -24,10 +23,9 @@ _long = {}  # the runs that take longest, started beside the tests that do not n
 
 def _start(name: str):
     "One of the long runs, in an empty folder."
-    from helpers import measured
+    from helpers import BASELINES, measured
     if name == "default_run": return measured("run", cwd=_long["folder"] / "default")
-    models = json.loads((ROOT / "results" / "real.json").read_text(encoding="utf-8"))["config"]["models"]
-    return measured("run", "--data", DATA, "--models", *models, cwd=_long["folder"] / "real", timeout=600)
+    return measured("run", "--data", DATA, "--models", *BASELINES, cwd=_long["folder"] / "real", timeout=600)
 
 
 def pytest_collection_finish(session):
@@ -61,7 +59,7 @@ def default_run():
 
 @pytest.fixture(scope="session")
 def real_run(data_dir):
-    "`cryptopredict run --data` with the models of the committed results."
+    "`cryptopredict run --data` with the baselines, as `default_run`."
     return _long["real_run"].result()
 
 

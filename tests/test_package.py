@@ -155,5 +155,5 @@ def test_results_are_small_and_hold_no_data_rows():
     for path in (ROOT / "results").iterdir():
         assert path.stat().st_size < 1_000_000, path.name
         if path.suffix == ".parquet": assert set(pd.read_parquet(path).columns).isdisjoint(prices), path.name
-    kept = json.loads((ROOT / "results" / "real_baselines.json").read_text(encoding="utf-8"))
+    kept = json.loads((ROOT / "results" / "real.json").read_text(encoding="utf-8"))
     assert {"provenance", "config", "summary"} <= set(kept) and prices.isdisjoint(kept)
