@@ -175,6 +175,7 @@ def _function(where: str):
     "The function that `FILE.py:NAME` names."
     import importlib.util
     file, _, name = where.rpartition(":")
+    if not file: raise ValueError(f"--fn {where}: name the function too; give FILE.py:NAME")
     if not Path(file).is_file(): raise ValueError(f"--fn {where}: there is no file {file!r}; give FILE.py:NAME")
     spec = importlib.util.spec_from_file_location("audited", file)
     module = importlib.util.module_from_spec(spec)
@@ -266,7 +267,7 @@ class Train(_Walk):
         choice = json.loads((out / "choice.json").read_text())
         heads = ", ".join(choice["heads"]) or "none: it repeats its anchors"
         _say(f"chosen on validation: {choice['epochs']} epochs, heads that help: {heads}")
-        _say(f"{newest_table(made).to_string()}\nkept in {out}")
+        _say(f"{newest_table(made, config.horizon, config.vol_window).to_string()}\nkept in {out}")
         return 0
 
 # %% ../nbs/06a_cli.ipynb #5108cc8a

@@ -504,8 +504,8 @@ def _toml(config: EvaluateConfig) -> str:
 
 # %% ../nbs/05f_evaluate.ipynb #26faddcf
 def _origin_table(panel: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
-    "Close and realised labels at every daily origin: what the report draws forecasts against."
-    rows = origins(panel.index, np.arange(len(panel)))
+    "Close and realised labels at every daily origin and at the newest hour: what the report draws forecasts against."
+    rows = np.union1d(origins(panel.index, np.arange(len(panel))), [len(panel) - 1])
     kept = labels.iloc[rows][["r90", "direction", "sigma", "label_end"]]
     return kept.assign(close=panel["close"].iloc[rows]).rename_axis("time").reset_index()
 
@@ -571,8 +571,7 @@ def walk_forward_run(
     write_atomic(out / "origins.parquet", _parquet(_origin_table(panel, labels)))
     write_atomic(out / "forecast.parquet", _parquet(newest_forecast(config, panel, progress, out / "network" / "newest")))
     findings = {k: dict(ok=r.ok, tested=r.tested, findings=_records(r.findings)) for k, r in (audits or {}).items()}
-    head = dict(provenance=made_by, close=float(panel["close"].iloc[-1]), config=json.loads(config.model_dump_json()),
-                folds=_fold_table(panel.index, folds))
+    head = dict(provenance=made_by, config=json.loads(config.model_dump_json()), folds=_fold_table(panel.index, folds))
     training = training_summary(out / "network")
     scores = dict(**head, audits=findings, training=training, **score_run(config, predictions, labels))
     write_atomic(out / "scores.json", json.dumps(scores, indent=1))

@@ -471,13 +471,14 @@ def audit(
     fn: Callable[[pd.DataFrame], pd.DataFrame | pd.Series | np.ndarray],  # code under audit
     frame: pd.DataFrame,  # time-indexed input, UTC, increasing; at least 8 rows
     *,
-    n_cuts: int = 32,  # how many cuts
+    n_cuts: int = 32,  # how many cuts, at least 1; the first and last rows are always among them
     seed: int = 0,  # places the cuts and draws the replacements
 ) -> LeakReport:
     "Does anything `fn` says at or before a time depend on what comes after it? By truncation and by perturbation."
     if not isinstance(frame, pd.DataFrame): raise ValueError(f"frame is a {type(frame).__name__}: give a DataFrame (.to_frame())")
     check_times(frame.index, "frame.index")
-    if len(frame) < 8: raise ValueError(f"frame has {len(frame)} rows: an audit needs at least 8")
+    if len(frame) < 8 or n_cuts < 1:
+        raise ValueError(f"frame has {len(frame)} rows, n_cuts is {n_cuts}: an audit needs at least 8 rows and 1 cut")
     base = _as_frame(fn(frame.copy()), frame)
     again, allowed, rng = _as_frame(fn(frame.copy()), frame), _tolerance(base), np.random.default_rng(seed)
     unlike = _compare(base, again, frame.index[-1], "not deterministic", allowed, "same input twice")

@@ -181,8 +181,7 @@ def figure_fan(
 # %% ../nbs/06_results.ipynb #5a105e99
 def figure_newest(
     newest: pd.DataFrame,  # newest forecast, prediction schema
-    daily: pd.DataFrame,  # `time, close` at daily origins
-    close: float,  # price at the newest hour, which the bands start from
+    daily: pd.DataFrame,  # `time, close` at daily origins and at the newest hour, which the bands start from
     models: list[str],  # all models of the run, for their colours
     horizon: str = "90D",  # how far ahead
 ) -> go.Figure:
@@ -193,7 +192,7 @@ def figure_newest(
     for k, (model, band) in enumerate(newest.groupby("model", sort=False)[["p10", "p90"]].mean().iterrows()):
         at = end + pd.Timedelta(days=5 * k)  # side by side, not on top of each other
         line = dict(color=_colour_of(models)[model], width=3)
-        low_high = (close * np.exp(band.to_numpy())).round(2).tolist()
+        low_high = (daily["close"].iloc[-1] * np.exp(band.to_numpy())).round(2).tolist()
         fig.add_scatter(x=[at, at], y=low_high, mode="lines+markers", name=model, line=line,
                         marker=dict(symbol="line-ew-open", size=10))
     fig.update_yaxes(type="log", title="USD").update_xaxes(title="day (UTC)")
@@ -366,7 +365,7 @@ def _sections(scores: dict, predictions: pd.DataFrame, daily: pd.DataFrame, newe
     text = "Mean and 90 % block-bootstrap interval; lower is better, coverage should be 0.80. Seeds are averaged before scoring."
     parts = [f"<h3>{title}</h3>{_table(table[[SCORE_NAMES[s] for s in names]])}" for title, names in GROUPS.items()]
     every = f"<details><summary>All comparisons</summary>{_table(claims(scores), index=False)}</details>"
-    bands = figure_newest(newest, daily, scores["close"], models, horizon)
+    bands = figure_newest(newest, daily, models, horizon)
     now = [_table(newest_table(newest, horizon, scores["config"]["vol_window"])), bands]
     trained = any(r["curve"] for r in scores.get("training", []))
     training = [("The network's training", [figure_training(scores)])] if trained else []
