@@ -17,7 +17,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['flatten', 'unflatten', 'CheckpointError', 'save', 'load', 'newest']
+__all__ = ['flatten', 'unflatten', 'write_atomic', 'to_toml', 'CheckpointError', 'save', 'load', 'newest']
 
 # %% ../nbs/04c_checkpoint.ipynb #f7eccf81
 def flatten(
@@ -44,10 +44,6 @@ def unflatten(shape, tensors: dict[str, Tensor]):
         return {k: unflatten(v, tensors) for k, v in shape["$dict"]}
     return [unflatten(v, tensors) for v in shape] if isinstance(shape, list) else shape
 
-# %% ../nbs/04c_checkpoint.ipynb #3da8a45f
-class CheckpointError(ValueError):
-    "A checkpoint that is not whole or not what its manifest says."
-
 # %% ../nbs/04c_checkpoint.ipynb #7976a8f3
 def _write(path: Path, data: bytes) -> str:
     "Write and flush a file; returns its sha256."
@@ -56,6 +52,31 @@ def _write(path: Path, data: bytes) -> str:
         file.flush()
         os.fsync(file.fileno())
     return hashlib.sha256(data).hexdigest()
+
+# %% ../nbs/04c_checkpoint.ipynb #8da2e533
+def write_atomic(
+    path: str | Path,  # where the file shall stand
+    data: bytes | str,  # its content
+) -> None:
+    "Write a file so that it is either the old one or the whole new one."
+    path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        _write(temporary, data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    finally: temporary.unlink(missing_ok=True)
+
+# %% ../nbs/04c_checkpoint.ipynb #ab2176cc
+def to_toml(
+    values: dict,  # JSON values; nested dicts become tables, None is left out
+) -> str:
+    "Values as TOML; what is not in a table comes first."
+    plain = [f"{k} = {json.dumps(v)}" for k, v in values.items() if not isinstance(v, dict) and v is not None]
+    tables = [f"\n[{k}]\n{to_toml(v).rstrip()}" for k, v in values.items() if isinstance(v, dict)]
+    return "\n".join([*plain, *tables]) + "\n"
+
+# %% ../nbs/04c_checkpoint.ipynb #3da8a45f
+class CheckpointError(ValueError):
+    "A checkpoint that is not whole or not what its manifest says."
 
 # %% ../nbs/04c_checkpoint.ipynb #306d8623
 def save(

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,21 +48,36 @@ def _files(data: Path, repairs: tuple[str, ...]) -> tuple:
     return panel, tables, provenance, "files " + ", ".join(p.name for p in data_files(data))
 
 # %% ../nbs/06a_cli.ipynb #46b8276d
+def _training_line(record: dict) -> str:
+    "Losses by head, learning rate, speed and peak memory of one update."
+    losses = "  ".join(f"{head} {float(record[head]):.3f}" for head in ("cls", "p10", "p90", "vol"))
+    memory = record.get("peak_allocated", record.get("peak_rss", 0)) / 2**20
+    return f"{losses}  lr {record['lr']:.1e}  {record['tokens_per_s'] / 1e3:.0f}k tokens/s  {memory:.0f} MiB"
+
+# %% ../nbs/06a_cli.ipynb #c629118b
 class _Progress:
-    "A rich progress bar on a terminal, nothing elsewhere; called as `progress(done, total, what)`."
+    "A rich progress bar on a terminal, nothing elsewhere; called as `progress(done, total, what)`, `watch` during training."
 
     def __enter__(self):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(),
+        columns = (TextColumn("{task.description:<40}"), BarColumn(20), MofNCompleteColumn(),
                    TimeElapsedColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
         self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal).__enter__()
-        self.task = self.bar.add_task("", total=None)
+        self.task, self.training, self.shown = self.bar.add_task("", total=None), None, 0.
         return self
 
     def __call__(self, done: int, total: int, what: str) -> None:
         self.bar.update(self.task, completed=done, total=total, description=what)
+
+    def watch(self, run, record: dict) -> None:
+        "Twice a second at most: reading a loss makes a GPU wait."
+        if self.bar.disable or time.monotonic() - self.shown < .5: return
+        if self.training is None: self.training = self.bar.add_task("", total=None)
+        self.shown = time.monotonic()
+        line = dict(completed=run.step, total=record["steps"], description=_training_line(record))
+        self.bar.update(self.training, **line, refresh=True)
 
     def __exit__(self, *error): self.bar.__exit__(*error)
 
@@ -143,7 +159,7 @@ class Evaluate(_Folder):
         config = self._config()
         panel, _, _, name = loaded or self._load()
         out = self.out or _new_folder("run")
-        with _Progress() as progress: self.out = walk_forward_run(config, panel, out, name, audits, progress)
+        with _Progress() as progress: self.out = walk_forward_run(config, panel, out, name, audits, progress, progress.watch)
         _say_scores(self.out)
         return 0
 
@@ -213,7 +229,7 @@ class Prepare(_Source):
     out: Path | None = None
 
     def __call__(self) -> int:
-        from cryptopredict.evaluate import write_atomic
+        from cryptopredict.checkpoint import write_atomic
         from cryptopredict.features import build_features
         from cryptopredict.labels import make_labels
         out = self.out or _new_folder("prepare")
@@ -241,7 +257,7 @@ class Forecast(_Walk):
         config = self._config()
         panel, _, _, name = self._load()
         if self.out and self.out.exists(): raise ValueError(f"{self.out} exists: choose another --out")
-        with _Progress() as progress: made = newest_forecast(config, panel, progress)
+        with _Progress() as progress: made = newest_forecast(config, panel, progress, watch=progress.watch)
         _say(f"{name}\nmade at {panel.index[-1]:%Y-%m-%d %H:%M} UTC, close {panel['close'].iloc[-1]:.2f}")
         _say(newest_table(made, config.horizon, config.vol_window).to_string())
         if self.out:
@@ -263,7 +279,7 @@ class Train(_Walk):
         config, out = self._config().model_copy(update=dict(models=("mamba2",))), self.out or _new_folder("train")
         panel, _, _, name = self._load()
         _say(f"{name}: {len(panel)} hours; preset {config.preset}, at most {config.epochs} epochs")
-        with _Progress() as progress: made = newest_forecast(config, panel, progress, out)
+        with _Progress() as progress: made = newest_forecast(config, panel, progress, out, progress.watch)
         choice = json.loads((out / "choice.json").read_text())
         heads = ", ".join(choice["heads"]) or "none: it repeats its anchors"
         _say(f"chosen on validation: {choice['epochs']} epochs, heads that help: {heads}")

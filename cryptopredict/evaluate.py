@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import subprocess
 import tempfile
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from inspect import signature
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from . import __version__, leakage
 from .baselines import BASELINES
 from .calibration import reliability
-from .checkpoint import load
+from .checkpoint import load, to_toml, write_atomic
 from .features import build_features
 from .labels import make_labels
 from .leakage import Fold, LeakReport, audit, audit_availability, audit_folds, live_fold, walk_forward
@@ -34,12 +34,12 @@ from .multitask import read_preset
 from .scores import SCHEMA, compare, dm_test, loss_table, summarise
 from .simulate import conditional_law
 from .streams import FoldData, fold_data, warm_forecast
-from .tbptt_trainer import TrainConfig, best_epoch, train, train_preset
+from .tbptt_trainer import Run, TrainConfig, best_epoch, train, train_preset
 
 # %% auto #0
-__all__ = ['FORECAST_COLUMNS', 'FORECASTERS', 'HEAD_LOSSES', 'HEAD_COLUMNS', 'Truth', 'ConfigError', 'EvaluateConfig',
-           'load_config', 'default_first_test', 'origins', 'make_folds', 'audit_inputs', 'write_atomic', 'panel_hash',
-           'provenance_of', 'open_run', 'fit_predict', 'Anchor', 'heads_that_help', 'Prepared', 'Network',
+__all__ = ['FORECAST_COLUMNS', 'FORECASTERS', 'HEAD_LOSSES', 'HEAD_COLUMNS', 'LEVEL', 'Truth', 'ConfigError', 'EvaluateConfig',
+           'load_config', 'default_first_test', 'origins', 'make_folds', 'audit_inputs', 'panel_hash', 'provenance_of',
+           'open_run', 'fit_predict', 'Anchor', 'combine', 'head_evidence', 'Prepared', 'choice_folds', 'Network',
            'predict_folds', 'score_run', 'newest_forecast', 'training_summary', 'walk_forward_run']
 
 # %% ../nbs/05f_evaluate.ipynb #719566b7
@@ -87,6 +87,7 @@ class EvaluateConfig(BaseModel):
     models: tuple[str, ...] = (*BASELINES, "mamba2")  # names of forecasters; the first is what the others are compared with
     preset: str = "tiny"  # of the network: baseline, mhsa or tiny
     epochs: Annotated[int, Field(ge=0, le=1000)] = 3  # passes of the network over its training hours at most
+    validation_spans: Annotated[int, Field(ge=1, le=20)] = 3  # spans before each test that the network's choices rest on
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # first seed
     seeds: Annotated[int, Field(ge=1, le=100)] = 1  # how many seeds a forecaster that has any use of them is run with
     n_boot: Annotated[int, Field(ge=100, le=100_000)] = 1000  # bootstrap resamples behind each interval
@@ -208,21 +209,6 @@ def audit_inputs(
     if tables is not None: reports["availability"] = audit_availability(tables, panel, provenance, max_age)
     return reports
 
-# %% ../nbs/05f_evaluate.ipynb #5c8a521d
-def write_atomic(
-    path: str | Path,  # where the file shall stand
-    data: bytes | str,  # its content
-) -> None:
-    "Write a file so that it is either the old one or the whole new one."
-    path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
-
 # %% ../nbs/05f_evaluate.ipynb #deb7ea3a
 def _parquet(frame: pd.DataFrame) -> bytes:
     "A frame as the bytes of a parquet file."
@@ -289,10 +275,14 @@ def open_run(out: str | Path, config: EvaluateConfig, provenance: dict) -> Path:
     return out
 
 # %% ../nbs/05f_evaluate.ipynb #b1802eef
-def _make(model: str, config: EvaluateConfig, folder: Path | None = None):
-    "A new forecaster, told those settings it has a use for; `folder` is where it may keep its training."
-    taken = signature(FORECASTERS[model]).parameters
-    settings = dict(horizon=config.horizon, threshold=config.threshold, preset=config.preset, epochs=config.epochs, folder=folder)
+def _unwatched(run: Run, record: dict) -> None:
+    "Nobody looks at the training."
+
+# %% ../nbs/05f_evaluate.ipynb #6846e71b
+def _make(model: str, config: EvaluateConfig, **more):
+    "A new forecaster, told those settings it has a use for; `more`: where it keeps its training, and who watches."
+    taken, names = signature(FORECASTERS[model]).parameters, EvaluateConfig.model_fields
+    settings = {name: getattr(config, name) for name in names} | more
     return FORECASTERS[model](**{k: v for k, v in settings.items() if k in taken})
 
 # %% ../nbs/05f_evaluate.ipynb #63c80300
@@ -305,11 +295,12 @@ def fit_predict(
     config: EvaluateConfig,  # horizon and threshold of the labels
     seed: int,  # of the forecaster
     folder: Path | None = None,  # where a forecaster that trains keeps its history
+    watch: Callable[[Run, dict], None] = _unwatched,  # called after each update of one that trains, as by `train_epoch`
 ) -> pd.DataFrame:
     "Forecasts at the origins of `fold.test` in the prediction schema, without the fold's number."
     rows = fold.test if len(fold.test) == 1 else origins(panel.index, fold.test)
     if not len(rows): raise ValueError(f"the fold tested from {panel.index[fold.test[0]]} holds no 00:00 UTC: make step longer")
-    forecaster = _make(model, config, folder).fit(panel, features, labels, fold, seed)
+    forecaster = _make(model, config, folder=folder, watch=watch).fit(panel, features, labels, fold, seed)
     return forecaster.predict(panel, features, rows).rename_axis("time").reset_index().assign(seed=seed, model=model)
 
 # %% ../nbs/05f_evaluate.ipynb #9e6402eb
@@ -335,20 +326,35 @@ def _anchor_forecast(anchor: Anchor, panel: pd.DataFrame, rows: np.ndarray) -> p
     return made.assign(sigma=anchor.log_har.predict(panel, None, rows)["sigma"])
 
 # %% ../nbs/05f_evaluate.ipynb #48a5d998
-def heads_that_help(
-    network: pd.DataFrame,  # its forecasts at daily origins of the validation span
+def combine(
+    anchor: pd.DataFrame,  # the anchor's forecasts
+    network: pd.DataFrame,  # the network's, at the same times
+    heads: list[str],  # heads that are combined; the others are the anchor's
+    share: float = .5,  # of the network
+) -> pd.DataFrame:
+    "Linear pool of probabilities and quantiles, geometric mean of volatilities."
+    made, mixed = anchor.copy(), (1 - share) * anchor + share * network
+    mixed["sigma"] = anchor["sigma"] ** (1 - share) * network["sigma"] ** share
+    for head in heads: made[HEAD_COLUMNS[head]] = mixed[HEAD_COLUMNS[head]]
+    return made
+
+# %% ../nbs/05f_evaluate.ipynb #6a2a8c00
+LEVEL = .2  # of the two-sided test that a head must pass on validation before it leaves its anchor
+
+def head_evidence(
+    forecast: pd.DataFrame,  # forecasts at daily origins of the validation spans
     anchor: pd.DataFrame,  # the anchor's forecasts there
     labels: pd.DataFrame,  # labels by decision time
-    spans: dict[str, int],  # days that origins share, by head
-    level: float = .2,  # of the two-sided test
-) -> list[str]:
-    "Heads whose validation loss is lower than their anchor's beyond what overlapping windows explain (`scores.dm_test`)."
-    frames = [f.rename_axis("time").reset_index().assign(fold=0, seed=0, model="one")[SCHEMA] for f in (network, anchor)]
+    overlaps: dict[str, int],  # days that origins share, by head
+) -> dict[str, dict]:
+    "By head: mean validation loss less the anchor's, the p-value of `scores.dm_test`, origins, and whether the head helps."
+    frames = [f.rename_axis("time").reset_index().assign(fold=0, seed=0, model="one")[SCHEMA] for f in (forecast, anchor)]
     one, two = (loss_table(f, labels) for f in frames)
-    found = []
+    found = {}
     for head, names in HEAD_LOSSES.items():
         d = (one[names] - two[names]).sum(axis=1, skipna=False).dropna().to_numpy()
-        if len(d) and d.mean() < 0 and dm_test(d, spans[head])[1] < level: found.append(head)
+        mean, p = (float(d.mean()), float(dm_test(d, overlaps[head])[1])) if len(d) else (np.nan, np.nan)
+        found[head] = dict(difference=mean, p=p, origins=len(d), helps=bool(mean < 0 and p < LEVEL))
     return found
 
 # %% ../nbs/05f_evaluate.ipynb #f8aaf256
@@ -379,36 +385,63 @@ def _train_config(model: Network, data: FoldData, seed: int) -> TrainConfig:
     return train_preset(model.preset, data.x.shape[1], epochs=model.epochs, seed=seed, anchored=True, **where)
 
 # %% ../nbs/05f_evaluate.ipynb #665935d3
-def _choose(model: Network, panel: pd.DataFrame, features: pd.DataFrame, labels: pd.DataFrame, fold: Fold, seed: int) -> dict:
-    "Epochs and heads, from a training on `fold.train` judged on `fold.valid`."
+def choice_folds(
+    labels: pd.DataFrame,  # labels by decision time, with `label_end`, `sigma_end`
+    fold: Fold,  # the fold choices are made for
+    spans: int,  # how many pairs at most
+    least: int = 2 * 365 * 24,  # training rows without which an earlier pair is left out
+) -> list[Fold]:
+    "`fold` with its own training and validation rows, and with earlier pairs before them: all that had matured before its test."
+    index, ends, rows = labels.index, labels[["label_end", "sigma_end"]].max(axis=1), fold.refit
+    begin, pairs = index[fold.valid[0]], [fold]
+    span, embargo = index[fold.test[0]] - begin, begin - ends.iloc[fold.train].max()
+    while len(pairs) < spans:
+        begin = begin - span
+        train, inside = rows[ends.iloc[rows] <= begin - embargo], (index[rows] >= begin) & (index[rows] < begin + span)
+        if len(train) < least or not inside.any(): break
+        pairs.append(replace(fold, train=train, valid=rows[inside]))
+    return pairs[::-1]
+
+# %% ../nbs/05f_evaluate.ipynb #21a92b82
+def _trial(model: Network, panel, features, labels, fold: Fold, seed: int, folder: Path) -> tuple[Run, Prepared]:
+    "A training on `fold.train`, judged on `fold.valid` after each epoch."
     prepared = _prepare(model, panel, features, labels, fold.train, fold.valid)
-    run = train(_train_config(model, prepared.data, seed), prepared.data, model.folder / "choice", prepared.start)
-    best, rows = best_epoch(run.out), origins(panel.index, fold.valid)
-    if not best: return dict(epochs=0, heads=[], best_epoch=0)
-    # The first checkpoint is the untrained model; the one after it ends the first epoch.
-    run.restore(load(sorted((run.out / "checkpoints").glob("step-*"))[best]))
-    network = _network_forecast(run.model, prepared, list(HEAD_COLUMNS), panel, features, rows)
+    return train(_train_config(model, prepared.data, seed), prepared.data, folder, prepared.start, progress=model.watch), prepared
+
+# %% ../nbs/05f_evaluate.ipynb #8bd63b40
+def _choose(model: Network, panel: pd.DataFrame, features: pd.DataFrame, labels: pd.DataFrame, fold: Fold, seed: int) -> dict:
+    "Epochs and heads, from trainings judged on the purged validation spans before the fold's test."
+    folds = choice_folds(labels, fold, model.validation_spans)
+    trials = [_trial(model, panel, features, labels, f, seed, model.folder / f"choice-{k}") for k, f in enumerate(folds)]
+    best, pairs = best_epoch(*(run.out for run, _ in trials)), []
+    spans = [[str(panel.index[f.valid[k]]) for k in (0, -1)] for f in folds]
+    if not best: return dict(epochs=0, heads=[], best_epoch=0, spans=spans)
+    for f, (run, prepared) in zip(folds, trials):
+        # The first checkpoint is the untrained model; the one after it ends the first epoch.
+        run.restore(load(sorted((run.out / "checkpoints").glob("step-*"))[best]))
+        rows = origins(panel.index, f.valid)
+        anchor = _anchor_forecast(prepared.anchor, panel, rows)
+        pairs.append((combine(anchor, _network_forecast(run.model, prepared, panel, features, rows), list(HEAD_COLUMNS)), anchor))
     days = pd.Timedelta(model.horizon) // pd.Timedelta("1D")
-    spans = dict(direction=days, band=days, volatility=30)
-    heads = heads_that_help(network, _anchor_forecast(prepared.anchor, panel, rows), labels, spans)
-    return dict(epochs=best if heads else 0, heads=heads, best_epoch=best)
+    overlaps = dict(direction=days, band=days, volatility=pd.Timedelta(model.vol_window) // pd.Timedelta("1D"))
+    evidence = head_evidence(*(pd.concat(side) for side in zip(*pairs)), labels, overlaps)
+    heads = [head for head, e in evidence.items() if e["helps"]]
+    return dict(epochs=best if heads else 0, heads=heads, best_epoch=best, spans=spans, evidence=evidence)
 
 # %% ../nbs/05f_evaluate.ipynb #fe4e15a4
-def _network_forecast(net, prepared: Prepared, heads: list[str], panel: pd.DataFrame, features, rows) -> pd.DataFrame:
-    "Forecasts at `rows`, the state warmed through all earlier hours; a head that is not in `heads` repeats its anchor."
-    made = _anchor_forecast(prepared.anchor, panel, rows)
-    if not heads: return made
+def _network_forecast(net, prepared: Prepared, panel: pd.DataFrame, features: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
+    "The network's own forecasts at `rows`, the state warmed through all earlier hours."
     sigma = pd.Series(_log_sigma(prepared.anchor, panel)).ffill().fillna(0).to_numpy(dtype="float32")
     x = np.concatenate([prepared.data.scaler(features), sigma[:, None]], axis=1)[:int(rows.max()) + 1]
     f = warm_forecast(net, torch.from_numpy(x), prepared.data.start)
     at = torch.from_numpy(rows - prepared.data.start)
     p = f.logits[at].double().softmax(-1).numpy()
-    ours = dict(zip(FORECAST_COLUMNS, (*p.T, f.p10[at].numpy(), f.p90[at].numpy(), f.sigma[at].numpy())))
-    return made.assign(**{c: ours[c].astype(float) for head in heads for c in HEAD_COLUMNS[head]})
+    columns = *p.T, f.p10[at].numpy(), f.p90[at].numpy(), f.sigma[at].numpy()
+    return pd.DataFrame(dict(zip(FORECAST_COLUMNS, columns)), index=panel.index[rows]).astype(float)
 
 # %% ../nbs/05f_evaluate.ipynb #23a8fe89
 class Network:
-    "The Mamba2 multitask model: anchored on baselines, stopped on validation, fitted on all matured labels."
+    "The Mamba2 multitask model: combined with baselines, stopped on validation, fitted on all matured labels."
     stochastic, needs_features = True, True
 
     def __init__(
@@ -416,25 +449,32 @@ class Network:
         preset: str = "tiny",  # of `multitask.preset`
         epochs: int = 3,  # passes over the training hours at most
         horizon: str = "90D",  # span of the return
+        vol_window: str = "30D",  # span of the volatility
         threshold: float = .05,  # class boundary
+        validation_spans: int = 3,  # purged spans before the test that choices rest on, at most
         folder: str | Path | None = None,  # training history and checkpoints of this fold; None: a temporary one
+        watch: Callable[[Run, dict], None] = _unwatched,  # called after each update
     ):
-        self.preset, self.epochs, self.horizon, self.threshold = preset, epochs, horizon, threshold
+        self.preset, self.epochs, self.validation_spans, self.watch = preset, epochs, validation_spans, watch
+        self.horizon, self.vol_window, self.threshold = horizon, vol_window, threshold
         self.folder = Path(folder or tempfile.mkdtemp())
 
     def fit(self, panel, features, labels, fold, seed=0):
-        "Choose on `fold.train` and `fold.valid` (once a folder, for all seeds), then fit on `fold.refit`."
+        "Choose on validation spans before the test (once a folder, for all seeds), then fit on `fold.refit`."
         kept = self.folder / "choice.json"
         if not kept.exists(): write_atomic(kept, json.dumps(_choose(self, panel, features, labels, fold, seed)))
         choice = json.loads(kept.read_text())
         self.heads, self.prepared = choice["heads"], _prepare(self, panel, features, labels, fold.refit, None)
         config, data = _train_config(self, self.prepared.data, seed), self.prepared.data
-        self.model = train(config, data, self.folder / f"seed-{seed}", self.prepared.start, until=choice["epochs"]).model
+        out, epochs = self.folder / f"seed-{seed}", choice["epochs"]
+        self.model = train(config, data, out, self.prepared.start, until=epochs, progress=self.watch).model
         return self
 
     def predict(self, panel, features, rows):
         "Forecasts at `rows`; a head that stayed at its anchor repeats it to the last digit."
-        return _network_forecast(self.model, self.prepared, self.heads, panel, features, rows)
+        anchor = _anchor_forecast(self.prepared.anchor, panel, rows)
+        if not self.heads: return anchor
+        return combine(anchor, _network_forecast(self.model, self.prepared, panel, features, rows), self.heads)
 
 # %% ../nbs/05f_evaluate.ipynb #e751c8c8
 FORECASTERS["mamba2"] = Network
@@ -458,6 +498,7 @@ def predict_folds(
     folds: list[Fold],  # walk-forward folds
     out: Path,  # run folder; finished parts are kept in `parts/`
     progress: Callable[[int, int, str], None] = _quiet,  # called with parts done, parts in all, and what is next
+    watch: Callable[[Run, dict], None] = _unwatched,  # called after each update of training
 ) -> pd.DataFrame:
     "Predictions of all parts, those of an earlier start included."
     todo, part = _parts(config, len(folds)), lambda k, m, s: out / "parts" / f"fold-{k:02d}-{m}-{s}.parquet"
@@ -468,7 +509,7 @@ def predict_folds(
         path = part(k, model, seed)
         if not path.exists():
             folder = out / "network" / f"fold-{k:02d}"
-            made = fit_predict(model, panel, features, labels, folds[k], config, seed, folder).assign(fold=k)
+            made = fit_predict(model, panel, features, labels, folds[k], config, seed, folder, watch).assign(fold=k)
             write_atomic(path, _parquet(made[SCHEMA]))
     progress(len(todo), len(todo), "predictions done")
     return pd.concat([pd.read_parquet(part(*p)) for p in todo], ignore_index=True)
@@ -496,12 +537,6 @@ def score_run(
                 comparison=_records(compare(losses, reference=config.models[0], **spans)),
                 reliability=_records(reliability(scored, matured, block=2 * overlap, n_boot=config.n_boot, seed=config.seed)))
 
-# %% ../nbs/05f_evaluate.ipynb #ad4eb48a
-def _toml(config: EvaluateConfig) -> str:
-    "The resolved configuration as TOML; fields that are None are left out."
-    lines = [f"{k} = {json.dumps(v)}" for k, v in json.loads(config.model_dump_json()).items() if v is not None]
-    return "\n".join(lines) + "\n"
-
 # %% ../nbs/05f_evaluate.ipynb #26faddcf
 def _origin_table(panel: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
     "Close and realised labels at every daily origin and at the newest hour: what the report draws forecasts against."
@@ -521,6 +556,7 @@ def newest_forecast(
     panel: pd.DataFrame,  # hourly panel; the forecast is made at its last row
     progress: Callable[[int, int, str], None] = _quiet,  # called with models done, models in all, and what is next
     folder: Path | None = None,  # where a forecaster that trains keeps its history
+    watch: Callable[[Run, dict], None] = _unwatched,  # called after each update of training
 ) -> pd.DataFrame:
     "Every model fitted on all labels matured by the last hour, and its forecast there: prediction schema, fold -1."
     labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
@@ -529,7 +565,7 @@ def newest_forecast(
     made = []
     for done, (_, model, seed) in enumerate(todo := _parts(config, 1)):
         progress(done, len(todo), f"newest forecast, {model}")
-        made.append(fit_predict(model, panel, features, labels, fold, config, seed, folder).assign(fold=-1)[SCHEMA])
+        made.append(fit_predict(model, panel, features, labels, fold, config, seed, folder, watch).assign(fold=-1)[SCHEMA])
     return pd.concat(made, ignore_index=True)
 
 # %% ../nbs/05f_evaluate.ipynb #65b7eac3
@@ -541,14 +577,16 @@ def _lines(path: Path) -> list[dict]:
 def training_summary(
     folder: Path,  # `network/` of a run folder
 ) -> list[dict]:
-    "A record a fold and seed: epochs and heads chosen, tokens per second, peak device memory, and the curve of losses."
+    "A record a fold and training (the newest choice, then each seed): what was chosen, speed, peak memory, curve of losses."
     records = []
-    for path in sorted(folder.glob("*/seed-*")):
+    folds = sorted(path.parent for path in folder.glob("*/choice.json"))
+    for path in (p for f in folds for p in (*sorted(f.glob("choice-*"))[-1:], *sorted(f.glob("seed-*")))):
         timings, curve = _lines(path / "timings.jsonl"), _lines(path / "metrics.jsonl")
         speed = float(np.median([t["tokens_per_s"] for t in timings])) if timings else None
-        memory = max((t.get("peak_allocated", 0) for t in timings), default=0) or None
-        head = dict(fold=path.parent.name, seed=path.name, **json.loads((path.parent / "choice.json").read_text()))
-        records.append(dict(**head, tokens_per_s=speed, peak_allocated=memory, curve=curve[::max(1, len(curve) // 60)]))
+        kinds = ("peak_rss", "peak_allocated", "peak_reserved")
+        memory = {kind: max((t[kind] for t in timings if kind in t), default=None) for kind in kinds}
+        head = dict(fold=path.parent.name, training=path.name, **json.loads((path.parent / "choice.json").read_text()))
+        records.append(dict(**head, tokens_per_s=speed, **memory, curve=curve[::max(1, len(curve) // 60)]))
     return records
 
 # %% ../nbs/05f_evaluate.ipynb #b7b8098a
@@ -559,17 +597,19 @@ def walk_forward_run(
     source: str = "panel",  # what the panel is, for the provenance
     audits: dict[str, LeakReport] | None = None,  # reports of `audit_inputs`, kept in the run folder
     progress: Callable[[int, int, str], None] = _quiet,  # called with parts done, parts in all, and what is next
+    watch: Callable[[Run, dict], None] = _unwatched,  # called after each update of training
 ) -> Path:
     "Loop folds x models x seeds; writes `predictions.parquet`, `scores.json` and what the report needs into the run folder."
     labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     folds = make_folds(config, labels)  # before the folder: a run that cannot start leaves nothing behind
     made_by = provenance_of(panel, source)
     out = open_run(out, config, made_by)
-    write_atomic(out / "config.toml", _toml(config))
-    predictions = predict_folds(config, panel, labels, folds, out, progress)
+    write_atomic(out / "config.toml", to_toml(json.loads(config.model_dump_json())))
+    predictions = predict_folds(config, panel, labels, folds, out, progress, watch)
     write_atomic(out / "predictions.parquet", _parquet(predictions))
     write_atomic(out / "origins.parquet", _parquet(_origin_table(panel, labels)))
-    write_atomic(out / "forecast.parquet", _parquet(newest_forecast(config, panel, progress, out / "network" / "newest")))
+    newest = newest_forecast(config, panel, progress, out / "network" / "newest", watch)
+    write_atomic(out / "forecast.parquet", _parquet(newest))
     findings = {k: dict(ok=r.ok, tested=r.tested, findings=_records(r.findings)) for k, r in (audits or {}).items()}
     head = dict(provenance=made_by, config=json.loads(config.model_dump_json()), folds=_fold_table(panel.index, folds))
     training = training_summary(out / "network")

@@ -15,13 +15,13 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from .evaluate import write_atomic
+from .checkpoint import write_atomic
 from .labels import DIRECTIONS
 
 # %% auto #0
 __all__ = ['COLOURS', 'SCORE_NAMES', 'GROUPS', 'CURVES', 'REPORTED', 'STYLE', 'read_run', 'score_table', 'claims', 'figure_skill',
            'figure_reliability', 'figure_coverage', 'figure_fan', 'figure_newest', 'network_sentence',
-           'figure_training', 'figure_vram', 'findings', 'newest_table', 'write_report']
+           'figure_training', 'training_table', 'figure_vram', 'findings', 'newest_table', 'write_report']
 
 # %% ../nbs/06_results.ipynb #264a86bd
 def read_run(
@@ -216,19 +216,36 @@ def network_sentence(
 def figure_training(
     scores: dict,  # content of `scores.json`
 ) -> go.Figure:
-    "Training loss by head, the task log-variances and the learning rate, over the updates of every fold and seed that trained."
+    "Training loss by head, task log-variances and learning rate by update: each fold's newest choice, dotted, and its refits."
     fig = make_subplots(1, 3, subplot_titles=("loss by head", "task log-variances", "learning rate"), horizontal_spacing=.08)
     weights = {"log_var_cls": "log-variance, direction", "log_var_reg": "log-variance, regressions"}
     columns = {1: CURVES, 2: weights, 3: {"lr": "learning rate"}}
     kinds = [(key, name, column) for column, names in columns.items() for key, name in names.items()]
-    curves = [r["curve"] for r in scores.get("training", []) if r["curve"]]
+    curves = [(r["curve"], "dot" if r["training"].startswith("choice") else "solid") for r in scores.get("training", [])]
+    curves = [(curve, dash) for curve, dash in curves if curve]
     for k, (key, name, column) in enumerate(kinds):
-        for j, curve in enumerate(curves):
+        for j, (curve, dash) in enumerate(curves):
             x, y = ([float(f"{p[what]:.4g}") for p in curve] for what in ("step", key))
-            line = dict(color=COLOURS[k], width=1)
+            line = dict(color=COLOURS[k], width=1, dash=dash)
             fig.add_scatter(x=x, y=y, name=name, legendgroup=name, showlegend=j == 0, mode="lines", line=line, row=1, col=column)
     fig.update_xaxes(title="update").update_yaxes(type="log", row=1, col=1).update_yaxes(title="loss", row=1, col=1)
-    return _layout(fig, "Training of the network, all folds and seeds that left their anchor", 400)
+    return _layout(fig, "Training of the network: choices (dotted) and refits of heads that left their anchor", 400)
+
+# %% ../nbs/06_results.ipynb #8efac113
+def training_table(
+    scores: dict,  # content of `scores.json`
+) -> pd.DataFrame:
+    "A row a training: what was chosen, each head's validation loss less its anchor's with its p-value, speed and peak memory."
+    rows = []
+    for r in scores.get("training", []):
+        row = {"fold": r["fold"], "training": r["training"], "epochs": r["best_epoch" if "choice" in r["training"] else "epochs"]}
+        for head, e in (r.get("evidence") or {}).items(): row[f"{head}: loss - anchor's (p)"] = f"{e['difference']:+.4f} ({e['p']:.3f})"
+        row["heads that leave"] = ", ".join(r["heads"]) or "none"
+        row["tokens/s"] = "-" if r["tokens_per_s"] is None else f"{r['tokens_per_s']:,.0f}"
+        for name, key in (("process", "peak_rss"), ("GPU", "peak_allocated")):
+            if r.get(key): row[f"peak memory, {name} (MiB)"] = f"{r[key] / 2**20:,.0f}"
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("-")
 
 # %% ../nbs/06_results.ipynb #fe3a8e3a
 REPORTED = {"baseline": (11, 13), "mhsa": (18, 22)}  # GB, the original design's footprints
@@ -368,7 +385,7 @@ def _sections(scores: dict, predictions: pd.DataFrame, daily: pd.DataFrame, newe
     bands = figure_newest(newest, daily, models, horizon)
     now = [_table(newest_table(newest, horizon, scores["config"]["vol_window"])), bands]
     trained = any(r["curve"] for r in scores.get("training", []))
-    training = [("The network's training", [figure_training(scores)])] if trained else []
+    training = [("The network's training", [figure_training(scores), _table(training_table(scores), index=False)])] if trained else []
     return [("What it shows", [f"<ul>{said}</ul>"]),
             ("Scores", [f"<p>{text}</p>", *parts]),
             (f"Against {models[0]}", [figure_skill(scores), every]),

@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import newest, save
+from .checkpoint import newest, save, to_toml, write_atomic
 from .multitask import (Forecast, ModelConfig, ModelState, MultitaskModel, Targets, detach, multitask_loss,
                                      preset, read_preset, task_losses)
 from .streams import Chunk, FoldData, plan_streams, stream_chunks, warm_forecast, windows
 
 # %% auto #0
 __all__ = ['BOUNDS', 'CHOICES', 'TrainConfig', 'train_preset', 'lr_factor', 'decay_groups', 'Run', 'train_step',
-           'steps_per_epoch', 'burn_in', 'settle', 'validation_loss', 'train_epoch', 'train', 'best_epoch']
+           'steps_per_epoch', 'burn_in', 'settle', 'validation_loss', 'peak_bytes', 'train_epoch', 'train',
+           'best_epoch']
 
 # %% ../nbs/05_tbptt_trainer.ipynb #c21d68c2
 BOUNDS = dict(batch=(1, 4096), tbptt_len=(2, 10**6), epochs=(0, 10_000), lr=(0., 1.), weight_decay=(0., 1.), warmup=(0., .5),
@@ -216,10 +217,14 @@ def _append(path: Path, record: dict) -> None:
     with open(path, "a", encoding="utf-8") as file: file.write(line + "\n")
 
 # %% ../nbs/05_tbptt_trainer.ipynb #6d215c31
-def _peak_bytes(device: str) -> dict[str, int]:
-    "Largest allocated and reserved device memory so far; empty on the CPU."
-    if device != "cuda": return {}
-    return dict(peak_allocated=torch.cuda.max_memory_allocated(), peak_reserved=torch.cuda.max_memory_reserved())
+def peak_bytes(
+    device: str,  # "cpu" or "cuda"
+) -> dict[str, int]:
+    "Largest memory so far, bytes: `peak_rss` of the process where Linux tells, `peak_allocated` and `peak_reserved` on the GPU."
+    peak, status = {}, Path("/proc/self/status")  # getrusage would count the process that started this one
+    if status.exists(): peak["peak_rss"] = 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    if device != "cuda": return peak
+    return dict(**peak, peak_allocated=torch.cuda.max_memory_allocated(), peak_reserved=torch.cuda.max_memory_reserved())
 
 # %% ../nbs/05_tbptt_trainer.ipynb #61109848
 def _learns(run: Run, chunk: Chunk) -> bool:
@@ -232,10 +237,11 @@ def train_epoch(
     run: Run,  # goes on with its next epoch
     data: FoldData,  # tensors of the fold
     steps: int,  # of the whole schedule
-    progress: Callable[[Run, dict], None],  # called after each update
+    progress: Callable[[Run, dict], None],  # called after each update with its record, `steps`, `tokens_per_s` and peak memory
 ) -> None:
     "One pass over the training hours: detach, hand on, step."
     state, tokens, started = None, 0, time.perf_counter()
+    speed = lambda: tokens / (time.perf_counter() - started)
     run.model.train()
     for chunk in _chunks(run.config, data, run.epoch):
         before = None if chunk.fresh else detach(state)
@@ -245,10 +251,9 @@ def train_epoch(
         state, record = train_step(run, chunk, before, steps)
         _append(run.out / "metrics.jsonl", dict(step=run.step, epoch=run.epoch, **record))
         tokens += chunk.x.shape[0] * chunk.x.shape[1]
-        progress(run, record)
+        progress(run, dict(record, steps=steps, tokens_per_s=speed(), **peak_bytes(run.config.device)))
     run.epoch += 1
-    speed = tokens / (time.perf_counter() - started)
-    _append(run.out / "timings.jsonl", dict(epoch=run.epoch, tokens_per_s=speed, **_peak_bytes(run.config.device)))
+    _append(run.out / "timings.jsonl", dict(epoch=run.epoch, tokens_per_s=speed(), **peak_bytes(run.config.device)))
 
 # %% ../nbs/05_tbptt_trainer.ipynb #31789a02
 def _forget_after(run: Run, new: bool) -> None:
@@ -282,6 +287,7 @@ def _open(config: TrainConfig, out: str | Path, climatology: tuple | None) -> Ru
             raise ValueError(f"{out} holds another run ({key}: {theirs.get(key)} there, {mine[key]} here): choose another --out")
         run.restore(found[0])
     _forget_after(run, new=found is None)
+    write_atomic(run.out / "config.toml", to_toml(asdict(config)))
     return run
 
 # %% ../nbs/05_tbptt_trainer.ipynb #5e4d3989
@@ -291,9 +297,9 @@ def train(
     out: str | Path,  # run folder; an unfinished run in it is gone on with
     climatology: tuple | None = None,  # what the heads start from, as for `Heads.set_climatology`
     until: int | None = None,  # stop after so many epochs of the schedule; None: all
-    progress: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update
+    progress: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update, as by `train_epoch`
 ) -> Run:
-    "Fit one model on one fold; `metrics.jsonl`, `timings.jsonl`, `validation.jsonl` and checkpoints in the run folder."
+    "Fit one model on one fold; `config.toml`, metrics, timings and validation as `.jsonl`, and checkpoints in the run folder."
     run = _open(config, out, climatology)
     steps = config.epochs * steps_per_epoch(config, data)
     settle(run, data)
@@ -304,7 +310,11 @@ def train(
     return run
 
 # %% ../nbs/05_tbptt_trainer.ipynb #7985635d
-def best_epoch(out: str | Path) -> int:
-    "The epoch with the lowest validation loss; 0 means that training never helped."
-    lines = [json.loads(line) for line in (Path(out) / "validation.jsonl").read_text().splitlines()]
-    return min(lines, key=lambda r: r["total"] if math.isfinite(r["total"]) else math.inf)["epoch"]
+def best_epoch(*outs: str | Path) -> int:
+    "The epoch with the lowest validation loss, the mean of several runs; 0 means that training never helped."
+    totals: dict[int, list[float]] = {}
+    for out in outs:
+        for record in map(json.loads, (Path(out) / "validation.jsonl").read_text().splitlines()):
+            totals.setdefault(record["epoch"], []).append(record["total"])
+    mean = {epoch: sum(values) for epoch, values in totals.items() if len(values) == len(outs)}
+    return min(mean, key=lambda epoch: mean[epoch] if math.isfinite(mean[epoch]) else math.inf)

@@ -1,0 +1,111 @@
+"""When should a head leave its baseline? Rules compared on built-in markets, with signal and without, whose test years nobody else uses.
+
+  python benchmarks/anchoring.py --out results/anchoring.json        12 seeds x 2 markets x 2 folds, about a quarter of an hour
+
+A rule sees validation spans only: the newest or three of them, the network alone or combined half and half with its baseline, and
+a level of the two-sided test. It is judged by the loss on the test year less the baseline's, 0 where the head stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process a core; read when numpy loads
+
+import pandas as pd  # noqa: E402
+import torch  # noqa: E402
+
+import cryptopredict.evaluate as ev  # noqa: E402
+from cryptopredict.checkpoint import load, write_atomic  # noqa: E402
+from cryptopredict.features import build_features  # noqa: E402
+from cryptopredict.labels import make_labels  # noqa: E402
+from cryptopredict.simulate import simulate_market  # noqa: E402
+from cryptopredict.tbptt_trainer import best_epoch, train  # noqa: E402
+
+HEADS, SHARES, LEVELS = list(ev.HEAD_COLUMNS), (.5, 1.), (.1, .2)
+OVERLAPS = dict(direction=90, band=90, volatility=30)
+
+
+def forecasts(run, prepared, panel, features, rows) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The network's and its anchor's at `rows`."""
+    anchor = ev._anchor_forecast(prepared.anchor, panel, rows)
+    return ev._network_forecast(run.model, prepared, panel, features, rows), anchor
+
+
+def evidence(pairs, labels, share: float) -> dict:
+    """`head_evidence` of the pairs' combinations in a row."""
+    mixed = pd.concat([ev.combine(anchor, ours, HEADS, share) for ours, anchor in pairs])
+    return ev.head_evidence(mixed, pd.concat([anchor for _, anchor in pairs]), labels, OVERLAPS)
+
+
+def one_fold(model, panel, features, labels, fold, folder: Path) -> dict:
+    """Evidence of one fold's validation spans and of its test year, by share."""
+    folds = ev.choice_folds(labels, fold, 3)
+    trials = [ev._trial(model, panel, features, labels, f, 0, folder / f"choice-{k}") for k, f in enumerate(folds)]
+    best, pairs = best_epoch(*(run.out for run, _ in trials)), []
+    if not best: return dict(best_epoch=0)
+    for f, (run, prepared) in zip(folds, trials):
+        run.restore(load(sorted((run.out / "checkpoints").glob("step-*"))[best]))
+        pairs.append(forecasts(run, prepared, panel, features, ev.origins(panel.index, f.valid)))
+    prepared = ev._prepare(model, panel, features, labels, fold.refit, None)
+    refit = train(ev._train_config(model, prepared.data, 0), prepared.data, folder / "refit", prepared.start, until=best)
+    test = [forecasts(refit, prepared, panel, features, ev.origins(panel.index, fold.test))]
+    parts = dict(newest=pairs[-1:], all=pairs, test=test)
+    return dict(best_epoch=best, **{f"{name} {share}": evidence(p, labels, share) for name, p in parts.items() for share in SHARES})
+
+
+def one_market(job: tuple[bool, int]) -> list[dict]:
+    """The third and sixth fold of one market of eleven years."""
+    null, seed = job
+    torch.set_num_threads(1)
+    panel, _ = simulate_market(24 * 365 * 11, seed, null=null)
+    features, labels = build_features(panel), make_labels(panel["close"])
+    folds, records = ev.make_folds(ev.EvaluateConfig(models=("mamba2",)), labels), []
+    for k in (2, 5):
+        with tempfile.TemporaryDirectory() as folder:
+            record = one_fold(ev.Network(folder=folder), panel, features, labels, folds[k], Path(folder))
+        records.append(dict(null=null, seed=seed, fold=k, **record))
+    return records
+
+
+def judge(records: list[dict], spans: str, share: float, level: float, head: str) -> dict:
+    """How often a rule lets a head leave, and what that does to the test loss: mean and worst of all folds."""
+    gains, left = [], 0
+    for r in records:
+        seen = r.get(f"{spans} {share}", {}).get(head, dict(difference=0., p=1.))
+        leaves = seen["difference"] < 0 and seen["p"] < level
+        left += leaves
+        gains.append(r[f"test {share}"][head]["difference"] if leaves else 0.)
+    return dict(spans=spans, share=share, level=level, head=head, folds=len(records), left=left,
+                mean=sum(gains) / len(gains), worst=max(gains))
+
+
+def main() -> int:
+    """Markets side by side, then every rule."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--out", type=Path, required=True, help="JSON report")
+    p.add_argument("--seeds", type=int, default=12, help="markets with and without signal, each")
+    p.add_argument("--workers", type=int, default=2, help="processes")
+    args = p.parse_args()
+    with ProcessPoolExecutor(args.workers) as pool:
+        made = list(pool.map(one_market, [(null, seed) for seed in range(args.seeds) for null in (False, True)]))
+    records = [r for market in made for r in market]
+    rules = [dict(market="no signal" if null else "signal", **judge([r for r in records if r["null"] == null], *rule))
+             for null in (False, True) for rule in product(("newest", "all"), SHARES, LEVELS, HEADS)]
+    report = dict(seeds=args.seeds, commit=ev._commit(), date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+                  torch=str(torch.__version__), rules=rules, records=records)
+    write_atomic(args.out, json.dumps(report, indent=1))
+    print(pd.DataFrame(rules).pivot(index=["spans", "share", "level"], columns=["head", "market"],
+                                    values=["left", "mean", "worst"]).round(4).to_string())
+    return 0
+
+
+if __name__ == "__main__": sys.exit(main())
