@@ -238,8 +238,10 @@ def training_table(
     "A row a training: what was chosen, each head's validation loss less its anchor's with its p-value, speed and peak memory."
     rows = []
     for r in scores.get("training", []):
-        row = {"fold": r["fold"], "training": r["training"], "epochs": r["best_epoch" if "choice" in r["training"] else "epochs"]}
-        for head, e in (r.get("evidence") or {}).items(): row[f"{head}: loss - anchor's (p)"] = f"{e['difference']:+.4f} ({e['p']:.3f})"
+        epochs = r["best_epoch" if r["training"].startswith("choice") else "epochs"]
+        row = {"fold": r["fold"], "training": r["training"], "epochs": epochs}
+        for head, e in (r.get("evidence") or {}).items():
+            row[f"{head}: loss - anchor's (p)"] = f"{e['difference']:+.4f} ({e['p']:.3f})"
         row["heads that leave"] = ", ".join(r["heads"]) or "none"
         row["tokens/s"] = "-" if r["tokens_per_s"] is None else f"{r['tokens_per_s']:,.0f}"
         for name, key in (("process", "peak_rss"), ("GPU", "peak_allocated")):
@@ -385,7 +387,8 @@ def _sections(scores: dict, predictions: pd.DataFrame, daily: pd.DataFrame, newe
     bands = figure_newest(newest, daily, models, horizon)
     now = [_table(newest_table(newest, horizon, scores["config"]["vol_window"])), bands]
     trained = any(r["curve"] for r in scores.get("training", []))
-    training = [("The network's training", [figure_training(scores), _table(training_table(scores), index=False)])] if trained else []
+    about = figure_training(scores), _table(training_table(scores), index=False)
+    training = [("The network's training", [*about])] if trained else []
     return [("What it shows", [f"<ul>{said}</ul>"]),
             ("Scores", [f"<p>{text}</p>", *parts]),
             (f"Against {models[0]}", [figure_skill(scores), every]),
