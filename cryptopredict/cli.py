@@ -5,6 +5,7 @@
 # %% ../nbs/06a_cli.ipynb #addaa8bf
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -125,17 +126,16 @@ class _Folder(_Walk):
 # %% ../nbs/06a_cli.ipynb #77a967e2
 def _audits(panel, tables, provenance, config, n_cuts: int) -> dict:
     "The audits of a panel, and their results said."
-    from cryptopredict.evaluate import audit_inputs
+    from cryptopredict.evaluate import audit_inputs, audit_network
     from cryptopredict.sources import MAX_AGE
     reports = audit_inputs(panel, config, tables, provenance, MAX_AGE, n_cuts)
+    if "mamba2" in config.models: reports |= audit_network(panel, config)
     for name, report in reports.items(): _say(f"  audit of {name}: {report!r}")
     return reports
 
 # %% ../nbs/06a_cli.ipynb #d86caa5c
 def _say_scores(out: Path) -> None:
     "The main scores of a run as a table on the terminal."
-    import json
-
     from rich.console import Console
     from rich.table import Table
     scores = json.loads((out / "scores.json").read_text())
@@ -187,39 +187,64 @@ class Run(_Folder):
         return 0
 
 # %% ../nbs/06a_cli.ipynb #d7ff9eef
-def _function(where: str):
-    "The function that `FILE.py:NAME` names."
+def _module(place: str):
+    "The module in a file, or of that name in the current directory or installed."
     import importlib.util
-    file, _, name = where.rpartition(":")
-    if not file: raise ValueError(f"--fn {where}: name the function too; give FILE.py:NAME")
-    if not Path(file).is_file(): raise ValueError(f"--fn {where}: there is no file {file!r}; give FILE.py:NAME")
-    spec = importlib.util.spec_from_file_location("audited", file)
+    if not place.endswith(".py"):
+        sys.path.insert(0, os.getcwd())
+        try: return importlib.import_module(place)
+        finally: sys.path.remove(os.getcwd())
+    if not Path(place).is_file(): raise FileNotFoundError(f"there is no file {place!r}")
+    spec = importlib.util.spec_from_file_location("audited", place)
     module = importlib.util.module_from_spec(spec)
-    try: spec.loader.exec_module(module)
-    except Exception as error: raise ValueError(f"--fn {where}: {file} does not run ({type(error).__name__}: {error})") from error
-    if not callable(getattr(module, name, None)): raise ValueError(f"--fn {where}: {file} has no function {name!r}")
+    spec.loader.exec_module(module)
+    return module
+
+# %% ../nbs/06a_cli.ipynb #c8894572
+def _function(where: str):
+    "The function that `MODULE:NAME` or `FILE.py:NAME` names."
+    place, _, name = where.rpartition(":")
+    if not place: raise ValueError(f"{where}: name the function too; give MODULE:NAME or FILE.py:NAME")
+    try: module = _module(place)
+    except FileNotFoundError as error: raise ValueError(f"{where}: {error}; give MODULE:NAME or FILE.py:NAME") from error
+    except Exception as error: raise ValueError(f"{where}: {place} does not run ({type(error).__name__}: {error})") from error
+    if not callable(getattr(module, name, None)): raise ValueError(f"{where}: {place} has no function {name!r}")
     return getattr(module, name)
 
-# %% ../nbs/06a_cli.ipynb #eb4aad11
+# %% ../nbs/06a_cli.ipynb #15a5f324
+def _audit_own(function, name: str, panel, n_cuts: int, seed: int):
+    "The audit of a user's function, said."
+    from cryptopredict.leakage import audit
+    try: report = audit(function, panel, n_cuts=n_cuts, seed=seed)
+    except Exception as error: raise ValueError(f"{name} cannot be audited: {error}") from error
+    _say(repr(report))
+    return report
+
+# %% ../nbs/06a_cli.ipynb #aaf6990e
 @dataclass
 class Audit(_Walk):
-    """Leak audits: of this project's features, labels, folds and sources, or of a function of your own. Exit 1 when a leak is
-    found."""
-    fn: str | None = None  # FILE.py:NAME of a function from the hourly panel to a frame or series, audited instead.
+    """Leak audits: of this project's features, labels, folds, sources, fitted network and model, or of a function of your own.
+    Exit 1 when a leak is found."""
+    # MODULE:NAME or FILE.py:NAME of a function from the hourly panel to a frame or series, audited instead.
+    what: tyro.conf.Positional[str | None] = None
+    fn: str | None = None  # The same as the positional argument.
     n_cuts: int = 32  # Cuts of the audit.
+    out: Path | None = None  # JSON file for the certificate; an existing one is never overwritten. Default: none.
 
     def __call__(self) -> int:
-        from cryptopredict.leakage import audit
-        own = _function(self.fn) if self.fn else None
-        config = self._config()
-        panel, tables, provenance, name = self._load()
+        from cryptopredict.checkpoint import write_atomic
+        from cryptopredict.evaluate import certificate, provenance_of
+        own = self.what or self.fn
+        function, config = _function(own) if own else None, self._config()
+        if self.out and self.out.exists(): raise ValueError(f"{self.out} exists: choose another --out")
+        panel, tables, came, name = self._load()
         _say(f"{name}: {len(panel)} hours, {panel.index[0]:%Y-%m-%d} to {panel.index[-1]:%Y-%m-%d}")
-        if own is None: return 0 if all(r.ok for r in _audits(panel, tables, provenance, config, self.n_cuts).values()) else 1
-        try: report = audit(own, panel, n_cuts=self.n_cuts, seed=config.seed)
-        except Exception as error:
-            raise ValueError(f"--fn {self.fn} cannot be audited: {type(error).__name__}: {error}") from error
-        _say(repr(report))
-        return 0 if report.ok else 1
+        if own: reports = {own: _audit_own(function, own, panel, self.n_cuts, config.seed)}
+        else: reports = _audits(panel, tables, came, config, self.n_cuts)
+        if self.out:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.out, json.dumps(certificate(reports, provenance_of(panel, name)), indent=1))
+        return 0 if all(r.ok for r in reports.values()) else 1
 
 # %% ../nbs/06a_cli.ipynb #5c7dfc59
 @dataclass
@@ -272,8 +297,6 @@ class Train(_Walk):
     out: Path | None = None  # Folder of the training; the same one is gone on with. Default: a new folder under runs/.
 
     def __call__(self) -> int:
-        import json
-
         from cryptopredict.evaluate import newest_forecast
         from cryptopredict.results import newest_table
         config, out = self._config().model_copy(update=dict(models=("mamba2",))), self.out or _new_folder("train")
@@ -317,7 +340,7 @@ DESCRIPTION = """Long-horizon Bitcoin forecasting that can be believed.
 
 First steps:  cryptopredict run                     the whole path on the built-in market
               cryptopredict run --data DIR          ... on real files
-              cryptopredict audit --fn my.py:fn     does my own feature code see the future?"""
+              cryptopredict audit my.py:fn          does my own feature code see the future?"""
 COMMANDS = {c.__name__.lower(): c for c in (Run, Prepare, Audit, Evaluate, Forecast, Train, Fetch, Plan)}
 
 def main(

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import tomllib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from inspect import signature
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,18 +29,20 @@ from .calibration import reliability
 from .checkpoint import load, to_toml, write_atomic
 from .features import build_features
 from .labels import make_labels
-from .leakage import Fold, LeakReport, audit, audit_availability, audit_folds, live_fold, walk_forward
-from .multitask import read_preset
+from .leakage import (Fold, LeakReport, audit, audit_availability, audit_folds, audit_labels, audit_model,
+                                   audit_pipeline, live_fold, walk_forward)
+from .multitask import MultitaskModel, preset, read_preset
 from .scores import SCHEMA, compare, dm_test, loss_table, summarise
 from .simulate import conditional_law
 from .streams import FoldData, fold_data, warm_forecast
 from .tbptt_trainer import Run, TrainConfig, best_epoch, train, train_preset
 
 # %% auto #0
-__all__ = ['FORECAST_COLUMNS', 'FORECASTERS', 'HEAD_LOSSES', 'HEAD_COLUMNS', 'LEVEL', 'Truth', 'ConfigError', 'EvaluateConfig',
-           'load_config', 'default_first_test', 'origins', 'make_folds', 'audit_inputs', 'panel_hash', 'provenance_of',
-           'open_run', 'fit_predict', 'Anchor', 'combine', 'head_evidence', 'Prepared', 'choice_folds', 'Network',
-           'predict_folds', 'score_run', 'newest_forecast', 'training_summary', 'walk_forward_run']
+__all__ = ['FORECAST_COLUMNS', 'FORECASTERS', 'HEAD_LOSSES', 'HEAD_COLUMNS', 'LEVEL', 'SHORT', 'HOURS', 'Truth', 'ConfigError',
+           'EvaluateConfig', 'load_config', 'default_first_test', 'origins', 'make_folds', 'audit_inputs', 'panel_hash',
+           'provenance_of', 'open_run', 'fit_predict', 'Anchor', 'combine', 'head_evidence', 'Prepared', 'choice_folds',
+           'Network', 'audit_network', 'certificate', 'predict_folds', 'score_run', 'newest_forecast',
+           'training_summary', 'walk_forward_run']
 
 # %% ../nbs/05f_evaluate.ipynb #719566b7
 FORECAST_COLUMNS = SCHEMA[4:]  # p_down p_flat p_up p10 p90 sigma
@@ -197,17 +199,24 @@ def audit_inputs(
     max_age: dict | None = None,  # oldest value allowed by column
     n_cuts: int = 32,  # cuts of the features' audit
 ) -> dict[str, LeakReport]:
-    "Reports on `features`, `labels`, `folds` and, where tables are given, `availability`."
+    "Reports on `features`, `labels`, `disguise`, `folds` and, where tables are given, `availability`."
     hours = min(len(panel), 6000)
     stretches = [panel.iloc[:hours]] + ([panel.iloc[-hours:]] if len(panel) > hours else [])
     labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
+    ends = labels[["label_end", "sigma_end"]].set_axis(["r90", "sigma"], axis=1)
     known, cuts = lambda frame: _labels_as_known(frame, config), max(n_cuts // 3, 1)
     reports = {
         "features": audit(build_features, panel, n_cuts=n_cuts, seed=config.seed),
         "labels": _together([audit(known, s[["close"]], n_cuts=cuts, seed=config.seed) for s in stretches]),
+        "disguise": audit_labels(build_features(panel), labels[["r90", "sigma"]], ends, n_perm=99, seed=config.seed),
         "folds": audit_folds(make_folds(config, labels), labels[["label_end", "sigma_end"]], config.embargo)}
     if tables is not None: reports["availability"] = audit_availability(tables, panel, provenance, max_age)
     return reports
+
+# %% ../nbs/05f_evaluate.ipynb #e11f6388
+def _records(frame: pd.DataFrame) -> list[dict]:
+    "A frame as JSON records; what is not a number becomes null."
+    return json.loads(frame.to_json(orient="records", double_precision=12, date_format="iso"))
 
 # %% ../nbs/05f_evaluate.ipynb #deb7ea3a
 def _parquet(frame: pd.DataFrame) -> bytes:
@@ -353,7 +362,8 @@ def head_evidence(
     found = {}
     for head, names in HEAD_LOSSES.items():
         d = (one[names] - two[names]).sum(axis=1, skipna=False).dropna().to_numpy()
-        mean, p = (float(d.mean()), float(dm_test(d, overlaps[head])[1])) if len(d) else (np.nan, np.nan)
+        mean, p = (float(d.mean()), float(dm_test(d, overlaps[head])[1])) if len(d) else (0., np.nan)
+        p = p if np.isfinite(p) else 1.  # too few windows for a test
         found[head] = dict(difference=mean, p=p, origins=len(d), helps=bool(mean < 0 and p < LEVEL))
     return found
 
@@ -479,6 +489,75 @@ class Network:
 # %% ../nbs/05f_evaluate.ipynb #e751c8c8
 FORECASTERS["mamba2"] = Network
 
+# %% ../nbs/05f_evaluate.ipynb #f797f40e
+SHORT = dict(horizon="20D", vol_window="7D")  # labels of the audited fold
+HOURS = 24 * 220  # of the panel's end that the audited fold is made of
+
+def _short_fold(panel: pd.DataFrame, config: EvaluateConfig) -> tuple[pd.DataFrame, pd.DataFrame, Fold]:
+    "Panel, features (`f:`) and labels (`y:`) as one frame over the last hours, the ends of its labels, and one fold of it."
+    short = panel.iloc[-HOURS:]
+    labels, features = make_labels(short["close"], **SHORT, threshold=config.threshold), build_features(panel).iloc[-HOURS:]
+    ends = labels[["label_end", "sigma_end"]]
+    first = str(short.index[0].ceil("D") + pd.Timedelta("170D"))
+    folds = walk_forward(short.index, ends, first_test=first, step="10D", validation="30D", embargo=config.embargo)
+    parts = short, features.add_prefix("f:"), labels.drop(columns=ends.columns).add_prefix("y:")
+    return pd.concat(parts, axis=1), ends, folds[0]
+
+# %% ../nbs/05f_evaluate.ipynb #3391a2b3
+def _apart(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    "Panel, features and labels of a frame of `_short_fold`."
+    named = lambda mark: frame[[c for c in frame if c.startswith(mark)]].rename(columns=lambda c: c.removeprefix(mark))
+    return frame[[c for c in frame if c[:2] not in ("f:", "y:")]], named("f:"), named("y:")
+
+# %% ../nbs/05f_evaluate.ipynb #8d93ceba
+def _fitted_network(frame: pd.DataFrame, fold: Fold, ends: pd.DataFrame, config: EvaluateConfig) -> dict:
+    "The network fitted on a short fold: what was chosen, fitted, and how it forecasts."
+    panel, features, labels = _apart(frame)
+    labels = labels.join(ends)
+    settings = dict(preset=config.preset, epochs=1, validation_spans=1, threshold=config.threshold, **SHORT)
+    with tempfile.TemporaryDirectory() as folder:
+        network = Network(**settings, folder=folder)
+        choice = _choose(network, panel, features, labels, fold, config.seed)
+        forced = dict(epochs=1, heads=list(HEAD_COLUMNS))  # whatever was chosen, the network must speak
+        write_atomic(Path(folder) / "choice.json", json.dumps(forced))
+        network.fit(panel, features, labels, fold, config.seed)
+    anchors = [vars(a) for a in network.prepared.anchor]
+    fitted = dict(choice=choice, anchors=anchors, scaler=asdict(network.prepared.data.scaler), weights=network.model.state_dict())
+    return dict(**fitted, predict=network.predict)
+
+# %% ../nbs/05f_evaluate.ipynb #8a40aeb0
+def audit_network(
+    panel: pd.DataFrame,  # hourly panel; its last 220 days are used
+    config: EvaluateConfig,  # preset, seed, threshold and embargo
+) -> dict[str, LeakReport]:
+    "Reports on the fitted `pipeline` and on the `model`."
+    if len(panel) < HOURS: raise ValueError(f"panel has {len(panel)} hours: the audit of the network needs {HOURS}")
+    frame, ends, fold = _short_fold(panel, config)
+    fit = lambda given, fold: _fitted_network(given, fold, ends, config)
+    predict = lambda fitted, given, rows: fitted["predict"](*_apart(given)[:2], rows)
+    named = [c for c in frame if c.startswith("y:")]
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model, x = MultitaskModel(preset(config.preset, n_features=8)), torch.randn(2, 48, 8)
+        for p in model.heads.parameters(): torch.nn.init.normal_(p, std=.1)  # they start at zero, which hides what is behind them
+    report = audit_pipeline(fit, predict, frame, [fold], labels=named, label_end=ends, n_cuts=1, seed=config.seed)
+    return dict(pipeline=report, model=audit_model(model, x, seed=config.seed))
+
+# %% ../nbs/05f_evaluate.ipynb #ed3a60c6
+def certificate(
+    reports: dict[str, LeakReport],  # as from `audit_inputs` and `audit_network`; empty: nothing was audited
+    provenance: dict,  # as from `provenance_of`
+) -> dict:
+    "What was tested and what could not be, on which data and code, with which result."
+    audits = {k: dict(ok=r.ok, tested=r.tested, findings=_records(r.findings)) for k, r in reports.items()}
+    known = ("features", "labels", "disguise", "folds", "availability", "pipeline", "model")
+    said = [(k, what, str(said)) for k, r in reports.items() for what, said in r.tested.items()]
+    left = [f"{k}: not audited in this run" for k in known if k not in reports]
+    left += [f"{k}: {what} {text}" for k, what, text in said if text.startswith("untested")]
+    always = "choices made by people after looking at test scores: no audit sees them"
+    ok = all(r.ok for r in reports.values()) if reports else None
+    return dict(ok=ok, audits=audits, untested=[*left, always], provenance=provenance)
+
 # %% ../nbs/05f_evaluate.ipynb #d3888ec3
 def _parts(config: EvaluateConfig, n_folds: int) -> list[tuple[int, str, int]]:
     "All (fold, model, seed) of a run."
@@ -513,11 +592,6 @@ def predict_folds(
             write_atomic(path, _parquet(made[SCHEMA]))
     progress(len(todo), len(todo), "predictions done")
     return pd.concat([pd.read_parquet(part(*p)) for p in todo], ignore_index=True)
-
-# %% ../nbs/05f_evaluate.ipynb #e11f6388
-def _records(frame: pd.DataFrame) -> list[dict]:
-    "A frame as JSON records; what is not a number becomes null."
-    return json.loads(frame.to_json(orient="records", double_precision=12, date_format="iso"))
 
 # %% ../nbs/05f_evaluate.ipynb #23214cf3
 def score_run(
@@ -595,7 +669,7 @@ def walk_forward_run(
     panel: pd.DataFrame,  # hourly panel
     out: str | Path,  # run folder: new, or the same run to go on with
     source: str = "panel",  # what the panel is, for the provenance
-    audits: dict[str, LeakReport] | None = None,  # reports of `audit_inputs`, kept in the run folder
+    audits: dict[str, LeakReport] | None = None,  # reports of `audit_inputs` and `audit_network`, kept in `certificate.json`
     progress: Callable[[int, int, str], None] = _quiet,  # called with parts done, parts in all, and what is next
     watch: Callable[[Run, dict], None] = _unwatched,  # called after each update of training
 ) -> Path:
@@ -610,9 +684,11 @@ def walk_forward_run(
     write_atomic(out / "origins.parquet", _parquet(_origin_table(panel, labels)))
     newest = newest_forecast(config, panel, progress, out / "network" / "newest", watch)
     write_atomic(out / "forecast.parquet", _parquet(newest))
-    findings = {k: dict(ok=r.ok, tested=r.tested, findings=_records(r.findings)) for k, r in (audits or {}).items()}
+    paper = certificate(audits or {}, made_by)
+    write_atomic(out / "certificate.json", json.dumps(paper, indent=1))
     head = dict(provenance=made_by, config=json.loads(config.model_dump_json()), folds=_fold_table(panel.index, folds))
     training = training_summary(out / "network")
-    scores = dict(**head, audits=findings, training=training, **score_run(config, predictions, labels))
+    audited = dict(audits=paper["audits"], untested=paper["untested"])
+    scores = dict(**head, **audited, training=training, **score_run(config, predictions, labels))
     write_atomic(out / "scores.json", json.dumps(scores, indent=1))
     return out

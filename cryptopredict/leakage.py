@@ -5,15 +5,23 @@
 # %% ../nbs/00_leakage.ipynb #7752a7a7
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import ast
+import copy
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import Parameter, signature
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pandas.tseries.holiday import USFederalHolidayCalendar
 
 # %% auto #0
-__all__ = ['FINDING_COLUMNS', 'TOLERANCE', 'LeakageError', 'LeakReport', 'check_times', 'point_in_time', 'Fold', 'live_fold',
-           'walk_forward', 'audit_folds', 'audit', 'audit_availability']
+__all__ = ['FINDING_COLUMNS', 'TOLERANCE', 'MODES', 'HINT_COLUMNS', 'LeakageError', 'LeakReport', 'check_times', 'point_in_time',
+           'Fold', 'live_fold', 'walk_forward', 'audit_folds', 'AuditError', 'audit', 'audit_availability',
+           'audit_model', 'audit_pipeline', 'audit_labels', 'lint']
 
 # %% ../nbs/00_leakage.ipynb #e98250f3
 FINDING_COLUMNS = ["column", "kind", "time", "magnitude", "detail"]
@@ -144,8 +152,9 @@ def point_in_time(
         for column in _check_table(table, number):
             if column in values: raise ValueError(f"column '{column}' is in two tables: stack them as vintages, or rename it")
             values[column], rows[column] = _join_column(times, table, column, _age_limit(max_age, column))
-    panel = pd.DataFrame(values, index=grid)
-    return (panel, pd.DataFrame(rows, index=grid)) if provenance else panel
+    panel, came = pd.DataFrame(values, index=grid), pd.DataFrame(rows, index=grid)
+    came.attrs["max_age"] = {c: str(age) for c in values if (age := _age_limit(max_age, c)) is not None}  # for the audit
+    return (panel, came) if provenance else panel
 
 # %% ../nbs/00_leakage.ipynb #a3dd3483
 @dataclass(frozen=True, eq=False)
@@ -289,14 +298,15 @@ def _audit_pair(index: pd.DatetimeIndex, ends: pd.DatetimeIndex, parts: dict, wh
 
 # %% ../nbs/00_leakage.ipynb #13270683
 def audit_folds(
-    folds: list[Fold],  # folds to judge; anything with `train, valid, test, refit` position arrays
-    label_end: pd.Series | pd.DataFrame,  # label end(s) by decision time; a frame is judged by its longest label
+    folds: list[Fold | tuple],  # `train, valid, test, refit` positions each, or (train, test) as scikit-learn gives them
+    label_end: pd.Series | pd.DataFrame,  # label end(s) by decision time; a frame, a column a head: judged by the longest
     embargo: str | pd.Timedelta = "0D",  # embargo that was asked for
 ) -> LeakReport:
     "Overlapping labels, missing purge or embargo, shuffled or interleaved parts."
     index = check_times(pd.DatetimeIndex(label_end.index), "label_end.index")
     ends, embargo, findings = _longest_label(label_end, index), pd.Timedelta(embargo), []
     for k, f in enumerate(folds):
+        if isinstance(f, tuple): f = Fold(f[0], f[0][:0], f[1], f[0])
         names = ("train", "valid", "test", "refit")
         parts = {name: _positions(getattr(f, name), len(index), f"fold {k}: '{name}'") for name in names}
         for name, rows in parts.items(): findings += _audit_order(name, rows, f"fold {k}")
@@ -306,13 +316,17 @@ def audit_folds(
     return _report(findings, {"folds": len(folds), "embargo": str(embargo)})
 
 # %% ../nbs/00_leakage.ipynb #32a438b7
-TOLERANCE = {np.dtype("float32"): 1e-5, np.dtype("float16"): 1e-2}  # of the column's largest magnitude; any other type: 1e-9
+class AuditError(ValueError):
+    "Something that cannot be audited: the message says where it failed and what to do."
 
+# %% ../nbs/00_leakage.ipynb #1e5bd893
 def _as_frame(out, frame: pd.DataFrame) -> pd.DataFrame:
     "What `fn` returned as a frame on times of `frame`."
     if isinstance(out, pd.Series): out = out.to_frame(out.name if out.name is not None else "value")
-    if isinstance(out, np.ndarray):
-        if len(out) != len(frame): raise ValueError(f"fn returned {len(out)} rows for {len(frame)}: return them with their times")
+    if not isinstance(out, pd.DataFrame) and hasattr(out, "__array__"):
+        out = np.asarray(out)
+        if out.shape[:1] != (len(frame),):
+            raise ValueError(f"fn returned shape {out.shape} for {len(frame)} rows: return them with their times")
         out = pd.DataFrame(out.reshape(len(out), -1), index=frame.index)
     if not isinstance(out, pd.DataFrame): raise ValueError(f"fn returned {type(out).__name__}: return a frame, series or array")
     if not out.index.isin(frame.index).all():
@@ -323,32 +337,79 @@ def _as_frame(out, frame: pd.DataFrame) -> pd.DataFrame:
     if len(double): raise ValueError(f"fn returned column '{double[0]}' twice: give each column a name of its own")
     return out
 
-# %% ../nbs/00_leakage.ipynb #24d0d9a5
-def _gap(base: pd.Series, other: pd.Series) -> np.ndarray:
-    "How far two columns on the same times lie apart, row by row; inf where one is empty, or where text or categories differ."
+# %% ../nbs/00_leakage.ipynb #53b93c55
+@dataclass
+class _Subject:
+    "A function under audit, its input, and a count of what its calls did."
+    fn: Callable
+    frame: pd.DataFrame
+    rng: np.random.Generator
+    runs: int = 0
+    raised: int = 0
+    first: str = ""  # the first error
+    holed: list = field(default_factory=list)  # float columns with missing values
+    seen: set = field(default_factory=set)  # columns that held a value in a comparison
+
+    def call(self, frame: pd.DataFrame, must: bool = False) -> pd.DataFrame | None:
+        "What the function says of a frame that is its to spoil; None when it raises, unless it must not."
+        self.runs += 1
+        try: return _as_frame(self.fn(frame), frame)
+        except Exception as error:
+            where = f"{type(error).__name__} on {len(frame)} rows: {error}"
+            if must: raise AuditError(f"fn raised {where}: mend it, or give the input it needs") from error
+            self.raised, self.first = self.raised + 1, self.first or where
+            return None
+
+# %% ../nbs/00_leakage.ipynb #d5426769
+def _gap(base: pd.Series, other: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    "How far two columns on the same times lie apart, row by row, and their size; inf where one is empty, or text differs."
     base, other = base.infer_objects(), other.infer_objects()
     if not all(pd.api.types.is_numeric_dtype(x.dtype) for x in (base, other)):
         base, other = base.astype(object), other.astype(object)
         same = (base.isna() & other.isna()).to_numpy() | (base == other).to_numpy(dtype=bool, na_value=False)
-        return np.where(same, 0., np.inf)
+        return np.where(same, 0., np.inf), np.zeros(len(same))
     a, b = (x.to_numpy(dtype=float, na_value=np.nan) for x in (base, other))
     with np.errstate(invalid="ignore"):
         gap = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0., np.abs(a - b))
     gap[np.isnan(gap)] = np.inf
-    return gap
+    return gap, np.fmax(np.abs(a), np.abs(b))
 
-# %% ../nbs/00_leakage.ipynb #097513c4
-def _tolerance(base: pd.DataFrame) -> pd.Series:
-    "The difference allowed in each column: a share of its largest finite magnitude."
-    allowed = {}
+# %% ../nbs/00_leakage.ipynb #9c557526
+TOLERANCE = {np.dtype("float32"): (1e-5, 1e-4), np.dtype("float16"): (1e-2, 1e-2)}  # relative, most noise; float64: 1e-9, 1e-6
+
+def _scale(column: pd.Series) -> float:
+    "Size of a column: its largest finite magnitude, at most a thousand medians; 0 where there are no numbers."
+    if not pd.api.types.is_numeric_dtype(column.dtype): return 0.
+    size = np.abs(column.to_numpy(dtype=float, na_value=np.nan))
+    size = size[np.isfinite(size) & (size > 0)]
+    return min(size.max(), 1e3 * np.median(size)) if len(size) else 0.
+
+# %% ../nbs/00_leakage.ipynb #845e496d
+def _last_digit(subject: _Subject, epsilon: float) -> pd.DataFrame | None:
+    "The function's output on inputs that differ by `epsilon` of themselves."
+    other, kinds = subject.frame.copy(), subject.frame.dtypes
+    for c in kinds.index[[k.kind == "f" for k in kinds]]:
+        other[c] = other[c] * (1 + epsilon * subject.rng.integers(-1, 2, len(other))).astype(kinds[c])
+    return subject.call(other)
+
+# %% ../nbs/00_leakage.ipynb #e1807b1d
+def _tolerance(subject: _Subject, base: pd.DataFrame) -> dict[str, tuple[float, float]]:
+    "By column the difference allowed, absolute and relative, from the column's type, its scale and its measured noise."
+    allowed, jittered = {}, {}
     for name, column in base.items():
-        number = pd.api.types.is_numeric_dtype(column.dtype)
-        size = np.abs(column.to_numpy(dtype=float, na_value=np.nan)) if number else np.zeros(1)
-        allowed[name] = TOLERANCE.get(column.dtype, 1e-9) * size.max(where=np.isfinite(size), initial=0.)
-    return pd.Series(allowed, dtype=float)
+        relative, most = TOLERANCE.get(column.dtype, (1e-9, 1e-6))
+        epsilon, scale, noise = 1e-15 if relative < 1e-8 else 1e-7, _scale(column), 0.
+        if epsilon not in jittered: jittered[epsilon] = _last_digit(subject, epsilon)
+        other = jittered[epsilon]
+        if scale and other is not None and name in other:
+            gap, _ = _gap(column, other[name].reindex(column.index))
+            noise = np.quantile(gap[np.isfinite(gap)], .95) if np.isfinite(gap).any() else 0.
+        number = pd.api.types.is_float_dtype(column.dtype)
+        allowed[name] = (relative * scale + min(50 * noise, most * scale), relative) if number else (0., 0.)
+    return allowed
 
-# %% ../nbs/00_leakage.ipynb #e5dc5869
-def _compare(base: pd.DataFrame, other: pd.DataFrame, until: pd.Timestamp, kind: str, allowed: pd.Series, label: str) -> list:
+# %% ../nbs/00_leakage.ipynb #c356d8ea
+def _compare(base: pd.DataFrame, other: pd.DataFrame, until: pd.Timestamp, kind: str, allowed: dict, label: str) -> list[dict]:
     "Findings where `other` disagrees with `base` at or before `until`; a missing row says no more than an empty one."
     base, other = base.loc[:until], other.loc[:until]
     def finding(column, time, size, detail):
@@ -360,12 +421,15 @@ def _compare(base: pd.DataFrame, other: pd.DataFrame, until: pd.Timestamp, kind:
     if len(gone): return [finding("(rows)", gone[0], len(gone), "rows appear or vanish with the future")]
     times, found = base.index.intersection(other.index), []
     for c in base.columns:
-        gap = _gap(base[c].reindex(times), other[c].reindex(times))
-        moved = np.flatnonzero(gap > allowed[c])
+        gap, size = _gap(base[c].reindex(times), other[c].reindex(times))
+        absolute, relative = allowed.get(c, (0., 1e-9))
+        moved = np.flatnonzero(gap > absolute + relative * np.where(np.isfinite(size), size, 0.))
         if len(moved): found.append(finding(c, times[moved[0]], gap.max(), "a value at or before the cut moved"))
     return found
 
 # %% ../nbs/00_leakage.ipynb #1fd61c40
+MODES = ("elsewhere", "noise", "nothing")  # what replaces the future
+
 def _replacement(column: pd.Series, rows: np.ndarray, mode: str, draw: np.ndarray, factor: np.ndarray, rng) -> pd.Series:
     "`column` with its values at `rows` replaced: by those of the rows `draw` times `factor`, by noise, or by nothing."
     values, number = column.array.take(draw), pd.api.types.is_float_dtype(column.dtype)
@@ -387,15 +451,16 @@ def _replacement(column: pd.Series, rows: np.ndarray, mode: str, draw: np.ndarra
 def _changed(frame: pd.DataFrame, rows: np.ndarray, mode: str, rng: np.random.Generator) -> pd.DataFrame:
     "`frame` with `rows` replaced; what comes from elsewhere comes as whole rows."
     draw, factor = rng.integers(0, len(frame), len(rows)), np.exp(rng.normal(0, .3, len(rows)))
-    return pd.DataFrame({c: _replacement(frame[c], rows, mode, draw, factor, rng) for c in frame.columns}, index=frame.index)
+    columns = {c: _replacement(frame[c], rows, mode, draw, factor, rng) for c in frame.columns}
+    return pd.DataFrame(columns, index=frame.index, copy=False)  # the columns are nobody else's
 
 # %% ../nbs/00_leakage.ipynb #994d0ef5
-def _call(fn: Callable, frame: pd.DataFrame, broken: list) -> pd.DataFrame | None:
-    "`fn` on a copy of `frame`; an error is kept in `broken` and gives None."
-    try: return _as_frame(fn(frame.copy()), frame)
-    except Exception as error:
-        broken.append(f"{len(frame)} rows: {type(error).__name__}: {error}")
-        return None
+def _holed(frame: pd.DataFrame, columns: list[str], cut: int, rng: np.random.Generator) -> pd.DataFrame:
+    "`frame` with more of some `columns` missing: 3 %, and the row before `cut`, where a back-fill would reach."
+    holed, share = frame.copy(), np.full(len(frame), .03)
+    share[cut - 1] = 1.
+    for c in columns: holed[c] = holed[c].mask(rng.random(len(holed)) < share)
+    return holed
 
 # %% ../nbs/00_leakage.ipynb #a7c31778
 def _events(column: pd.Series) -> np.ndarray:
@@ -408,20 +473,33 @@ def _events(column: pd.Series) -> np.ndarray:
     return np.unique([mark(x) for mark, x in marks if not np.isnan(x).all()])
 
 # %% ../nbs/00_leakage.ipynb #d8ef0df2
-def _suspects(fn: Callable, frame: pd.DataFrame, base: pd.DataFrame, allowed: pd.Series, rng) -> list[np.ndarray]:
-    "By column, rows that moved when the next row was replaced, where few did."
-    found: dict = {}
-    for spacing in (8, 8, 16, 32, 128, 512):
-        rows = np.cumsum(rng.integers(spacing // 2, 2 * spacing, len(frame) // spacing + 1))
+def _calendar(index: pd.DatetimeIndex) -> list[np.ndarray]:
+    "Rows that begin a day, week, month, quarter, year; rows inside US federal holidays; rows after a gap in time."
+    naive = index.tz_localize(None)
+    pools = [np.flatnonzero(np.diff(naive.to_period(p).asi8)) + 1 for p in ("D", "W", "M", "Q", "Y")]
+    holidays = USFederalHolidayCalendar().holidays(naive[0].normalize(), naive[-1])
+    steps = np.diff(index.asi8)
+    return [*pools, np.flatnonzero(naive.normalize().isin(holidays)), np.flatnonzero(steps > 1.5 * np.median(steps)) + 1]
+
+# %% ../nbs/00_leakage.ipynb #12c67483
+def _suspects(subject: _Subject, base: pd.DataFrame, allowed: dict) -> list[np.ndarray]:
+    "By column, cuts where a row shortly before a replaced row moved, where few did."
+    frame, rng, found = subject.frame, subject.rng, {}
+    for k, spacing in enumerate((2, 2, 3, 4, 8, 8, 16, 32, 128, 512)):
+        rows = np.cumsum(rng.integers(max(spacing // 2, 2), max(2 * spacing, 4), 2 * len(frame) // spacing + 1))
         rows = rows[rows < len(frame)]
-        out = _call(fn, _changed(frame, rows, "elsewhere", rng), [])
+        if len(rows) < 4: continue
+        out = subject.call(_changed(frame, rows, MODES[k % 2], rng))
         if out is None or not (out.index.equals(base.index) and out.columns.equals(base.columns)): continue
-        before = base.index.get_indexer(frame.index[rows - 1])
-        rows, before = rows[before >= 0] - 1, before[before >= 0]
-        for c in base.columns if len(rows) else []:
-            moved = _gap(base[c], out[c])[before] > allowed[c]
-            if 0 < moved.mean() < .5: found.setdefault(c, []).append(rows[moved])
-    return [np.concatenate(rows) for rows in found.values()]
+        back, at = np.maximum(np.diff(rows, prepend=0) // 2, 1), frame.index.get_indexer(base.index)
+        for c in base.columns:
+            gap, size = _gap(base[c], out[c])
+            moved = np.zeros(len(frame) + 1, int)
+            moved[at + 1] = gap > allowed[c][0] + allowed[c][1] * np.where(np.isfinite(size), size, 0.)
+            moved = moved.cumsum()
+            hit = moved[rows] > moved[rows - back]
+            if 0 < hit.mean() < .5: found.setdefault(c, []).append(rows[hit])
+    return [np.unique(np.concatenate(rows)) for rows in found.values()]
 
 # %% ../nbs/00_leakage.ipynb #a69e7102
 def _draw(pools: list[np.ndarray], count: int, rng: np.random.Generator) -> np.ndarray:
@@ -431,42 +509,68 @@ def _draw(pools: list[np.ndarray], count: int, rng: np.random.Generator) -> np.n
 
 # %% ../nbs/00_leakage.ipynb #794214d2
 def _cuts(frame: pd.DataFrame, base: pd.DataFrame, suspects: list, n_cuts: int, rng: np.random.Generator) -> np.ndarray:
-    "Row counts to cut at: first and last rows, month ends, gaps in time, events of input and output, suspects, the rest random."
-    n, index, share = len(frame), frame.index, max(n_cuts // 6, 1)
-    months = np.flatnonzero(np.diff(index.month)) + 1
-    gaps = np.flatnonzero(np.diff(index.asi8) > 1.5 * np.median(np.diff(index.asi8))) + 1
-    steps = [index.get_indexer(base.index[_events(base[c])]) for c in base.columns]
-    special = [np.array([2, 3, n - 2, n - 1]), _draw(suspects, share, rng) + 1]
-    for pools in ([months], [gaps], [_events(frame[c]) for c in frame.columns], steps):
-        rows = _draw(pools, share, rng)
-        special.append(rows + np.arange(len(rows)) % 2)  # the row before the event is the last one known, or the event itself
+    "Row counts to cut at: first and last rows, suspects, the calendar, events of input and output; the rest random."
+    n, share = len(frame), max(n_cuts // 4, 1)
+    events = [_events(frame[c]) for c in frame], [frame.index.get_indexer(base.index[_events(base[c])]) for c in base]
+    special = [np.array([2, 3, n - 2, n - 1]), _draw(suspects, share, rng)]
+    for pools, count in ((_calendar(frame.index), share), (events[0], share // 2), (events[1], share // 2)):
+        rows = _draw(pools, count, rng)
+        special.append(rows + rng.integers(0, 2, len(rows)))  # the row before is the last one known, or the row itself
     cuts = np.unique(np.clip(np.concatenate(special), 2, n - 1))
     free = np.setdiff1d(np.arange(2, n), cuts)
     return np.sort(np.concatenate([cuts, rng.choice(free, min(max(n_cuts - len(cuts), 0), len(free)), replace=False)]))
 
 # %% ../nbs/00_leakage.ipynb #ddca598e
-def _first_of_each(findings: list[dict]) -> list[dict]:
-    "One finding per column and kind: the earliest time, the greatest magnitude, how many cuts."
-    merged = {}
-    for f in findings:
-        first = merged.setdefault((f["column"], f["kind"]), dict(f, cuts=0))
-        first["cuts"] += 1
-        first["magnitude"] = max(first["magnitude"], f["magnitude"])
-        if f["time"] < first["time"]: first["time"], first["detail"] = f["time"], f["detail"]
-    return [dict(f, detail=f"{f['detail']} ({f['cuts']} cuts)") for f in merged.values()]
-
-# %% ../nbs/00_leakage.ipynb #1e9eef32
-def _audit_cut(fn: Callable, frame: pd.DataFrame, base: pd.DataFrame, allowed: pd.Series, cut: int, mode: str, rng, broken):
-    "Findings of one truncation and one perturbation after row `cut - 1`."
-    until, findings = frame.index[cut - 1], []
-    trials = (("truncation", frame.iloc[:cut], f"cut after {until}"),
-              ("perturbation", _changed(frame, np.arange(cut, len(frame)), mode, rng), f"cut after {until}, future: {mode}"))
-    for kind, other, label in trials:
-        out = _call(fn, other, broken)
-        if out is not None: findings += _compare(base, out, until, kind, allowed, label)
-    return findings
+def _rows_back(frame: pd.DataFrame, base: pd.DataFrame) -> int:
+    "Rows a local run begins before its cut: twice the longest warm-up, 2,000 at least; all of them where that saves little."
+    first = [base[c].first_valid_index() for c in base]
+    warm = [int(i) for i in frame.index.get_indexer([t for t in first if t is not None]) if i < len(frame) // 5]
+    back = max(2000, 2 * max(warm, default=0) + 500)
+    return back if 3 * back < len(frame) else len(frame)
 
 # %% ../nbs/00_leakage.ipynb #26a5533a
+def _audit_cut(subject: _Subject, cut: int, back: int, allowed: dict, holes: bool = False) -> list[dict]:
+    "Findings at one cut: the rows before it alone, against the same rows with later ones as they are and replaced."
+    whole, rng = back >= len(subject.frame), subject.rng
+    start, stop = (0, len(subject.frame)) if whole else (max(0, cut - back), cut + int(rng.integers(back // 4, back)))
+    given, until = subject.frame.iloc[start:stop], subject.frame.index[cut - 1]
+    if holes: given = _holed(given, subject.holed, cut - start, rng)
+    rows, findings = np.arange(cut - start, len(given)), []
+    past = subject.call(given.iloc[:cut - start].copy())
+    for mode in ("as it is",) if holes else ("as it is", *MODES):
+        other = given.copy() if mode == "as it is" else _changed(given, rows, mode, rng)
+        out = subject.call(other)
+        if out is None: continue
+        if past is None and mode == "as it is": past = out  # refuses a short past: perturbation alone
+        elif past is not None:
+            kind, holed = "truncation" if mode == "as it is" else "perturbation", ", with holes" * holes
+            found = _compare(past, out, until, kind, allowed, f"cut after {until}{holed}, future {mode}")
+            blank = set(out.columns[out.isna().all()]) if holes or mode == "nothing" else ()  # missing in, missing out
+            findings += [f for f in found if f["column"] not in blank]
+            subject.seen |= {c for c in past if past[c].notna().any()}
+    return _audit_cut(subject, cut, len(subject.frame), allowed) if past is None and not whole and not holes else findings
+
+# %% ../nbs/00_leakage.ipynb #bdd6e0e8
+def _first_of_each(findings: list[dict]) -> list[dict]:
+    "One finding per column and kind: the earliest time, the greatest magnitude, how many comparisons."
+    merged = {}
+    for f in findings:
+        first = merged.setdefault((f["column"], f["kind"]), dict(f, times=0))
+        first["times"] += 1
+        first["magnitude"] = max(first["magnitude"], f["magnitude"])
+        if f["time"] < first["time"]: first["time"], first["detail"] = f["time"], f["detail"]
+    return [dict(f, detail=f"{f['detail']} (in {f['times']} comparisons)") for f in merged.values()]
+
+# %% ../nbs/00_leakage.ipynb #a3dbe556
+def _check_audited(frame: pd.DataFrame, n_cuts: int) -> None:
+    "An `AuditError` or `ValueError` that says what is wrong with the input of an audit."
+    if not isinstance(frame, pd.DataFrame): raise AuditError(f"frame is a {type(frame).__name__}: give a DataFrame (.to_frame())")
+    check_times(frame.index, "frame.index")
+    if not frame.columns.is_unique: raise AuditError(f"frame has a column name twice: {frame.columns.tolist()}; rename one")
+    if len(frame) < 8 or n_cuts < 1:
+        raise AuditError(f"frame has {len(frame)} rows, n_cuts is {n_cuts}: an audit needs at least 8 rows and 1 cut")
+
+# %% ../nbs/00_leakage.ipynb #6629789a
 def audit(
     fn: Callable[[pd.DataFrame], pd.DataFrame | pd.Series | np.ndarray],  # code under audit
     frame: pd.DataFrame,  # time-indexed input, UTC, increasing; at least 8 rows
@@ -475,19 +579,27 @@ def audit(
     seed: int = 0,  # places the cuts and draws the replacements
 ) -> LeakReport:
     "Does anything `fn` says at or before a time depend on what comes after it? By truncation and by perturbation."
-    if not isinstance(frame, pd.DataFrame): raise ValueError(f"frame is a {type(frame).__name__}: give a DataFrame (.to_frame())")
-    check_times(frame.index, "frame.index")
-    if len(frame) < 8 or n_cuts < 1:
-        raise ValueError(f"frame has {len(frame)} rows, n_cuts is {n_cuts}: an audit needs at least 8 rows and 1 cut")
-    base = _as_frame(fn(frame.copy()), frame)
-    again, allowed, rng = _as_frame(fn(frame.copy()), frame), _tolerance(base), np.random.default_rng(seed)
+    _check_audited(frame, n_cuts)
+    subject, n, given = _Subject(fn, frame, np.random.default_rng(seed)), len(frame), frame.copy()
+    base = subject.call(given, must=True)
+    writes = not given.equals(frame)
+    del given
+    subject.holed = [c for c in frame if pd.api.types.is_float_dtype(frame[c].dtype) and frame[c].isna().any()]
+    allowed = _tolerance(subject, base)
+    again = subject.call(frame.copy(), must=True)
     unlike = _compare(base, again, frame.index[-1], "not deterministic", allowed, "same input twice")
-    if unlike: return _report(_first_of_each(unlike), {"cuts": 0, "rows": len(frame)})
-    findings, broken, modes = [], [], ("elsewhere", "noise", "nothing")
-    cuts = _cuts(frame, base, _suspects(fn, frame, base, allowed, rng), n_cuts, rng)
-    for k, cut in enumerate(cuts): findings += _audit_cut(fn, frame, base, allowed, cut, modes[k % 3], rng, broken)
-    if len(broken) == 2 * len(cuts): raise ValueError(f"fn failed on every cut, nothing was tested; first: {broken[0]}")
-    tested = {"cuts": len(cuts), "runs": 2 * len(cuts), "runs that raised": len(broken), "rows": len(frame)}
+    del again
+    if unlike: return _report(_first_of_each(unlike), {"cuts": 0, "rows": n})
+    cuts = _cuts(frame, base, _suspects(subject, base, allowed), n_cuts, subject.rng)
+    whole, back, findings = set(cuts[::max(len(cuts) // 4, 1)]), _rows_back(frame, base), []
+    for k, cut in enumerate(cuts):
+        findings += _audit_cut(subject, cut, n if cut in whole else back, allowed)
+        if k % 2 and subject.holed: findings += _audit_cut(subject, cut, back, allowed, holes=True)
+    if not subject.seen: raise AuditError(f"nothing could be compared: {subject.first or 'fn returned no value before any cut'}")
+    tested = {"cuts": len(cuts), "of the whole frame": len(cuts) if back == n else len(whole), "rows": n,
+              "runs": subject.runs, "runs that raised": subject.raised}
+    if blind := [c for c in base if c not in subject.seen]: tested["columns never compared"] = ", ".join(blind)
+    if writes: tested["note"] = "fn writes into its input"
     return _report(_first_of_each(findings), tested)
 
 # %% ../nbs/00_leakage.ipynb #aacd0c6e
@@ -513,17 +625,840 @@ def audit_availability(
     tables: list[pd.DataFrame],  # source tables the panel was joined from
     panel: pd.DataFrame,  # joined panel
     provenance: pd.DataFrame,  # row of its table each cell came from, as `point_in_time(..., provenance=True)` gives it
-    max_age: str | pd.Timedelta | Mapping | None = None,  # the oldest value allowed, as in `point_in_time`; None: not tested
+    max_age: str | pd.Timedelta | Mapping | None = None,  # oldest value allowed; None: as the join had it (`provenance.attrs`)
 ) -> LeakReport:
     "Finds each cell that was used before its `available_at`, differs from its source row, or is too old."
     findings, cells = [], 0
     if not panel.index.equals(provenance.index):
         raise ValueError(f"panel has {len(panel)} rows, provenance {len(provenance)}, or other times: give both of one join")
+    limits = provenance.attrs.get("max_age", {}) if max_age is None else max_age
+    limit = lambda c: None if max_age is None and c not in limits else _age_limit(limits, c)
     for column in provenance.columns:
         table = next((t for t in tables if column in t.columns), None)
         if table is None: raise ValueError(f"column '{column}' is in no table: give the tables the panel was joined from")
         if column not in panel: raise ValueError(f"column '{column}' is not in the panel: drop it from provenance")
-        findings += _audit_cells(table, panel[column], provenance[column].to_numpy(), _age_limit(max_age, column))
+        findings += _audit_cells(table, panel[column], provenance[column].to_numpy(), limit(column))
         cells += int((provenance[column] >= 0).sum())
-    ages = "untested" if max_age is None else "tested"
-    return _report(findings, {"columns": len(provenance.columns), "cells": cells, "max_age": ages})
+    ageless = [c for c in provenance if limit(c) is None]
+    final = [c for t in tables for c in t if c in provenance and not t["value_time"].duplicated().any()]
+    said = lambda names: f"untested: {', '.join(names)}" if names else "tested"
+    return _report(findings, {"columns": provenance.shape[1], "cells": cells, "max_age": said(ageless), "vintages": said(final)})
+
+# %% ../nbs/00_leakage.ipynb #888c54f8
+def _tensors(tree, lead: tuple[int, ...], name: str = "") -> dict:
+    "Tensors in nested tuples, lists and mappings whose shape begins with `lead`, by name."
+    import torch
+    if isinstance(tree, torch.Tensor): return {name or "output": tree} if tuple(tree.shape[:len(lead)]) == lead else {}
+    parts, found = tree._asdict() if hasattr(tree, "_asdict") else tree, {}
+    if isinstance(parts, tuple | list): parts = dict(enumerate(parts))
+    for key, part in parts.items() if isinstance(parts, Mapping) else ():
+        found |= _tensors(part, lead, key if isinstance(key, str) and not name else f"{name or 'output'}[{key}]")
+    return found
+
+# %% ../nbs/00_leakage.ipynb #e6a80dd5
+def _returns_state(result, lead: tuple[int, ...]) -> bool:
+    "Is this (outputs, state)? A pair whose second part is a tuple or list, or holds nothing dense over time."
+    pair = type(result) is tuple and len(result) == 2 and result[1] is not None
+    return pair and (isinstance(result[1], tuple | list) or not _tensors(result[1], lead))
+
+# %% ../nbs/00_leakage.ipynb #bcc9c12f
+def _fresh(model: Callable, mode: str) -> Callable:
+    "A copy of the model in `mode`; what is no module is `as given`."
+    try: twin = copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(f"the model cannot be copied ({error}): it must not keep tensors of earlier calls undetached") from error
+    if mode != "as given": twin.train(mode == "train")
+    return twin
+
+# %% ../nbs/00_leakage.ipynb #7f0b387d
+@dataclass
+class _Probe:
+    "A model in one mode, and how what it returns is read."
+    model: Callable
+    mode: str  # "eval", "train" or "as given"
+    seed: int
+    stateful: bool = False  # it returns (outputs, state)
+    allowed: float = 1e-5  # difference that is round-off, as a share of an output's largest value
+
+    def call(self, x, *state, on: Callable | None = None, method: str = "__call__", seed: int | None = None):
+        "What the model, or a copy made before, returns."
+        import torch
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(self.seed if seed is None else seed)
+            return getattr(_fresh(self.model, self.mode) if on is None else on, method)(x.clone(), *state)
+
+    def run(self, x, **how) -> dict[str, np.ndarray]:
+        "Outputs (batch, time, ...) by name."
+        import torch
+        with torch.no_grad(): result = self.call(x, **how)
+        found = _tensors(result[0] if self.stateful else result, tuple(x.shape[:2]))
+        return {name: value.double().cpu().numpy().copy() for name, value in found.items()}
+
+# %% ../nbs/00_leakage.ipynb #f06678aa
+def _new_probe(model: Callable, mode: str, x, seed: int) -> _Probe:
+    "The model in `mode`; a `ValueError` where it has no outputs over time."
+    import torch
+    allowed, lead = {"torch.float64": 1e-9, "torch.float32": 1e-5}.get(str(x.dtype), 1e-2), tuple(x.shape[:2])
+    probe = _Probe(model, mode, seed, allowed=allowed)
+    with torch.no_grad(): result = probe.call(x)
+    probe.stateful = _returns_state(result, lead)
+    if not _tensors(result[0] if probe.stateful else result, lead):
+        shapes = [tuple(v.shape) for v in _tensors(result, ()).values()]
+        raise ValueError(f"no output begins with (batch, time) = {lead}, but {shapes}: the audit needs outputs at every step")
+    return probe
+
+# %% ../nbs/00_leakage.ipynb #f195b951
+def _output_gap(base: np.ndarray, other: np.ndarray | None) -> np.ndarray:
+    "How far two outputs lie apart at each step (batch, time) they share, as a share of the largest finite value."
+    if other is None: return np.full(base.shape[:2], np.inf)
+    part = base[:, :other.shape[1]]
+    if part.shape != other.shape: return np.full(part.shape[:2], np.inf)
+    with np.errstate(invalid="ignore"):
+        gap = np.where((part == other) | (np.isnan(part) & np.isnan(other)), 0., np.abs(part - other))
+    gap[np.isnan(gap)] = np.inf  # NaN on one side
+    return gap.reshape(*part.shape[:2], -1).max(-1, initial=0.) / (np.abs(base).max(where=np.isfinite(base), initial=0.) or 1.)
+
+# %% ../nbs/00_leakage.ipynb #26fb7b54
+def _moved(probe: _Probe, base: dict, other: dict, kind: str, label: str, streams=slice(None), until=None, allowed=None) -> list:
+    "Findings where outputs of `streams` before step `until` differ by more than is `allowed`."
+    found = []
+    for name, value in base.items():
+        gap = _output_gap(value, other.get(name))[streams, :until].max(0, initial=0.)
+        moved = np.flatnonzero(gap > (allowed or probe.allowed))
+        if not len(moved): continue
+        detail = f"{probe.mode}: {label}"
+        found.append(dict(column=name, kind=kind, time=int(moved[0]), magnitude=float(gap.max()), detail=detail))
+    return found
+
+# %% ../nbs/00_leakage.ipynb #ffbc77c4
+def _steps_to_cut(x, n_cuts: int, rng: np.random.Generator) -> list[int]:
+    "Steps to cut after: the first, the last but one, some where an input is extreme, the rest random."
+    size = x.abs().double().cpu().numpy().max(0)  # (time, channels)
+    size, last = size[:-1] / (size.mean(0) + (size.mean(0) == 0)), x.shape[1] - 2
+    extreme = size.argmax(0)[np.argsort(-size.max(0))].tolist()  # one a channel, the greatest first
+    cuts = list(dict.fromkeys([0, last, *extreme[:max(n_cuts // 2 - 1, 0)]]))
+    free = np.setdiff1d(np.arange(last), cuts)
+    return sorted(cuts + rng.choice(free, min(max(n_cuts - len(cuts), 0), len(free)), replace=False).tolist())
+
+# %% ../nbs/00_leakage.ipynb #479181c6
+def _futures(probe: _Probe, x, base: dict, rng: np.random.Generator, notes: dict) -> dict:
+    "Other inputs of the shape of `x` that the model takes; a `ValueError` where none of them moves an output."
+    import torch
+    (b, t, _), centre, spread = x.shape, x.mean((0, 1)), x.std((0, 1))
+    noise = centre + 3 * (spread + (spread == 0)) * torch.from_numpy(rng.normal(size=x.shape)).to(x)
+    stream, step = (torch.from_numpy(rng.integers(n, size=(b, t))) for n in (b, t))
+    futures, reached = {"noise": noise, "elsewhere": x[stream, step], "zeros": torch.zeros_like(x)}, set()
+    for name in list(futures):
+        try: reached |= {f["column"] for f in _moved(probe, base, probe.run(futures[name]), "", "")}
+        except Exception as error:  # an embedding's index, say, cannot be noise
+            notes[name] = f"untested ({type(error).__name__}: {error})"
+            del futures[name]
+    if not futures: raise ValueError(f"the model fails on inputs other than x, nothing was tested: {notes}")
+    if not reached: raise ValueError(f"outputs {', '.join(base)} ignore x, nothing was tested: give last layers nonzero weights")
+    if len(reached) < len(base): notes["ignoring x"] = ", ".join(sorted(base.keys() - reached))
+    return futures
+
+# %% ../nbs/00_leakage.ipynb #bc8a6e18
+def _replaced(x, cuts: list[int], futures: dict) -> Iterator[tuple]:
+    "Other inputs, and what they must not move: kind, label, input, streams, the step until which."
+    for name, future in futures.items():
+        for t in cuts:
+            changed = x.clone()
+            changed[:, t + 1:] = future[:, t + 1:]
+            yield "perturbation", f"inputs after step {t} replaced, {name}", changed, slice(None), t + 1
+        for kept in (0, len(x) - 1):
+            changed = future.clone()
+            changed[kept] = x[kept]
+            yield "other streams", f"all streams but {kept} replaced, {name}", changed, slice(kept, kept + 1), None
+
+# %% ../nbs/00_leakage.ipynb #09bcb976
+def _audit_memory(probe: _Probe, x, base: dict, other) -> list[dict]:
+    "Findings where a call changes the next one: one copy is called on `x` twice, on `other`, and on `x` again."
+    one, kind = _fresh(probe.model, probe.mode), "state kept between calls"
+    probe.run(x, on=one)
+    found = _moved(probe, base, probe.run(x, on=one), kind, "the same call twice")
+    probe.run(other, on=one)
+    return found or _moved(probe, base, probe.run(x, on=one), kind, "a call on other data in between")
+
+# %% ../nbs/00_leakage.ipynb #9a3e35db
+def _audit_slopes(probe: _Probe, value, leaf, name: str, cuts: list[int], rng: np.random.Generator, without: set) -> list[dict]:
+    "Findings where the output `value` has a gradient to a later step of its input `leaf`, or to another stream."
+    import torch
+    b, found, weighted = len(leaf), [], value * torch.from_numpy(rng.normal(size=value.shape)).to(value.detach())
+    trials = [("gradient", t, np.s_[:, t], np.s_[:, t + 1:], f"step {t} to later inputs") for t in cuts]
+    trials += [("other streams", 0, k, [j for j in range(b) if j != k], f"stream {k} to others") for k in (0, b - 1)]
+    for kind, step, here, there, label in trials:
+        slope = torch.autograd.grad(weighted[here].sum(), leaf, retain_graph=True, materialize_grads=True)[0].abs()
+        if slope.isnan().any(): without.add(f"NaN in {name}")  # no dependence: zero times the infinite slope of an overflow
+        wrong, largest = (v.nan_to_num(0., np.inf).max() for v in (slope[there], slope))
+        if wrong <= 16 * torch.finfo(slope.dtype).eps * largest and wrong.isfinite(): continue
+        share, detail = float(wrong / largest), f"{probe.mode}: gradient of {label}"
+        found.append(dict(column=name, kind=kind, time=step, magnitude=np.inf if np.isnan(share) else share, detail=detail))
+    return found
+
+# %% ../nbs/00_leakage.ipynb #1d6afd6f
+def _audit_gradient(probe: _Probe, x, cuts: list[int], rng: np.random.Generator, notes: dict) -> list[dict]:
+    "Findings where an output has a gradient to what it must not see."
+    import torch
+    leaf, found, without = x.clone().requires_grad_(), [], set()
+    try:
+        with torch.enable_grad():
+            result = probe.call(leaf)
+            for name, value in _tensors(result[0] if probe.stateful else result, tuple(x.shape[:2])).items():
+                if value.requires_grad: found += _audit_slopes(probe, value, leaf, name, cuts, rng, without)
+                else: without.add(name)
+        notes["gradient"] = f"untested ({', '.join(sorted(without))})" if without else "tested"
+    except Exception as error: notes["gradient"] = f"untested ({type(error).__name__}: {error})"
+    return found
+
+# %% ../nbs/00_leakage.ipynb #df3f0de2
+def _in_pieces(probe: _Probe, x, base: dict, lengths: list[int], method: str) -> dict[str, np.ndarray]:
+    "Outputs of pieces of `x`, or of single steps, each handed the state that the piece before left."
+    import torch
+    one, state, made, single = _fresh(probe.model, probe.mode), [], {name: [] for name in base}, method == "step"
+    if single: state = [one.init_state(len(x)) if hasattr(one, "init_state") else None]
+    for part in x.split(lengths, 1):
+        with torch.no_grad(): outputs, *state = probe.call(part[:, 0] if single else part, *state, on=one, method=method)
+        found = _tensors(outputs, tuple(part.shape[:1 if single else 2]))
+        for name, value in base.items():
+            made[name].append(found[name].double().cpu().numpy().reshape(*part.shape[:2], *value.shape[2:]).copy())
+    return {name: np.concatenate(values, 1) for name, values in made.items()}
+
+# %% ../nbs/00_leakage.ipynb #573b99da
+def _audit_structure(probe: _Probe, x, base: dict, cuts: list[int], random: bool, notes: dict) -> list[dict]:
+    "Findings where a shorter sequence, chunks with carried state or single steps say something else than the whole pass."
+    ends, found = np.unique([*cuts[1:-1:2], x.shape[1] - 2, x.shape[1] - 1]), []
+    lengths = np.diff(ends, prepend=-1).tolist()
+    plans = [("truncation", f"cut after step {t}", lambda t=t: probe.run(x[:, :t + 1])) for t in cuts]
+    if probe.stateful:
+        plans.append(("chunking", f"chunks of {lengths}", lambda: _in_pieces(probe, x, base, lengths, "__call__")))
+    if hasattr(probe.model, "step"):
+        plans.append(("step", "one step at a time", lambda: _in_pieces(probe, x, base, [1] * x.shape[1], "step")))
+    for kind, label, make in plans:
+        if random: notes[kind] = "untested (random)"; continue
+        try:
+            made = make()
+            found += _moved(probe, base, {name: made[name] for name in base}, kind, label, allowed=1e-3)
+        except Exception as error: notes[kind] = f"untested ({label}: {type(error).__name__}: {error})"
+        else: notes.setdefault(kind, "tested")
+    for kind, word in (("chunking", "no state"), ("step", "no step")): notes.setdefault(kind, word)
+    return found
+
+# %% ../nbs/00_leakage.ipynb #c6d00ef2
+def _check_sequence(x):
+    "`x`, of at least two streams, or a `ValueError` that says what is wrong with it."
+    import torch
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        raise ValueError(f"x is {getattr(x, 'dtype', type(x).__name__)}: give a tensor of floating type")
+    if x.dim() != 3 or 0 in x.shape or x.shape[1] < 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}: give (batch, time, channels) with at least 4 steps")
+    bad = torch.nonzero(~torch.isfinite(x)).tolist()
+    if bad: raise ValueError(f"x{bad[0]} (batch, time, channel) is {x[tuple(bad[0])].item()}: set missing values to 0 first")
+    return torch.cat([x, x.flip(1)]).detach() if len(x) == 1 else x.detach()  # backwards it is another stream
+
+# %% ../nbs/00_leakage.ipynb #f6a0edf8
+def _audit_mode(probe: _Probe, x, cuts: list[int], rng: np.random.Generator) -> tuple[list[dict], dict]:
+    "Findings in one mode, and what was tested."
+    base, notes = probe.run(x), {}
+    found = _moved(probe, base, probe.run(x), "not deterministic", "the same input and seed twice")
+    if found: return found, {"all else": "untested"}
+    futures = _futures(probe, x, base, rng, notes)
+    for kind, label, changed, streams, until in _replaced(x, cuts, futures):
+        found += _moved(probe, base, probe.run(changed), kind, label, streams, until)
+    found += _audit_memory(probe, x, base, next(iter(futures.values()))) + _audit_gradient(probe, x, cuts, rng, notes)
+    random = bool(_moved(probe, base, probe.run(x, seed=probe.seed + 1), "", ""))
+    return found + _audit_structure(probe, x, base, cuts, random, notes), notes
+
+# %% ../nbs/00_leakage.ipynb #49085236
+def audit_model(
+    model: Callable,  # a torch module, or any callable, from x to tensors dense over time, or to (outputs, state)
+    x,  # floating tensor (batch, time, channels), finite, at least 4 steps
+    *,
+    n_cuts: int = 8,  # how many steps to cut after, at least 2; the first and the last but one are always among them
+    seed: int = 0,  # places the cuts, draws the replacements and the model's own random numbers
+) -> LeakReport:
+    "Does an output of a network depend on later steps, on other streams or on earlier calls? `time` is the step."
+    import torch
+    if not callable(model): raise ValueError(f"model is {type(model).__name__}: give a module or a function")
+    if n_cuts < 2: raise ValueError(f"n_cuts is {n_cuts}: give at least 2")
+    x, rng, found, notes = _check_sequence(x), np.random.default_rng(seed), [], {}
+    cuts, modes = _steps_to_cut(x, n_cuts, rng), ("eval", "train") if isinstance(model, torch.nn.Module) else ("as given",)
+    for mode in modes:
+        new, told = _audit_mode(_new_probe(model, mode, x, seed), x, cuts, rng)
+        found += new
+        for what, word in told.items(): notes.setdefault(what, {}).setdefault(word, []).append(mode)
+    # What is the same in all modes is said once.
+    words = {what: "; ".join(w if len(m) == len(modes) else f"{w} in {', '.join(m)}" for w, m in told.items())
+             for what, told in notes.items()}
+    return _report(_first_of_each(found), {"cuts": len(cuts), "steps": x.shape[1], "modes": ", ".join(modes)} | words)
+
+# %% ../nbs/00_leakage.ipynb #85388d55
+def _parts(fitted, name: str = "fitted", depth: int = 0) -> dict[str, np.ndarray | str]:
+    "Numbers and texts inside a fitted thing by path: arrays, frames, tensors, containers and the attributes of objects."
+    if hasattr(fitted, "detach"): fitted = fitted.detach().cpu()
+    plain = (int, float, complex)
+    if hasattr(fitted, "__array__") or isinstance(fitted, plain) or (
+            isinstance(fitted, (list, tuple)) and fitted and all(isinstance(v, plain) for v in fitted)):
+        values = np.asarray(fitted)
+        return {name: values} if values.dtype.kind != "O" else {name: str(values.tolist())}
+    if isinstance(fitted, (str, bytes)): return {name: str(fitted)}
+    if depth > 12 or fitted is None or isinstance(fitted, type) or callable(getattr(fitted, "integers", None)): return {}
+    if isinstance(fitted, Mapping): inside = {str(k): v for k, v in fitted.items()}
+    elif isinstance(fitted, (list, tuple)): inside = dict(enumerate(fitted))
+    elif hasattr(fitted, "model_to_string"): inside = {"model": fitted.model_to_string()}  # LightGBM: trees are not in Python
+    else:
+        state = fitted.__getstate__() if hasattr(fitted, "__getstate__") else getattr(fitted, "__dict__", None)
+        inside = state if isinstance(state, dict) else {}
+    return {k: v for key, part in inside.items() for k, v in _parts(part, f"{name}.{key}", depth + 1).items()}
+
+# %% ../nbs/00_leakage.ipynb #278f4df5
+def _unlike(one: dict, two: dict) -> list[tuple[str, float]]:
+    "Paths at which two results of `_parts` are not the same to the bit, and by how much."
+    found = [(k, np.inf) for k in one.keys() ^ two.keys()]
+    for k in one.keys() & two.keys():
+        a, b = np.asarray(one[k]), np.asarray(two[k])
+        if a.shape != b.shape or a.dtype != b.dtype: found.append((k, np.inf))
+        elif a.tobytes() != b.tobytes() and not np.array_equal(a, b, equal_nan=a.dtype.kind in "fc"):
+            found.append((k, float(_gap(*(pd.Series(v.ravel()) for v in (a, b)))[0].max())))
+    return sorted(found)
+
+# %% ../nbs/00_leakage.ipynb #22af3778
+@dataclass
+class _Pipeline:
+    "A pipeline under audit: its two functions, whatever they take, on one fold."
+    fit: Callable
+    predict: Callable
+    fold: Fold
+    index: pd.DatetimeIndex
+    where: str  # how the findings call the fold
+    raised: int = 0
+
+    def fitted(self, frame: pd.DataFrame):
+        "`fit(frame, fold)`, or `fit(rows)` of the training rows alone."
+        if _takes(self.fit) == 1: return self.fit(frame.iloc[self.fold.refit].copy())
+        return self.fit(frame.copy(), self.fold)
+
+    def forecasts(self, fitted, frame: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
+        "`predict(fitted, frame, rows)`, or `predict(fitted, frame)` of which `rows` are taken."
+        given = frame.iloc[:rows.max() + 1] if len(frame) <= rows.max() else frame
+        out = self.predict(fitted, given.copy(), rows) if _takes(self.predict) > 2 else self.predict(fitted, given.copy())
+        if not hasattr(out, "index"):
+            out = np.asarray(out)
+            out = pd.DataFrame(out.reshape(len(out), -1), index=self.index[rows] if len(out) == len(rows) else given.index)
+        return _as_frame(out, given).reindex(self.index[rows])
+
+    def attempt(self, call: Callable, *args):
+        "The result of a call on changed data, None when it raises."
+        try: return call(*args)
+        except Exception: self.raised += 1
+
+# %% ../nbs/00_leakage.ipynb #8ec7d919
+def _takes(fn: Callable) -> int:
+    "How many positional arguments a function needs."
+    kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds and p.default is Parameter.empty for p in signature(fn).parameters.values())
+
+# %% ../nbs/00_leakage.ipynb #7ec928cf
+def _forbid(frame: pd.DataFrame, later: np.ndarray, names: list[str], unripe: np.ndarray, mode: str, rng) -> pd.DataFrame:
+    "`frame` with the rows `later` replaced, and the columns `names` (labels) at the rows `unripe` too."
+    changed = _changed(frame, later, mode, rng)
+    if names and len(unripe): changed[names] = _changed(changed[names], unripe, mode, rng)
+    return changed
+
+# %% ../nbs/00_leakage.ipynb #34ac2a95
+def _forecast_parts(pipe: _Pipeline, fitted, frame: pd.DataFrame) -> dict[str, np.ndarray]:
+    "Forecasts over the test span, by column."
+    return _parts(pipe.forecasts(fitted, frame, pipe.fold.test).to_dict("series"), "forecast")
+
+# %% ../nbs/00_leakage.ipynb #7d7b76a1
+def _audit_fit(pipe: _Pipeline, frame: pd.DataFrame, fitted, names: list[str], ends: pd.Series | None, rng) -> list[dict]:
+    "Findings where what is fitted, or what it then forecasts, depends on what came after the fold's training rows."
+    fold, begin, findings = pipe.fold, pipe.index[pipe.fold.test[0]], []
+    known = np.unique(np.concatenate([fold.train, fold.valid, fold.refit]))
+    rest = np.setdiff1d(np.arange(known.min(), len(frame)), known)
+    later = rest[rest >= fold.test[0]] if names else rest  # a feature is known at its row, a label is not
+    unripe = np.union1d(rest, np.flatnonzero(~(ends <= begin))) if ends is not None else rest
+    def judge(other, kind, detail):
+        found = _unlike(parts, _parts(other)) if other is not None else []
+        again = pipe.attempt(_forecast_parts, pipe, other, frame) if other is not None else None
+        if again is not None: found += _unlike(said, again)
+        return [dict(column=k, kind=kind, time=begin, magnitude=size, detail=f"{pipe.where}: {detail}") for k, size in found]
+    parts, said = _parts(fitted), _forecast_parts(pipe, fitted, frame)
+    if unlike := judge(pipe.fitted(frame), "not deterministic", "the same fit twice"): return unlike[:5]
+    for mode in MODES:
+        other = pipe.attempt(pipe.fitted, _forbid(frame, later, names, unripe, mode, rng))
+        findings += judge(other, "fit sees the future", f"later rows replaced by {mode}")
+    return findings
+
+# %% ../nbs/00_leakage.ipynb #0a110454
+def _audit_predict(pipe: _Pipeline, frame: pd.DataFrame, fitted, names: list[str], ends, n_cuts: int, rng) -> list[dict]:
+    "Findings where a forecast of the fitted pipeline depends on what came after its row, or on a label not yet known there."
+    fold, findings = pipe.fold, []
+    base = pipe.forecasts(fitted, frame, fold.test)
+    allowed = {c: (1e-6 * _scale(base[c]), 1e-6) for c in base}
+    spread = np.linspace(0, len(fold.test) - 1, n_cuts + 2).astype(int)
+    for cut in np.unique(np.minimum(np.concatenate([spread, spread + 1]), len(fold.test) - 1)):
+        rows, until = fold.test[:cut + 1], pipe.index[fold.test[cut]]
+        later = np.arange(rows.max() + 1, len(frame))
+        unripe = np.flatnonzero(~(ends <= until)) if ends is not None else np.arange(fold.refit.max() + 1, len(frame))
+        trials = [("truncation", "as it is", frame.iloc[:rows.max() + 1])]
+        trials += [("perturbation", mode, _forbid(frame, later, names, unripe, mode, rng)) for mode in MODES]
+        for kind, mode, other in trials:
+            out = pipe.attempt(pipe.forecasts, fitted, other, rows)
+            kind, label = f"forecast sees the future ({kind})", f"{pipe.where}, after {until}, future {mode}"
+            if out is not None: findings += _compare(base, out, until, kind, allowed, label)
+    return findings
+
+# %% ../nbs/00_leakage.ipynb #311a5826
+def _check_pipeline(frame: pd.DataFrame, folds: list[Fold], labels: Sequence[str]) -> None:
+    "An `AuditError` or `ValueError` that says what is wrong with the input of `audit_pipeline`."
+    _check_audited(frame, 1)
+    if not folds: raise AuditError("folds is empty: give at least one fold")
+    missing = set(labels) - set(frame.columns)
+    if missing: raise AuditError(f"labels names {sorted(missing)}, which frame does not have: {frame.columns.tolist()}")
+    for k, f in enumerate(folds):
+        parts = {n: _positions(getattr(f, n), len(frame), f"fold {k}: '{n}'") for n in ("train", "valid", "test", "refit")}
+        for name in ("test", "refit"):
+            if not len(parts[name]): raise AuditError(f"fold {k}: '{name}' is empty: there is nothing to audit")
+
+# %% ../nbs/00_leakage.ipynb #f170f189
+def audit_pipeline(
+    fit: Callable,  # `fit(frame, fold)` to anything fitted; or `fit(rows)` of the fold's `refit` rows
+    predict: Callable,  # `predict(fitted, frame, rows)` to forecasts at row positions; or `predict(fitted, frame)` at all rows
+    frame: pd.DataFrame,  # features, and labels if any, by decision time
+    folds: list[Fold],  # each is audited
+    *,
+    labels: Sequence[str] = (),  # columns that are labels: rows before the test may hold ones that had not matured
+    label_end: pd.Series | pd.DataFrame | None = None,  # when each row's label(s) end; None: only the fold's rows had matured
+    n_cuts: int = 3,  # cuts inside each test span, besides its first and last rows
+    seed: int = 0,  # draws the replacements
+) -> LeakReport:
+    "Is anything fitted, or forecast, from what had not happened or matured? Fitted parts and forecasts must not move by a bit."
+    _check_pipeline(frame, folds, labels)
+    rng, findings, raised, parts = np.random.default_rng(seed), [], 0, 0
+    ends = None if label_end is None else pd.Series(_longest_label(label_end, frame.index), frame.index)
+    for k, fold in enumerate(folds):
+        pipe = _Pipeline(fit, predict, fold, frame.index, f"fold {k}")
+        try: fitted = pipe.fitted(frame)
+        except Exception as error: raise AuditError(f"fit raised {type(error).__name__} on fold {k}: {error}") from error
+        found = _audit_fit(pipe, frame, fitted, list(labels), ends, rng)
+        if not any(f["kind"] == "not deterministic" for f in found):
+            found += _audit_predict(pipe, frame, fitted, list(labels), ends, n_cuts, rng)
+        findings, raised, parts = findings + found, raised + pipe.raised, parts + len(_parts(fitted))
+    tested = {"folds": len(folds), "fitted parts": parts, "labels": ", ".join(labels) or "not named", "runs that raised": raised}
+    return _report(_first_of_each(findings), tested)
+
+# %% ../nbs/00_leakage.ipynb #a81a4a0f
+def _windows_apart(values: np.ndarray, length: int, phases: int) -> np.ndarray:
+    "Rows one `length` apart, in several phases: (phases, windows, columns)."
+    count = len(values) // length
+    starts = np.linspace(0, length - 1, min(phases, length)).astype(int)
+    starts = starts[starts + (count - 1) * length < len(values)]
+    return np.stack([values[s:s + count * length:length][:count] for s in starts])
+
+# %% ../nbs/00_leakage.ipynb #efe02f69
+def _ranks(values: np.ndarray) -> np.ndarray:
+    "Ranks along axis 1, centred and of unit length; a missing value gets the middle rank."
+    order = np.where(np.isnan(values), np.nanmedian(values, axis=1, keepdims=True), values).argsort(1).argsort(1).astype(float)
+    order -= order.mean(1, keepdims=True)
+    return order / np.maximum(np.sqrt((order ** 2).sum(1, keepdims=True)), 1e-300)
+
+# %% ../nbs/00_leakage.ipynb #6c7c39cd
+def _dependence(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Squared rank correlation of each feature (phases, windows, columns) with a target (phases, windows), and Chatterjee's xi."
+    n, by_x, by_y = x.shape[1], x.argsort(1), y.argsort(1)[..., None]
+    correlation = np.einsum("pnc,pn->pc", _ranks(x), _ranks(y[..., None])[..., 0]).mean(0)
+    jumps = lambda ranks, order: np.abs(np.diff(np.take_along_axis(ranks, order, axis=1), axis=1)).sum(1)
+    # The target as a function of the feature, or the feature as one of the target; corrected so that a function gives 1.
+    least = np.minimum(jumps(by_y.argsort(1), by_x), jumps(by_x.argsort(1), by_y))
+    return correlation ** 2, ((1 - 3 * least / (n ** 2 - 1)) * (n + 1) / max(n - 2, 1)).mean(0)
+
+# %% ../nbs/00_leakage.ipynb #82291040
+def _same_time(x: pd.DataFrame, y: pd.Series, length: int, n_perm: int, rng: np.random.Generator) -> pd.DataFrame:
+    "By feature: `square`, `xi`, their p-values against permuted windows over all features, and what the matured label explains."
+    values, target = _windows_apart(x.to_numpy(float), length, 24), _windows_apart(y.to_numpy(float)[:, None], length, 24)[..., 0]
+    usable = np.isfinite(values).mean((0, 1)) > .8
+    kept = rng.permutation(np.flatnonzero(np.isfinite(target).all(0)))  # in no order, so that ties say nothing of time
+    own = _dependence(target[:, :-1, None], target[:, 1:])[0][0] if target.shape[1] > 2 else 0.
+    values, target = np.nan_to_num(values[:, kept][..., usable], nan=0.), target[:, kept]
+    if target.shape[1] < 8 or not usable.any(): return pd.DataFrame(columns=["square", "xi", "p", "p_xi", "own"])
+    observed = _dependence(values, target)
+    null = [[v.max() for v in _dependence(values, target[:, rng.permutation(target.shape[1])])] for _ in range(n_perm)]
+    p = [(1 + (np.array(null)[:, k, None] >= observed[k]).sum(0)) / (1 + n_perm) for k in (0, 1)]
+    return pd.DataFrame(dict(square=observed[0], xi=observed[1], p=p[0], p_xi=p[1], own=own), index=x.columns[usable])
+
+# %% ../nbs/00_leakage.ipynb #21b6b862
+def _lagged(x: np.ndarray, y: np.ndarray, lags: np.ndarray) -> np.ndarray:
+    "Correlation of x[t] with y[t + k] for each lag k over the pairs that are both known."
+    n = 2 * len(x)
+    known = np.isfinite(x), np.isfinite(y)
+    x, y = (np.where(m, v - np.nanmean(v), 0.) for v, m in zip((x, y), known))
+    f = {name: np.fft.rfft(v, n) for name, v in dict(x=x, y=y, xx=x * x, yy=y * y, mx=known[0] * 1., my=known[1] * 1.).items()}
+    sums = lambda a, b: np.fft.irfft(f[b] * np.conj(f[a]), n)[lags]
+    count = np.maximum(sums("mx", "my"), 1)
+    sx, sy = sums("x", "my"), sums("mx", "y")
+    spread = np.sqrt(np.maximum((sums("xx", "my") - sx ** 2 / count) * (sums("mx", "yy") - sy ** 2 / count), 1e-12))
+    return np.clip((sums("x", "y") - sx * sy / count) / spread, -1, 1)
+
+# %% ../nbs/00_leakage.ipynb #6bfb587f
+def _shifted(x: pd.DataFrame, y: pd.Series, length: int) -> pd.DataFrame:
+    "By feature: the lag at which the label leaves least open beside what an honest copy leaves; that share, and the honest one."
+    step = max(1, length // 180)  # rows between those compared
+    x, y, length = x.iloc[::step], y.iloc[::step].rank().to_numpy(float), -(-length // step)
+    if 3 * length > len(y): return pd.DataFrame(columns=["lag", "open", "honest"])
+    lags = np.arange(1 - length, length + 1)  # at -length it has matured
+    honest = np.maximum(1 - _lagged(y, y, lags + length) ** 2, 1e-9)  # the newest matured label, as an honest feature has it
+    rows = {}
+    for name, column in x.items():
+        if column.notna().sum() < 3 * length or column.nunique() < 3: continue
+        left = 1 - _lagged(column.rank().to_numpy(float), y, lags) ** 2
+        best = np.argmin(left / honest)
+        rows[name] = dict(lag=int(lags[best] * step), open=left[best], honest=honest[best])
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["lag", "open", "honest"])
+
+# %% ../nbs/00_leakage.ipynb #3188afa4
+def _label_rows(index: pd.DatetimeIndex, end: pd.Series) -> int:
+    "Length of a label in rows of `index`."
+    known = np.flatnonzero(end.notna())
+    if not len(known): raise AuditError("label_end holds no time: give the end of each row's label")
+    rows = index.searchsorted(pd.DatetimeIndex(end.iloc[known])) - known
+    return max(int(np.median(rows)), 1)
+
+# %% ../nbs/00_leakage.ipynb #649e9d25
+def audit_labels(
+    features: pd.DataFrame,  # numeric columns by decision time
+    labels: pd.Series | pd.DataFrame,  # numeric label column(s), same times
+    label_end: pd.Series | pd.DataFrame,  # when they end; a frame: a column a label, or one for all
+    *,
+    level: float = .01,  # false-positive rate of the permutation test, over all features of a label
+    n_perm: int = 199,  # permutations behind it
+    seed: int = 0,  # draws them
+) -> LeakReport:
+    "Features that are a transform or a shifted copy of a label, or implausibly informative about it."
+    index, rng, findings = check_times(features.index, "features.index"), np.random.default_rng(seed), []
+    labels = labels.to_frame(labels.name or "label") if isinstance(labels, pd.Series) else labels
+    if not labels.index.equals(index): raise AuditError("labels and features have different times: reindex labels to features")
+    ends = label_end.to_frame() if isinstance(label_end, pd.Series) else label_end
+    x = features.astype(float).replace([np.inf, -np.inf], np.nan)
+    for k, name in enumerate(labels):
+        end = ends[name] if name in ends else ends.iloc[:, min(k, ends.shape[1] - 1)]
+        length, y = _label_rows(index, end), labels[name].astype(float)
+        def add(feature, kind, size, detail, name=name):
+            findings.append(dict(column=feature, kind=kind, time=index[0], magnitude=float(size), detail=f"{name}: {detail}"))
+        for f, r in _same_time(x, y, length, n_perm, rng).iterrows():
+            beyond, best = 1 - (1 - r.own) / 2, "square" if r.square > r.xi else "xi"
+            if (r.square > beyond and r.p <= level) or (r.xi > beyond and r.p_xi <= level):
+                p = r.p if best == "square" else r.p_xi
+                detail = f"{best} {r[best]:.3f}, the matured label {r.own:.3f}; p {p:.3f} over all features"
+                add(f, "label in disguise", r[best], detail)
+        for f, r in _shifted(x, y, length).iterrows():
+            if r.open < .1 * r.honest:
+                add(f, "shifted label", 1 - r.open, f"follows the one {r.lag:.0f} rows away, which had not matured")
+    return _report(findings, {"features": features.shape[1], "labels": labels.shape[1], "permutations": n_perm, "level": level})
+
+# %% ../nbs/00_leakage.ipynb #058eea73
+HINT_COLUMNS = ["file", "cell", "line", "hint", "code"]
+
+def _name(node: ast.AST) -> str:
+    "The last name of a call, an attribute or a name: `shift` of `x.close.shift(1)`; empty where there is none."
+    if isinstance(node, ast.Call): node = node.func
+    return getattr(node, "attr", getattr(node, "id", ""))
+
+# %% ../nbs/00_leakage.ipynb #9c1388b8
+def _chain(node: ast.AST) -> list[str]:
+    "The names along a chain of calls, attributes and subscripts, the last one first."
+    names = []
+    while isinstance(node, ast.Call | ast.Attribute | ast.Subscript):
+        if isinstance(node, ast.Attribute): names.append(node.attr)
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return names + ([node.id] if isinstance(node, ast.Name) else [])
+
+# %% ../nbs/00_leakage.ipynb #c22194c1
+def _value(call: ast.Call, keyword: str, position: int | None = None):
+    "The constant given as an argument; None where there is none, `...` where only running the code would tell."
+    given = {k.arg: k.value for k in call.keywords}
+    node = given.get(keyword)
+    if node is None and position is not None and len(call.args) > position: node = call.args[position]
+    if node is None: return ... if None in given else None  # `**options` may hold it
+    return node.value if isinstance(node, ast.Constant) else ...
+
+# %% ../nbs/00_leakage.ipynb #49922cc7
+def _negative(node: ast.AST | None, names: set[str] | frozenset[str] = frozenset()) -> bool:
+    "Is this a negative number: `-3`, `-n`, `-24 * days`, one of `names`, or a list that has one?"
+    if isinstance(node, ast.List | ast.Tuple): return any(_negative(x, names) for x in node.elts)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult | ast.FloorDiv):
+        return _negative(node.left, names) != _negative(node.right, names)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub): return not _negative(node.operand, names)
+    return isinstance(node, ast.Name) and node.id in names
+
+# %% ../nbs/00_leakage.ipynb #56a6fb1a
+_WINDOWS = {"rolling", "expanding", "ewm", "groupby", "resample"}
+_FORWARD = _WINDOWS | set("shift diff pct_change cumsum cumprod cummax cummin cumcount ffill".split())
+_DIVIDE = {"train_test_split", "walk_forward", "split"}
+_SPLITS = _DIVIDE | set("""TimeSeriesSplit KFold StratifiedKFold GroupKFold RepeatedKFold ShuffleSplit cross_val_score
+    cross_val_predict cross_validate GridSearchCV RandomizedSearchCV""".split())
+
+@dataclass(frozen=True, eq=False)
+class _Code:
+    "What the rules ask about a whole file or notebook."
+    parents: dict  # of each node, the node it is in
+    negative: set[str]  # names set to a negative number
+    windows: set[str]  # names of rolling, expanding or grouped objects
+    loops: set[str]  # loop variables
+    splits: list[ast.AST]  # where rows are split, in time or at random
+
+# %% ../nbs/00_leakage.ipynb #5ecca5ca
+def _rows(node: ast.AST) -> ast.AST | None:
+    "What selects the rows in `x[rows]` or `x[rows, columns]`; None for anything else."
+    if not isinstance(node, ast.Subscript): return None
+    return node.slice.elts[0] if isinstance(node.slice, ast.Tuple) and node.slice.elts else node.slice
+
+# %% ../nbs/00_leakage.ipynb #aa010e65
+def _splits_rows(node: ast.AST) -> bool:
+    "Is this a splitter, or the first part of a split such as `x[:n]`, `x.iloc[:9]` or `x.loc[:time]`?"
+    text = isinstance(node, ast.Call) and all(isinstance(a, ast.Constant) for a in node.args)
+    if isinstance(node, ast.Call): return _name(node) in _SPLITS and not (text and _name(node) == "split")  # not "a,b".split(",")
+    rows = _rows(node)
+    first = isinstance(rows, ast.Slice) and rows.upper is not None and rows.lower is None
+    return first and (_name(node.value) in ("iloc", "loc") or isinstance(rows.upper, ast.Name))
+
+# %% ../nbs/00_leakage.ipynb #f7381d01
+def _survey(tree: ast.Module) -> _Code:
+    "Gather what the rules ask about `tree`."
+    nodes = list(ast.walk(tree))
+    loops = [(n.target, n.iter) for n in nodes if isinstance(n, ast.For | ast.comprehension)]
+    bound = [(t, n.value) for n in nodes if isinstance(n, ast.Assign) for t in n.targets] + loops
+    bound = [(t, v) for t, v in bound + [(n.target, n.value) for n in nodes if isinstance(n, ast.AnnAssign)] if v and _name(t)]
+    return _Code(
+        parents={child: node for node in nodes for child in ast.iter_child_nodes(node)},
+        negative={_name(target) for target, value in bound if _negative(value)},
+        windows={_name(target) for target, value in bound if _WINDOWS & set(_chain(value)[:1])},
+        loops={n.id for target, _ in loops for n in ast.walk(target) if isinstance(n, ast.Name)},
+        splits=[n for n in nodes if _splits_rows(n)])
+
+# %% ../nbs/00_leakage.ipynb #ea9b40d3
+def _around(node: ast.AST, code: _Code) -> Iterator[ast.AST]:
+    "The nodes around `node`, the innermost first."
+    while node in code.parents:
+        node = code.parents[node]
+        yield node
+
+# %% ../nbs/00_leakage.ipynb #456fe8dd
+def _applied(node: ast.AST, code: _Code) -> set[str]:
+    "What a chain goes on to do with `node`: `{'cumsum', 'max'}` for the sort in `x.sort_index().cumsum().max()`."
+    names = set()
+    for parent in _around(node, code):
+        own = parent.func if isinstance(parent, ast.Call) else getattr(parent, "value", None)
+        if own is not node or isinstance(parent, ast.stmt | ast.keyword): break
+        names.add(getattr(parent, "attr", ""))
+        node = parent
+    return names - {""}
+
+# %% ../nbs/00_leakage.ipynb #5153272f
+_STATISTICS = "mean std var min max median quantile percentile rank nanmean nanstd nanmedian nanquantile nanpercentile"
+
+def _partial(node: ast.AST, code: _Code) -> bool:
+    "Is this a window, a group, rows cut off above, or something called training rows?"
+    if (_WINDOWS | {"head"}) & set(_chain(node)) or code.windows & set(_chain(node)[-1:]): return True
+    for n in ast.walk(node):
+        if isinstance(_rows(n), ast.Slice) and _rows(n).upper: return True
+        if "train" in _name(n).lower() or {"tr", "fit", "refit", "past"} & set(_name(n).lower().split("_")): return True
+    return False
+
+# %% ../nbs/00_leakage.ipynb #cb3161a2
+def _of_module(call: ast.Call) -> bool:
+    "Is this `np.mean(x)` rather than `x.mean()`?"
+    return isinstance(call.func, ast.Attribute) and _name(call.func.value) in ("np", "numpy", "torch", "jnp")
+
+# %% ../nbs/00_leakage.ipynb #abfb7c41
+def _kept(call: ast.Call, series: ast.AST, code: _Code) -> bool:
+    "Is a statistic of `series` assigned, or used in one statement with that series, other than to show or test it?"
+    around = list(_around(call, code))
+    steps = around[:next(k for k, n in enumerate(around) if isinstance(n, ast.stmt))]
+    statement = around[len(steps)]
+    if not isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Return | ast.Expr): return False
+    for n in steps:
+        if isinstance(n, ast.JoinedStr) or _name(n).startswith(("print", "display", "test_", "assert")): return False
+        if isinstance(n, ast.Call) and _WINDOWS & set(_chain(n.func)): return False  # inside rolling(...).apply(...)
+    again = sum(type(n) is type(series) and ast.dump(n) == ast.dump(series) for n in ast.walk(statement)) > 1
+    assigned = not isinstance(statement, ast.Expr | ast.Return) and all(isinstance(n, ast.Tuple) for n in steps)
+    return again or assigned or (_name(call) == "rank" and isinstance(statement, ast.Return))
+
+# %% ../nbs/00_leakage.ipynb #317b3975
+def _of_all_rows(call: ast.Call, code: _Code) -> bool:
+    "Is this a statistic of all rows of a series that something is then made of?"
+    if not isinstance(call.func, ast.Attribute) or (_of_module(call) and not call.args): return False
+    series = call.args[0] if _of_module(call) else call.func.value
+    position = None if "tile" in _name(call) else int(_of_module(call))  # a quantile's first number is no axis
+    across = any(_value(call, *k) not in (None, 0, "index") for k in (("axis", position), ("dim", None)))
+    return not across and not _partial(series, code) and _kept(call, series, code)
+
+# %% ../nbs/00_leakage.ipynb #c7377fbe
+def _fits_before_split(call: ast.Call, code: _Code) -> bool:
+    "Is something fitted on rows that are only split further down the same function or file?"
+    scope = lambda node: next(n for n in _around(node, code) if isinstance(n, ast.FunctionDef | ast.Module))
+    around, splits = list(_around(call, code)), [n for n in code.splits if scope(n) is scope(call)]
+    later = any(n.lineno > call.lineno or n in around for n in splits)
+    divided = any(n.lineno < call.lineno and n not in around and _name(n) in _DIVIDE for n in splits)
+    return later and not divided and not any(_partial(a, code) for a in call.args)
+
+# %% ../nbs/00_leakage.ipynb #a3460c2e
+def _steps_back(call: ast.Call, code: _Code) -> bool:
+    "Is the step of a shift, a difference or a roll negative?"
+    given = {k.arg: k.value for k in call.keywords}
+    step = next((given[k] for k in ("periods", "shift", "shifts", "n") if k in given), None)
+    if step is None and call.args: step = call.args[1 if _name(call) == "roll" and len(call.args) > 1 else 0]
+    return _negative(step, code.negative)
+
+# %% ../nbs/00_leakage.ipynb #6e8ac8c7
+def _unmasked(call: ast.Call, code: _Code) -> bool:
+    "Is this attention with neither a mask nor `is_causal`?"
+    if _name(call) != "scaled_dot_product_attention" and _value(call, "is_causal") is not False: return False
+    return _value(call, "attn_mask", 3) is None and _value(call, "is_causal", 5) in (None, False)
+
+# %% ../nbs/00_leakage.ipynb #4a3d6b8a
+def _group_wide(call: ast.Call, code: _Code) -> bool:
+    "Is this a transform over whole groups, other than one that only runs forward in each?"
+    inside = {getattr(n, "value", None) if isinstance(n, ast.Constant) else _name(n) for a in call.args for n in ast.walk(a)}
+    return "groupby" in _chain(call) and not _FORWARD & inside
+
+# %% ../nbs/00_leakage.ipynb #342127bd
+_ALWAYS = {  # names of calls, why each is hinted wherever it stands
+    "bfill backfill": "fills from the next known row; ffill carries the past",
+    "interpolate interp1d": "the filled value lies between the last known row and the next one",
+    "flip flipud": "in reversed order whatever accumulates comes from the future",
+    "KFold StratifiedKFold GroupKFold RepeatedKFold ShuffleSplit StratifiedShuffleSplit LeaveOneOut":
+        "trains on rows after the ones it tests; walk_forward or TimeSeriesSplit does not",
+    "qcut": "the bin edges are quantiles of all rows",
+    """filtfilt sosfiltfilt savgol_filter detrend hilbert wavedec dwt seasonal_decompose STL EMD find_peaks argrelextrema fft ifft
+    rfft irfft gaussian_filter1d uniform_filter1d median_filter medfilt hpfilter bkfilter lowess UnivariateSpline""":
+        "works on the whole series, so every value depends on later rows",
+    "BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm": "normalises with the other rows of the batch, later ones among them",
+    "MultiheadAttention TransformerEncoderLayer": "attends to later steps unless each call gets a mask",
+}
+
+# %% ../nbs/00_leakage.ipynb #d496e530
+_KEYWORDS = {
+    ("center", True): "a centred window holds as many later rows as earlier ones",
+    **{("method", fill): "fills from the next known row; 'ffill' carries the past" for fill in ("bfill", "backfill")},
+    ("method", "nearest"): "the nearest row may be a later one",
+    ("direction", "forward"): "joins a later row; the default, 'backward', joins the past",
+    ("direction", "nearest"): "the nearest row may be a later one; the default, 'backward', joins the past",
+    ("bidirectional", True): "the backward half reads the sequence from its end",
+}
+
+# %% ../nbs/00_leakage.ipynb #113c2472
+_RULES = [  # names of calls, when they are hinted, why
+    ("shift diff pct_change roll", _steps_back, "a negative step reads later rows"),
+    ("fit fit_transform", _fits_before_split, "fitted before the split below, so on the test rows too"),
+    (_STATISTICS, _of_all_rows, "a statistic of all rows knows the later ones; use a window, expanding() or the training rows"),
+    ("transform", _group_wide, "every row of a group gets a value made of the whole group"),
+    ("", _unmasked, "every step attends to later ones; give is_causal=True or a mask"),
+    ("gradient", lambda call, code: _of_module(call), "a central difference uses the next row"),
+    ("cut", lambda call, code: type(_value(call, "bins", 1)) is int, "the bin edges span the range of all rows"),
+    ("train_test_split", lambda call, code: _value(call, "shuffle") is not False, "test rows are drawn among their neighbours"),
+    ("cross_val_score cross_val_predict cross_validate GridSearchCV RandomizedSearchCV",
+     lambda call, code: isinstance(_value(call, "cv"), int | None), "default folds train on rows after the test rows"),
+    ("sort_values sort_index", lambda call, code: _value(call, "ascending") is False and _FORWARD & _applied(call, code),
+     "in descending order whatever accumulates comes from the future"),
+    ("resample", lambda call, code: _value(call, "label") != "right" and "shift" not in _applied(call, code),
+     "a bin is labelled with its start, where its content is not known yet; label it right, or shift"),
+]
+
+# %% ../nbs/00_leakage.ipynb #dafe96eb
+def _call_hints(call: ast.Call, code: _Code) -> Iterator[str]:
+    "What the rules say about one call."
+    name = _name(call)
+    for names, why in _ALWAYS.items():
+        if name in names.split(): yield f"{name}: {why}"
+    for names, when, why in _RULES:
+        if (not names or name in names.split()) and when(call, code): yield f"{name}: {why}"
+    for k in call.keywords:
+        key = (k.arg, k.value.value) if isinstance(k.value, ast.Constant) else None
+        if key in _KEYWORDS: yield f"{k.arg}={k.value.value!r}: {_KEYWORDS[key]}"
+
+# %% ../nbs/00_leakage.ipynb #d625637a
+def _index_hints(node: ast.Subscript, code: _Code) -> Iterator[str]:
+    "What can be said about one index: reversed order, or a row after the loop's own."
+    for part in node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]:
+        if isinstance(part, ast.Slice) and _negative(part.step, code.negative):
+            yield "[::-1]: in reversed order whatever accumulates comes from the future"
+        if not (isinstance(part, ast.BinOp) and isinstance(part.op, ast.Add) and isinstance(node.ctx, ast.Load)): continue
+        number = isinstance(part.right, ast.Constant) and isinstance(part.right.value, int)
+        ahead = number or isinstance(part.right, ast.Name) and part.right.id not in code.loops
+        if ahead and _name(part.left) in code.loops: yield f"[{ast.unparse(part)}]: reads a row after the loop's own"
+
+# %% ../nbs/00_leakage.ipynb #a72948dd
+def _hints(tree: ast.Module) -> list[tuple[int, str]]:
+    "Line and hint, in order; what a rule says of a line it says once."
+    code, found = _survey(tree), {}
+    for node in ast.walk(tree):
+        hints, line = (), None
+        if isinstance(node, ast.Call): hints, line = _call_hints(node, code), node.func.end_lineno
+        if isinstance(node, ast.Subscript): hints, line = _index_hints(node, code), node.slice.lineno
+        for hint in hints: found.setdefault((line, hint.partition(": ")[2]), hint)
+    return sorted((line, hint) for (line, _), hint in found.items())
+
+# %% ../nbs/00_leakage.ipynb #4bb1f008
+def _without_magics(source: str) -> str:
+    "A cell without its IPython lines (`%x`, `!x`, `x?`); each becomes `pass`, so that the others keep their numbers."
+    lines = source.split("\n")
+    first = source.split(maxsplit=1)[0] if source.strip() else ""
+    if first.startswith("%%") and first not in ("%%time", "%%timeit", "%%capture"): return ""  # %%bash, %%html, %%writefile
+    for n, line in enumerate(lines):
+        text, (head, _, value) = line.strip(), line.partition("=")
+        asks = text != text.strip("?") and text.strip("?").replace(".", "").isidentifier()
+        if text.startswith(("%", "!")) or asks: lines[n] = line[:len(line) - len(line.lstrip())] + "pass"
+        elif value.strip().startswith(("%", "!")): lines[n] = f"{head}= None"
+    return "\n".join(lines)
+
+# %% ../nbs/00_leakage.ipynb #0e6f1234
+def _parse(source: str) -> ast.Module:
+    "The tree of a cell or file."
+    with warnings.catch_warnings(action="ignore"):  # about their string escapes
+        try: return ast.parse(source)
+        except SyntaxError: return ast.parse(_without_magics(source))
+
+# %% ../nbs/00_leakage.ipynb #499c2241
+def _cells(path: Path) -> list[tuple]:
+    "The code of a notebook as (cell number, source); a .py file is one cell without a number."
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".py": return [(pd.NA, text)]
+    cells = enumerate(json.loads(text)["cells"])
+    return [(n, "".join(c["source"]).replace("\r\n", "\n").replace("\r", "\n")) for n, c in cells if c["cell_type"] == "code"]
+
+# %% ../nbs/00_leakage.ipynb #f6ea7a70
+def _lint_file(path: Path) -> list[tuple]:
+    "The rows of `lint` for one file."
+    try: cells = _cells(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [(str(path), pd.NA, pd.NA, f"not read, so nothing in it was looked at: {type(error).__name__}: {error}", "")]
+    tree, places, unread = ast.Module([], []), [], []  # all cells as one module, its lines numbered through
+    for cell, source in cells:
+        try: tree.body += ast.increment_lineno(_parse(source), len(places)).body
+        except (SyntaxError, ValueError, RecursionError) as error:
+            line = max(getattr(error, "lineno", None) or 1, 1)
+            unread.append((len(places) + line, f"does not parse, so nothing in this {'file' if cell is pd.NA else 'cell'} "
+                           f"was looked at: {type(error).__name__}: {getattr(error, 'msg', error)}"))
+        places += [(cell, n, text.strip()) for n, text in enumerate(source.split("\n"), 1)]
+    rows = [(*places[min(line, len(places)) - 1], hint) for line, hint in sorted(_hints(tree) + unread)]
+    return [(str(path), cell, line, hint, text) for cell, line, text, hint in rows]
+
+# %% ../nbs/00_leakage.ipynb #145f6b7b
+def _files(path: Path) -> Iterator[Path]:
+    "The Python files and notebooks in a folder and below, without hidden folders and virtual environments."
+    for entry in sorted(path.iterdir()):
+        if entry.name.startswith(".") or entry.name in ("venv", "env", "site-packages", "__pycache__", "node_modules"): continue
+        if entry.is_dir() and not entry.is_symlink() and not (entry / "pyvenv.cfg").exists(): yield from _files(entry)
+        if entry.is_file() and entry.suffix in (".py", ".ipynb"): yield entry
+
+# %% ../nbs/00_leakage.ipynb #64ad29b1
+def lint(
+    path: str | Path,  # a .py file, a notebook, or a folder of them
+) -> pd.DataFrame:
+    "Hints, never a verdict, where source code could read later rows: `file, cell, line, hint, code`; line within its cell."
+    path = Path(path)
+    if path.is_file() and path.suffix not in (".py", ".ipynb"): raise ValueError(f"{path} is no .py file or .ipynb notebook")
+    if not path.exists(): raise ValueError(f"{path} does not exist: give a .py file, a notebook or a folder of them")
+    rows = [row for file in ([path] if path.is_file() else _files(path)) for row in _lint_file(file)]
+    return pd.DataFrame(rows, columns=HINT_COLUMNS).astype({"cell": "Int64", "line": "Int64"})

@@ -225,7 +225,7 @@ def figure_training(
     curves = [(curve, dash) for curve, dash in curves if curve]
     for k, (key, name, column) in enumerate(kinds):
         for j, (curve, dash) in enumerate(curves):
-            x, y = ([float(f"{p[what]:.4g}") for p in curve] for what in ("step", key))
+            x, y = [p["step"] for p in curve], [float(f"{p[key]:.3g}") for p in curve]
             line = dict(color=COLOURS[k], width=1, dash=dash)
             fig.add_scatter(x=x, y=y, name=name, legendgroup=name, showlegend=j == 0, mode="lines", line=line, row=1, col=column)
     fig.update_xaxes(title="update").update_yaxes(type="log", row=1, col=1).update_yaxes(title="loss", row=1, col=1)
@@ -340,15 +340,18 @@ def findings(
     return [*said, f"Independent windows behind it: {returns} for the return, {volatility} for volatility; {origins}."]
 
 # %% ../nbs/06_results.ipynb #d59647ed
-def _audit_section(audits: dict) -> str:
-    "The audits' results as HTML."
+def _audit_section(audits: dict, untested: tuple[str, ...] | list[str] = (), provenance: dict | None = None) -> str:
+    "The certificate as HTML: each audit's result, what could not be tested, and on which data."
     rows = []
     for name, a in audits.items():
         mark = '<span class="good">no leak found</span>' if a["ok"] else f'<span class="bad">{len(a["findings"])} leak(s)</span>'
         tried = ", ".join(f"{html.escape(str(k))} {html.escape(str(v))}" for k, v in a["tested"].items())
         details = "" if a["ok"] else _table(pd.DataFrame(a["findings"]), index=False)
         rows.append(f"<li><b>{html.escape(name)}</b>: {mark} ({tried}){details}</li>")
-    return f"<ul>{''.join(rows)}</ul>" if rows else "<p>No audit was made in this run.</p>"
+    said = f"<ul>{''.join(rows)}</ul>" if rows else "<p>No audit was made in this run.</p>"
+    left = "".join(f"<li>{html.escape(t)}</li>" for t in untested)
+    data = f"<p>Data: sha256 <code>{html.escape(provenance['data_sha256'])}</code></p>" if provenance else ""
+    return said + (f"<p>Not tested:</p><ul>{left}</ul>" if left else "") + data
 
 # %% ../nbs/06_results.ipynb #cf8f6ad1
 def newest_table(
@@ -396,7 +399,7 @@ def _sections(scores: dict, predictions: pd.DataFrame, daily: pd.DataFrame, newe
             ("Calibration", [figure_reliability(scores), figure_coverage(scores)]),
             ("Forecasts on the price", [figure_fan(predictions, daily, fan, horizon)]),
             (f"Newest forecast, made at {newest['time'].iloc[0]:%Y-%m-%d %H:%M} UTC", now),
-            ("Leak audits", [_audit_section(scores["audits"])]),
+            ("Leak certificate", [_audit_section(scores["audits"], scores.get("untested", ()), scores["provenance"])]),
             ("Folds", [_table(_fold_dates(scores["folds"]))]),
             ("Provenance", [_table(_facts(scores), kind="text")])]
 
