@@ -126,10 +126,10 @@ class _Folder(_Walk):
 # %% ../nbs/06a_cli.ipynb #77a967e2
 def _audits(panel, tables, provenance, config, n_cuts: int) -> dict:
     "The audits of a panel, and their results said."
-    from cryptopredict.evaluate import audit_inputs, audit_network
+    from cryptopredict.evaluate import HOURS, audit_inputs, audit_network
     from cryptopredict.sources import MAX_AGE
     reports = audit_inputs(panel, config, tables, provenance, MAX_AGE, n_cuts)
-    if "mamba2" in config.models: reports |= audit_network(panel, config)
+    if "mamba2" in config.models and len(panel) >= HOURS: reports |= audit_network(panel, config)
     for name, report in reports.items(): _say(f"  audit of {name}: {report!r}")
     return reports
 

@@ -220,7 +220,7 @@ def test_every_feature_is_known_somewhere(panel):
 def test_run_in_time_and_clean(run):
     made, got = run
     assert made.seconds < 300 and made.peak < 2 * 2**30, (made.seconds, made.peak)
-    assert made.stderr == "" and set(got["audits"]) == {"features", "labels", "folds", "availability"}
+    assert made.stderr == "" and set(got["audits"]) == {"features", "labels", "disguise", "folds", "availability"}
     assert all(a["ok"] for a in got["audits"].values()) and (made.out / "report.html").exists()
 
 

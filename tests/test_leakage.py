@@ -1,0 +1,95 @@
+"What the leak audit costs, and leaks and honest code drawn at random."
+import time
+import tracemalloc
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cryptopredict.leakage import audit, audit_folds, audit_labels
+
+HOURS = pd.date_range("2012-01-01", periods=100_000, freq="h", tz="UTC")
+
+
+@pytest.fixture(scope="module")
+def walks() -> pd.DataFrame:
+    "Eight random walks over a hundred thousand hours."
+    return pd.DataFrame(np.random.default_rng(0).normal(size=(len(HOURS), 8)).cumsum(0) + 1000, HOURS, list("abcdefgh"))
+
+
+def sixty_four(frame: pd.DataFrame) -> pd.DataFrame:
+    "Cheap pandas features."
+    rolled = {(c, w): frame[c].rolling(w) for c in frame for w in (6, 24, 168, 720)}
+    made = {f"{c} {w}": (r.mean(), r.std()) for (c, w), r in rolled.items()}
+    return pd.DataFrame({f"{name} {k}": x for name, pair in made.items() for k, x in enumerate(pair)})
+
+
+def test_audit_of_64_features_on_100k_rows_in_time(walks):
+    begin = time.perf_counter()
+    report = audit(sixty_four, walks).raise_if_leaky()
+    assert time.perf_counter() - begin < 60 and report.tested["cuts"] >= 32, report
+    assert 0 < report.tested["of the whole frame"] <= 8 and "columns never compared" not in report.tested
+
+
+def test_one_leaky_column_among_64_is_the_one_named(walks):
+    peeks = lambda f: sixty_four(f).assign(peek=f.a.rolling(24).mean().where(f.b < f.b.cummax(), f.a.shift(-1)))
+    assert set(audit(peeks, walks).findings.column) == {"peek"}
+
+
+def test_memory_stays_under_three_frames(walks):
+    wide = pd.concat([walks.add_suffix(str(k)) for k in range(4)], axis=1)
+    tracemalloc.start()
+    try:
+        audit(lambda f: f["a0"].diff(), wide, n_cuts=8)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally: tracemalloc.stop()
+    assert peak < 3 * wide.memory_usage().sum(), peak / wide.memory_usage().sum()
+
+
+# --- drawn at random ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_peek_at_any_distance_on_any_share_of_rows_is_found(walks, seed):
+    rng, short = np.random.default_rng(seed), walks.iloc[20_000:26_000]
+    ahead, share = int(rng.integers(1, 400)), 10 ** rng.uniform(-2.3, 0)
+    rows = pd.Series(rng.random(len(walks)) < share, walks.index)  # the function's own secret
+    fn = lambda f: f.a.diff(3).where(~rows.reindex(f.index), f.a.shift(-ahead))
+    assert not audit(fn, short, seed=seed).ok, (ahead, share)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_causal_code_raises_no_alarm(walks, seed):
+    rng, short = np.random.default_rng(seed), walks.iloc[:5_000]
+    window, lag, offset = int(rng.integers(2, 300)), int(rng.integers(0, 50)), 10.0 ** rng.integers(0, 8)
+    steps = [lambda x: x.rolling(window).mean(), lambda x: x.ewm(span=window).std(), lambda x: x.diff(lag + 1),
+             lambda x: x.rolling(window).rank(), lambda x: x.expanding().quantile(.3), lambda x: np.sign(x.diff()),
+             lambda x: x.astype("float32"), lambda x: x.cumsum() - x.cumsum().shift(window), lambda x: x.round(1)]
+    chosen = rng.choice(len(steps), 3)
+
+    def fn(frame):
+        x = frame.a + offset
+        for k in chosen: x = steps[k](x.shift(lag))
+        return x
+    audit(fn, short, n_cuts=16, seed=seed).raise_if_leaky()
+
+
+@pytest.mark.parametrize("gap", [0, 1, 88, 89, 90, 120])
+def test_folds_are_judged_to_the_day(gap):
+    days = pd.date_range("2019-01-01", periods=600, freq="D", tz="UTC")
+    ends, rows = pd.Series(days + pd.Timedelta("90D"), days), np.arange(600)
+    assert audit_folds([(rows[:400 - gap], rows[400:500])], ends).ok == (gap >= 89)
+
+
+def test_real_features_are_no_labels_in_disguise(data_dir):
+    from cryptopredict.features import build_features
+    from cryptopredict.labels import make_labels
+    from cryptopredict.sources import load_panel
+    panel = load_panel(data_dir)
+    features, labels = build_features(panel), make_labels(panel["close"])
+    ends = labels[["label_end", "label_end", "sigma_end"]].set_axis(["r90", "direction", "sigma"], axis=1)
+    audit_labels(features, labels[list(ends)].astype(float), ends).raise_if_leaky()
+    late, blurred = np.sqrt(labels["sigma"].shift(-100)), labels["r90"].shift(-12)
+    leaky = features.assign(copy=labels["r90"].rank(), late=late, blurred=blurred)
+    found = audit_labels(leaky, labels[["r90", "sigma"]], ends[["r90", "sigma"]]).findings
+    assert set(found.column) == {"copy", "late", "blurred"}
