@@ -26,6 +26,8 @@ def test_findings_are_what_the_comparison_allows():
     assert not any(model == "mamba2" and score.startswith("qlike") for model, score in better)
     folds = {r["fold"]: r["heads"] for r in REAL["training"] if r["fold"] != "newest"}
     assert sorted(map(bool, folds.values())) == [False] * 6 + [True] and folds["fold-00"] == ["direction", "band"]
+    spans = {r["fold"]: len(r["spans"]) for r in REAL["training"] if r["training"].startswith("choice")}
+    assert spans["fold-00"] == 1 and set(spans.values()) <= {1, 2, 3}
     windows = {r["n_windows"] for r in REAL["summary"] if r["score"] == "log_loss"}
     assert windows == {27} and "27 windows" in README
     assert REAL["begin"].startswith("2018-01-01") and REAL["end"].startswith("2024-10-03")
@@ -47,6 +49,25 @@ def test_gpu_memory_is_what_was_measured():
     peak = {(r["preset"], r["tbptt_len"]): r["peak_allocated"] / 1e9 for r in vram["sweep"]}
     assert f"{peak['baseline', 1024]:.1f} GB (baseline, chunks of 1024" in README
     assert f"{peak['mhsa', 512]:.1f} GB\n  (mhsa, 512)" in README
+
+
+def test_leak_figures_are_those_measured():
+    paid = json.loads((ROOT / "results" / "leaks.json").read_text(encoding="utf-8"))
+    loss = {r["name"]: r["log_loss"] for r in paid["leaks"] if r["target"] == "direction"}
+    assert paid["honest"]["log_loss"] > paid["honest"]["climatology_log_loss"] and f"{len(paid['leaks'])} leaks" in README
+    told = [paid["honest"]["log_loss"], loss["shuffled split"], loss["Fourier low-pass"], loss["calibrated on the test"]]
+    text = " ".join(README.split())
+    for figure, words in zip(told, ("falls from {:.2f}", "to {:.2f} when the split is shuffled", "to {:.2f} by a low-pass",
+                                    "to {:.2f} by a calibrator"), strict=True):
+        assert words.format(figure) in text, (words, figure)
+
+
+def test_built_in_figures_are_those_of_the_default_run(default_run):
+    scores = json.loads((default_run.out / "scores.json").read_text())
+    mean = {r["model"]: r["mean"] for r in scores["summary"] if r["score"] == "log_loss"}
+    told = re.search(r"log loss of ([\d.]+) \(climatology\) to ([\d.]+); the\s+truth's is ([\d.]+)", README).groups()
+    for name, figure in zip(("climatology", "mamba2", "truth"), told, strict=True):
+        assert abs(mean[name] - float(figure)) < 0.006, (name, mean[name])  # training differs in the last digits between machines
 
 
 def test_every_notebook_has_its_line():
