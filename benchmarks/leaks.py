@@ -420,7 +420,7 @@ LEAKS = [
     Leak("no purge, volatility", "Training goes up to the day before the test, with labels that end up to 30 days inside it.",
          "audit_folds", *split(unpurged, "sigma")),
     Leak("purge of another label", "The purge uses the end of the 30-day label while the 90-day label is trained.",
-         "audit_labels", *split(purged_by_sigma)),
+         "audit_folds", *split(purged_by_sigma)),
     Leak("fitted on the test", "The back-test runs over rows that the model was fitted on.", "audit_folds", *split(in_sample)),
     Leak("bar stamped with its open", "A day's high, low and close are used at its 00:00, when it begins.",
          "audit", *column(day_bar)),

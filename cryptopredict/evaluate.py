@@ -204,12 +204,13 @@ def audit_inputs(
     stretches = [panel.iloc[:hours]] + ([panel.iloc[-hours:]] if len(panel) > hours else [])
     labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     ends = labels[["label_end", "sigma_end"]].set_axis(["r90", "sigma"], axis=1)
+    folds = make_folds(config, labels)  # says first where the history is too short
     known, cuts = lambda frame: _labels_as_known(frame, config), max(n_cuts // 3, 1)
     reports = {
         "features": audit(build_features, panel, n_cuts=n_cuts, seed=config.seed),
         "labels": _together([audit(known, s[["close"]], n_cuts=cuts, seed=config.seed) for s in stretches]),
         "disguise": audit_labels(build_features(panel), labels[["r90", "sigma"]], ends, n_perm=99, seed=config.seed),
-        "folds": audit_folds(make_folds(config, labels), labels[["label_end", "sigma_end"]], config.embargo)}
+        "folds": audit_folds(folds, labels[["label_end", "sigma_end"]], config.embargo)}
     if tables is not None: reports["availability"] = audit_availability(tables, panel, provenance, max_age)
     return reports
 
@@ -664,6 +665,13 @@ def training_summary(
     return records
 
 # %% ../nbs/05f_evaluate.ipynb #b7b8098a
+def _kept_certificate(out: Path) -> dict | None:
+    "The certificate that an earlier start of the same run left; None where there is none."
+    path = out / "certificate.json"
+    try: return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error: raise ValueError(f"{path} is damaged ({error}): remove it") from error
+
+# %% ../nbs/05f_evaluate.ipynb #ca99f9e9
 def walk_forward_run(
     config: EvaluateConfig,  # what to run
     panel: pd.DataFrame,  # hourly panel
@@ -684,8 +692,8 @@ def walk_forward_run(
     write_atomic(out / "origins.parquet", _parquet(_origin_table(panel, labels)))
     newest = newest_forecast(config, panel, progress, out / "network" / "newest", watch)
     write_atomic(out / "forecast.parquet", _parquet(newest))
-    paper = certificate(audits or {}, made_by)
-    write_atomic(out / "certificate.json", json.dumps(paper, indent=1))
+    paper = _kept_certificate(out) if audits is None else certificate(audits, made_by)
+    write_atomic(out / "certificate.json", json.dumps(paper := paper or certificate({}, made_by), indent=1))
     head = dict(provenance=made_by, config=json.loads(config.model_dump_json()), folds=_fold_table(panel.index, folds))
     training = training_summary(out / "network")
     audited = dict(audits=paper["audits"], untested=paper["untested"])

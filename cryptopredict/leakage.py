@@ -1092,7 +1092,7 @@ def _same_time(x: pd.DataFrame, y: pd.Series, length: int, n_perm: int, rng: np.
 
 # %% ../nbs/00_leakage.ipynb #21b6b862
 def _lagged(x: np.ndarray, y: np.ndarray, lags: np.ndarray) -> np.ndarray:
-    "Correlation of x[t] with y[t + k] for each lag k over the pairs that are both known."
+    "Correlation of x[t] with y[t + k] for each lag k over the pairs that are both known; 0 where one of the two hardly moves."
     n = 2 * len(x)
     known = np.isfinite(x), np.isfinite(y)
     x, y = (np.where(m, v - np.nanmean(v), 0.) for v, m in zip((x, y), known))
@@ -1100,8 +1100,10 @@ def _lagged(x: np.ndarray, y: np.ndarray, lags: np.ndarray) -> np.ndarray:
     sums = lambda a, b: np.fft.irfft(f[b] * np.conj(f[a]), n)[lags]
     count = np.maximum(sums("mx", "my"), 1)
     sx, sy = sums("x", "my"), sums("mx", "y")
-    spread = np.sqrt(np.maximum((sums("xx", "my") - sx ** 2 / count) * (sums("mx", "yy") - sy ** 2 / count), 1e-12))
-    return np.clip((sums("x", "y") - sx * sy / count) / spread, -1, 1)
+    of_x, of_y = sums("xx", "my") / count - (sx / count) ** 2, sums("mx", "yy") / count - (sy / count) ** 2
+    moves = (of_x > .1 * (x @ x) / known[0].sum()) & (of_y > .1 * (y @ y) / known[1].sum())
+    level = (sums("x", "y") / count - sx * sy / count ** 2) / np.sqrt(np.where(moves, of_x * of_y, 1.))
+    return np.where(moves, np.clip(level, -1, 1), 0.)
 
 # %% ../nbs/00_leakage.ipynb #6bfb587f
 def _shifted(x: pd.DataFrame, y: pd.Series, length: int) -> pd.DataFrame:

@@ -239,13 +239,13 @@ def training_table(
     rows = []
     for r in scores.get("training", []):
         epochs = r["best_epoch" if r["training"].startswith("choice") else "epochs"]
-        row = {"fold": r["fold"], "training": r["training"], "epochs": epochs}
-        for head, e in (r.get("evidence") or {}).items():
-            row[f"{head}: loss - anchor's (p)"] = f"{e['difference']:+.4f} ({e['p']:.3f})"
-        row["heads that leave"] = ", ".join(r["heads"]) or "none"
-        row["tokens/s"] = "-" if r["tokens_per_s"] is None else f"{r['tokens_per_s']:,.0f}"
+        speed = "-" if r["tokens_per_s"] is None else f"{r['tokens_per_s']:,.0f}"
+        row = {"fold": r["fold"], "training": r["training"], "epochs": epochs, "tokens/s": speed}
         for name, key in (("process", "peak_rss"), ("GPU", "peak_allocated")):
             if r.get(key): row[f"peak memory, {name} (MiB)"] = f"{r[key] / 2**20:,.0f}"
+        row["heads that leave"] = ", ".join(r["heads"]) or "none"
+        for head, e in (r.get("evidence") or {}).items():
+            row[f"{head}: loss - anchor's (p)"] = f"{e['difference']:+.4f} ({e['p']:.3f})"
         rows.append(row)
     return pd.DataFrame(rows).fillna("-")
 
