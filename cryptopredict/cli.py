@@ -207,9 +207,19 @@ def _function(where: str):
     if not place: raise ValueError(f"{where}: name the function too; give MODULE:NAME or FILE.py:NAME")
     try: module = _module(place)
     except FileNotFoundError as error: raise ValueError(f"{where}: {error}; give MODULE:NAME or FILE.py:NAME") from error
-    except Exception as error: raise ValueError(f"{where}: {place} does not run ({type(error).__name__}: {error})") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{where}: {place} does not run ({type(error).__name__}: {error})") from error
     if not callable(getattr(module, name, None)): raise ValueError(f"{where}: {place} has no function {name!r}")
     return getattr(module, name)
+
+# %% ../nbs/06a_cli.ipynb #a678a643
+def _source_of(name: str, function) -> dict:
+    "Name of a user's function and sha256 of the file it stands in."
+    import hashlib
+    import inspect
+    try: source = Path(inspect.getsourcefile(function)).read_bytes()
+    except (TypeError, OSError): return dict(function=name)
+    return dict(function=name, function_file_sha256=hashlib.sha256(source).hexdigest())
 
 # %% ../nbs/06a_cli.ipynb #15a5f324
 def _audit_own(function, name: str, panel, n_cuts: int, seed: int):
@@ -243,7 +253,8 @@ class Audit(_Walk):
         else: reports = _audits(panel, tables, came, config, self.n_cuts)
         if self.out:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.out, json.dumps(certificate(reports, provenance_of(panel, name)), indent=1))
+            made_by = provenance_of(panel, name) | (_source_of(own, function) if own else {})
+            write_atomic(self.out, json.dumps(certificate(reports, made_by), indent=1))
         return 0 if all(r.ok for r in reports.values()) else 1
 
 # %% ../nbs/06a_cli.ipynb #5c7dfc59

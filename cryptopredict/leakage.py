@@ -19,9 +19,9 @@ import pandas as pd
 from pandas.tseries.holiday import USFederalHolidayCalendar
 
 # %% auto #0
-__all__ = ['FINDING_COLUMNS', 'TOLERANCE', 'MODES', 'HINT_COLUMNS', 'LeakageError', 'LeakReport', 'check_times', 'point_in_time',
-           'Fold', 'live_fold', 'walk_forward', 'audit_folds', 'AuditError', 'audit', 'audit_availability',
-           'audit_model', 'audit_pipeline', 'audit_labels', 'lint']
+__all__ = ['FINDING_COLUMNS', 'TOLERANCE', 'MODES', 'RAISED', 'HINT_COLUMNS', 'LeakageError', 'LeakReport', 'check_times',
+           'point_in_time', 'Fold', 'live_fold', 'walk_forward', 'audit_folds', 'AuditError', 'audit',
+           'audit_availability', 'audit_model', 'audit_pipeline', 'audit_labels', 'lint']
 
 # %% ../nbs/00_leakage.ipynb #e98250f3
 FINDING_COLUMNS = ["column", "kind", "time", "magnitude", "detail"]
@@ -297,16 +297,30 @@ def _audit_pair(index: pd.DatetimeIndex, ends: pd.DatetimeIndex, parts: dict, wh
     return found
 
 # %% ../nbs/00_leakage.ipynb #13270683
+def _as_fold(fold, number: int) -> Fold:
+    "A fold of four parts; a pair (train, test) as scikit-learn's splitters give it is one without validation."
+    if not isinstance(fold, (tuple, list)):
+        if all(hasattr(fold, name) for name in ("train", "valid", "test", "refit")): found = fold
+        else: raise ValueError(f"fold {number} is {type(fold).__name__}: give a Fold or a pair (train, test)")
+    elif len(fold) == 2: found = Fold(np.asarray(fold[0]), np.array([], int), np.asarray(fold[1]), np.asarray(fold[0]))
+    else: raise ValueError(f"fold {number} has {len(fold)} parts: give (train, test), or a Fold of train, valid, test, refit")
+    for name in ("train", "test", "refit"):
+        if not len(getattr(found, name)): raise ValueError(f"fold {number}: '{name}' is empty: there is nothing to judge")
+    return found
+
+# %% ../nbs/00_leakage.ipynb #fc54942a
 def audit_folds(
     folds: list[Fold | tuple],  # `train, valid, test, refit` positions each, or (train, test) as scikit-learn gives them
     label_end: pd.Series | pd.DataFrame,  # label end(s) by decision time; a frame, a column a head: judged by the longest
     embargo: str | pd.Timedelta = "0D",  # embargo that was asked for
 ) -> LeakReport:
     "Overlapping labels, missing purge or embargo, shuffled or interleaved parts."
+    folds = [_as_fold(f, k) for k, f in enumerate(folds)]
+    if not folds: raise ValueError("folds is empty: give at least one")
+    if isinstance(embargo, (int, float)): raise ValueError(f"embargo is {embargo!r}: give a duration such as '24h'")
     index = check_times(pd.DatetimeIndex(label_end.index), "label_end.index")
     ends, embargo, findings = _longest_label(label_end, index), pd.Timedelta(embargo), []
     for k, f in enumerate(folds):
-        if isinstance(f, tuple): f = Fold(f[0], f[0][:0], f[1], f[0])
         names = ("train", "valid", "test", "refit")
         parts = {name: _positions(getattr(f, name), len(index), f"fold {k}: '{name}'") for name in names}
         for name, rows in parts.items(): findings += _audit_order(name, rows, f"fold {k}")
@@ -338,6 +352,16 @@ def _as_frame(out, frame: pd.DataFrame) -> pd.DataFrame:
     return out
 
 # %% ../nbs/00_leakage.ipynb #53b93c55
+def _forgetful(fn: Callable) -> Callable:
+    "A copy of a callable object, or of the object that a method is bound to, so that no call learns from an earlier one."
+    owner = getattr(fn, "__self__", None)
+    try:
+        if owner is not None and not isinstance(owner, type) and hasattr(owner, "__dict__") and not hasattr(owner, "__path__"):
+            return getattr(copy.deepcopy(owner), fn.__name__)
+        return copy.deepcopy(fn) if hasattr(fn, "__dict__") and not hasattr(fn, "__code__") else fn
+    except Exception: return fn  # what cannot be copied is called as it is
+
+# %% ../nbs/00_leakage.ipynb #8dcf26c1
 @dataclass
 class _Subject:
     "A function under audit, its input, and a count of what its calls did."
@@ -349,12 +373,14 @@ class _Subject:
     first: str = ""  # the first error
     holed: list = field(default_factory=list)  # float columns with missing values
     seen: set = field(default_factory=set)  # columns that held a value in a comparison
+    moves: set = field(default_factory=set)  # columns that a replaced value has moved, somewhere
+    asked: set = field(default_factory=set)  # "truncation", "perturbation": what could be compared
 
     def call(self, frame: pd.DataFrame, must: bool = False) -> pd.DataFrame | None:
         "What the function says of a frame that is its to spoil; None when it raises, unless it must not."
         self.runs += 1
-        try: return _as_frame(self.fn(frame), frame)
-        except Exception as error:
+        try: return _as_frame(_forgetful(self.fn)(frame), frame)
+        except (Exception, SystemExit) as error:
             where = f"{type(error).__name__} on {len(frame)} rows: {error}"
             if must: raise AuditError(f"fn raised {where}: mend it, or give the input it needs") from error
             self.raised, self.first = self.raised + 1, self.first or where
@@ -365,7 +391,8 @@ def _gap(base: pd.Series, other: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     "How far two columns on the same times lie apart, row by row, and their size; inf where one is empty, or text differs."
     base, other = base.infer_objects(), other.infer_objects()
     if not all(pd.api.types.is_numeric_dtype(x.dtype) for x in (base, other)):
-        base, other = base.astype(object), other.astype(object)
+        plain = lambda v: repr(v) if isinstance(v, (list, tuple, dict, set, np.ndarray)) else v
+        base, other = base.astype(object).map(plain), other.astype(object).map(plain)
         same = (base.isna() & other.isna()).to_numpy() | (base == other).to_numpy(dtype=bool, na_value=False)
         return np.where(same, 0., np.inf), np.zeros(len(same))
     a, b = (x.to_numpy(dtype=float, na_value=np.nan) for x in (base, other))
@@ -375,7 +402,7 @@ def _gap(base: pd.Series, other: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     return gap, np.fmax(np.abs(a), np.abs(b))
 
 # %% ../nbs/00_leakage.ipynb #9c557526
-TOLERANCE = {np.dtype("float32"): (1e-5, 1e-4), np.dtype("float16"): (1e-2, 1e-2)}  # relative, most noise; float64: 1e-9, 1e-6
+TOLERANCE = {"float32": (1e-5, 1e-4), "float16": (1e-2, 1e-2)}  # relative, and most noise; any other type: 1e-9, 1e-6
 
 def _scale(column: pd.Series) -> float:
     "Size of a column: its largest finite magnitude, at most a thousand medians; 0 where there are no numbers."
@@ -388,8 +415,8 @@ def _scale(column: pd.Series) -> float:
 def _last_digit(subject: _Subject, epsilon: float) -> pd.DataFrame | None:
     "The function's output on inputs that differ by `epsilon` of themselves."
     other, kinds = subject.frame.copy(), subject.frame.dtypes
-    for c in kinds.index[[k.kind == "f" for k in kinds]]:
-        other[c] = other[c] * (1 + epsilon * subject.rng.integers(-1, 2, len(other))).astype(kinds[c])
+    for c in kinds.index[[pd.api.types.is_float_dtype(k) for k in kinds]]:
+        other[c] = (other[c] * (1 + epsilon * subject.rng.integers(-1, 2, len(other)))).astype(kinds[c])
     return subject.call(other)
 
 # %% ../nbs/00_leakage.ipynb #e1807b1d
@@ -397,7 +424,7 @@ def _tolerance(subject: _Subject, base: pd.DataFrame) -> dict[str, tuple[float, 
     "By column the difference allowed, absolute and relative, from the column's type, its scale and its measured noise."
     allowed, jittered = {}, {}
     for name, column in base.items():
-        relative, most = TOLERANCE.get(column.dtype, (1e-9, 1e-6))
+        relative, most = TOLERANCE.get(str(column.dtype).lower(), (1e-9, 1e-6))
         epsilon, scale, noise = 1e-15 if relative < 1e-8 else 1e-7, _scale(column), 0.
         if epsilon not in jittered: jittered[epsilon] = _last_digit(subject, epsilon)
         other = jittered[epsilon]
@@ -483,6 +510,11 @@ def _calendar(index: pd.DatetimeIndex) -> list[np.ndarray]:
     return [*pools, np.flatnonzero(naive.normalize().isin(holidays)), np.flatnonzero(steps > 1.5 * np.median(steps)) + 1]
 
 # %% ../nbs/00_leakage.ipynb #12c67483
+def _by_share(rounds: list[tuple]) -> list[tuple]:
+    "Rounds of `_suspects`, the rarest first."
+    return sorted(rounds, key=lambda r: r[0])
+
+# %% ../nbs/00_leakage.ipynb #568cc578
 def _suspects(subject: _Subject, base: pd.DataFrame, allowed: dict) -> list[np.ndarray]:
     "By column and kind of change, cuts where a row shortly before a replaced row moved, where few did."
     frame, rng, found = subject.frame, subject.rng, {}
@@ -501,8 +533,10 @@ def _suspects(subject: _Subject, base: pd.DataFrame, allowed: dict) -> list[np.n
             moved[at + 1] = gap > allowed[c][0] + allowed[c][1] * np.where(np.isfinite(size), size, 0.)
             moved = moved.cumsum()
             hit = moved[rows] > moved[rows - back]
-            if 0 < hit.mean() < .5: found.setdefault((c, mode), []).append(rows[hit])
-    return [np.unique(np.concatenate(rows)) for rows in found.values()]
+            if 0 < hit.mean() < .5: found.setdefault((c, mode), []).append((hit.mean(), rows[hit]))
+    # Where rounds disagree on how rare it is, the larger ones met the function's own memory.
+    kept = [[rows for share, rows in rounds if share <= 3 * rounds[0][0]] for rounds in map(_by_share, found.values())]
+    return sorted((np.unique(np.concatenate(rows)) for rows in kept), key=len)
 
 # %% ../nbs/00_leakage.ipynb #a69e7102
 def _draw(pools: list[np.ndarray], count: int, rng: np.random.Generator) -> np.ndarray:
@@ -515,12 +549,15 @@ def _cuts(frame: pd.DataFrame, base: pd.DataFrame, suspects: list, n_cuts: int, 
     "Row counts to cut at: first and last rows, suspects, the calendar, events of input and output; the rest random."
     n, share = len(frame), max(n_cuts // 4, 1)
     events = [_events(frame[c]) for c in frame], [frame.index.get_indexer(base.index[_events(base[c])]) for c in base]
-    special = [np.array([2, 3, n - 2, n - 1]), _draw(suspects, share, rng)]
-    for pools, count in ((_calendar(frame.index), share), (events[0], share // 2), (events[1], share // 2)):
+    *calendar, gaps = _calendar(frame.index)
+    special = [np.array([1, 2, 3, n - 2, n - 1]), rng.permutation(gaps)[:share // 2]]
+    each = min(6, max(2 * share // max(len(suspects), 1), 1))
+    special += [rng.choice(pool, min(len(pool), each), replace=False) for pool in suspects[:2 * share]]  # smallest pools first
+    for pools, count in ((calendar, share), (events[0], share // 2), (events[1], share // 2)):
         rows = _draw(pools, count, rng)
         special.append(rows + rng.integers(0, 2, len(rows)))  # the row before is the last one known, or the row itself
-    cuts = np.unique(np.clip(np.concatenate(special), 2, n - 1))
-    free = np.setdiff1d(np.arange(2, n), cuts)
+    cuts = np.unique(np.clip(np.concatenate(special), 1, n - 1))
+    free = np.setdiff1d(np.arange(1, n), cuts)
     return np.sort(np.concatenate([cuts, rng.choice(free, min(max(n_cuts - len(cuts), 0), len(free)), replace=False)]))
 
 # %% ../nbs/00_leakage.ipynb #ddca598e
@@ -532,6 +569,12 @@ def _rows_back(frame: pd.DataFrame, base: pd.DataFrame) -> int:
     return back if 3 * back < len(frame) else len(frame)
 
 # %% ../nbs/00_leakage.ipynb #26a5533a
+def _moving(now: pd.DataFrame, out: pd.DataFrame, known: set) -> set:
+    "Columns, besides those `known`, in which two outputs differ anywhere."
+    same = now.index.equals(out.index)
+    return {c for c in now if c not in known and (c not in out or not same or _gap(now[c], out[c])[0].any())}
+
+# %% ../nbs/00_leakage.ipynb #62905090
 def _audit_cut(subject: _Subject, cut: int, back: int, allowed: dict, holes: bool = False) -> list[dict]:
     "Findings at one cut: the rows before it alone, against the same rows with later ones as they are and replaced."
     whole, rng = back >= len(subject.frame), subject.rng
@@ -539,18 +582,21 @@ def _audit_cut(subject: _Subject, cut: int, back: int, allowed: dict, holes: boo
     given, until = subject.frame.iloc[start:stop], subject.frame.index[cut - 1]
     if holes: given = _holed(given, subject.holed, cut - start, rng)
     rows, findings = np.arange(cut - start, len(given)), []
-    past = subject.call(given.iloc[:cut - start].copy())
+    past, now = subject.call(given.iloc[:cut - start].copy()), None
     for mode in ("as it is",) if holes else ("as it is", *MODES):
         other = given.copy() if mode == "as it is" else _changed(given, rows, mode, rng)
         out = subject.call(other)
         if out is None: continue
+        if mode == "as it is": now = out
         if past is None and mode == "as it is": past = out  # refuses a short past: perturbation alone
         elif past is not None:
             kind, holed = "truncation" if mode == "as it is" else "perturbation", ", with holes" * holes
             found = _compare(past, out, until, kind, allowed, f"cut after {until}{holed}, future {mode}")
             blank = set(out.columns[out.isna().all()]) if holes or mode == "nothing" else ()  # missing in, missing out
             findings += [f for f in found if f["column"] not in blank]
+            subject.asked.add(kind)
             subject.seen |= {c for c in past if past[c].notna().any()}
+            if kind == "perturbation" and now is not None: subject.moves |= _moving(now, out, subject.moves)
     return _audit_cut(subject, cut, len(subject.frame), allowed) if past is None and not whole and not holes else findings
 
 # %% ../nbs/00_leakage.ipynb #bdd6e0e8
@@ -570,10 +616,22 @@ def _check_audited(frame: pd.DataFrame, n_cuts: int) -> None:
     if not isinstance(frame, pd.DataFrame): raise AuditError(f"frame is a {type(frame).__name__}: give a DataFrame (.to_frame())")
     check_times(frame.index, "frame.index")
     if not frame.columns.is_unique: raise AuditError(f"frame has a column name twice: {frame.columns.tolist()}; rename one")
-    if len(frame) < 8 or n_cuts < 1:
-        raise AuditError(f"frame has {len(frame)} rows, n_cuts is {n_cuts}: an audit needs at least 8 rows and 1 cut")
+    if len(frame) < 8 or n_cuts < 1 or n_cuts != int(n_cuts):
+        raise AuditError(f"frame has {len(frame)} rows, n_cuts is {n_cuts}: an audit needs at least 8 rows and 1 whole cut")
 
 # %% ../nbs/00_leakage.ipynb #6629789a
+def _tested(subject: _Subject, base: pd.DataFrame) -> dict:
+    "What an audit's calls could test and what they could not; an `AuditError` where that is nothing."
+    if not subject.seen: raise AuditError(f"nothing could be compared: {subject.first or 'fn returned no value before any cut'}")
+    tested = {"runs": subject.runs, "runs that raised": subject.raised}
+    for kind in ("truncation", "perturbation"):
+        if kind not in subject.asked: tested[kind] = f"untested: {subject.raised} runs raised"
+    blind, still = ([c for c in base if c not in some] for some in (subject.seen, subject.moves))
+    if blind: tested["columns never compared"] = f"untested: {', '.join(blind)}"
+    if still: tested["columns that ignore the frame's values"] = f"untested: {', '.join(still)}"
+    return tested
+
+# %% ../nbs/00_leakage.ipynb #35dd256c
 def audit(
     fn: Callable[[pd.DataFrame], pd.DataFrame | pd.Series | np.ndarray],  # code under audit
     frame: pd.DataFrame,  # time-indexed input, UTC, increasing; at least 8 rows
@@ -598,12 +656,9 @@ def audit(
     for k, cut in enumerate(cuts):
         findings += _audit_cut(subject, cut, n if cut in whole else back, allowed)
         if k % 3 == 1 and subject.holed: findings += _audit_cut(subject, cut, back, allowed, holes=True)
-    if not subject.seen: raise AuditError(f"nothing could be compared: {subject.first or 'fn returned no value before any cut'}")
-    tested = {"cuts": len(cuts), "of the whole frame": len(cuts) if back == n else len(whole), "rows": n,
-              "runs": subject.runs, "runs that raised": subject.raised}
-    if blind := [c for c in base if c not in subject.seen]: tested["columns never compared"] = ", ".join(blind)
-    if writes: tested["note"] = "fn writes into its input"
-    return _report(_first_of_each(findings), tested)
+    counts = {"cuts": len(cuts), "of the whole frame": len(cuts) if back == n else len(whole), "rows": n}
+    note = {"note": "fn writes into its input"} if writes else {}
+    return _report(_first_of_each(findings), counts | _tested(subject, base) | note)
 
 # %% ../nbs/00_leakage.ipynb #aacd0c6e
 def _audit_cells(table: pd.DataFrame, values: pd.Series, rows: np.ndarray, max_age) -> list[dict]:
@@ -616,7 +671,9 @@ def _audit_cells(table: pd.DataFrame, values: pd.Series, rows: np.ndarray, max_a
     gap[np.isnan(gap)] = np.inf  # a value on one side, nothing on the other
     limit = np.inf if max_age is None else max_age / pd.Timedelta("1h")
     orphan = np.flatnonzero((rows < 0) & values.notna().to_numpy())
+    unborn = (_nanoseconds(table["value_time"])[source] - _nanoseconds(table["available_at"])[source]) / 3.6e12
     tests = [("used before available", early, used[early > 0], "hours early"),
+             ("available before its period begins", unborn, used[unborn > 0], "hours early"),
              ("too old", age - limit, used[age > limit], "hours past max_age"),
              ("not what its source says", gap, used[gap > 0], "difference"),
              ("no source row", np.array([len(orphan)]), orphan, "cells")]
@@ -624,6 +681,22 @@ def _audit_cells(table: pd.DataFrame, values: pd.Series, rows: np.ndarray, max_a
                  detail=f"{len(cells)} cells; magnitude: {unit}") for kind, size, cells, unit in tests if len(cells)]
 
 # %% ../nbs/00_leakage.ipynb #fa9ead95
+def _sources(tables: list[pd.DataFrame], panel: pd.DataFrame, provenance: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    "The table of each column of `provenance`; a `ValueError` says what does not belong together."
+    if not panel.index.equals(provenance.index):
+        raise ValueError(f"panel has {len(panel)} rows, provenance {len(provenance)}, or other times: give both of one join")
+    held = [(c, t) for k, t in enumerate(tables) for c in _check_table(t, k)]
+    source, names = dict(held), [c for c, _ in held]
+    for c in provenance.columns:
+        if names.count(c) > 1: raise ValueError(f"column '{c}' is in two tables: stack them as vintages, or rename it")
+        if c not in source: raise ValueError(f"column '{c}' is in no table: give the tables the panel was joined from")
+        if c not in panel: raise ValueError(f"column '{c}' is not in the panel: drop it from provenance")
+        last, rows = len(source[c]) - 1, provenance[c]
+        if not pd.api.types.is_integer_dtype(rows.dtype) or not rows.between(-1, last).all():
+            raise ValueError(f"provenance column '{c}' does not hold rows -1 to {last}: give that of this join")
+    return {c: source[c] for c in provenance.columns}
+
+# %% ../nbs/00_leakage.ipynb #617e1e3e
 def audit_availability(
     tables: list[pd.DataFrame],  # source tables the panel was joined from
     panel: pd.DataFrame,  # joined panel
@@ -631,21 +704,17 @@ def audit_availability(
     max_age: str | pd.Timedelta | Mapping | None = None,  # oldest value allowed; None: as the join had it (`provenance.attrs`)
 ) -> LeakReport:
     "Finds each cell that was used before its `available_at`, differs from its source row, or is too old."
-    findings, cells = [], 0
-    if not panel.index.equals(provenance.index):
-        raise ValueError(f"panel has {len(panel)} rows, provenance {len(provenance)}, or other times: give both of one join")
+    source = _sources(tables, panel, provenance)
     limits = provenance.attrs.get("max_age", {}) if max_age is None else max_age
     limit = lambda c: None if max_age is None and c not in limits else _age_limit(limits, c)
-    for column in provenance.columns:
-        table = next((t for t in tables if column in t.columns), None)
-        if table is None: raise ValueError(f"column '{column}' is in no table: give the tables the panel was joined from")
-        if column not in panel: raise ValueError(f"column '{column}' is not in the panel: drop it from provenance")
-        findings += _audit_cells(table, panel[column], provenance[column].to_numpy(), limit(column))
-        cells += int((provenance[column] >= 0).sum())
+    findings = [f for c, t in source.items() for f in _audit_cells(t, panel[c], provenance[c].to_numpy(), limit(c))]
+    cells, bare = int((provenance >= 0).to_numpy().sum()), [c for c in panel if c not in provenance]
+    if not cells: raise AuditError("provenance names no row of any table: nothing could be compared; give that of the join")
     ageless = [c for c in provenance if limit(c) is None]
-    final = [c for t in tables for c in t if c in provenance and not t["value_time"].duplicated().any()]
+    final = [c for c, t in source.items() if t["value_time"].duplicated(keep=False).mean() < .5]
     said = lambda names: f"untested: {', '.join(names)}" if names else "tested"
-    return _report(findings, {"columns": provenance.shape[1], "cells": cells, "max_age": said(ageless), "vintages": said(final)})
+    ages = {"max_age": said(ageless), "vintages": said(final), "without provenance": said(bare)}
+    return _report(findings, {"columns": provenance.shape[1], "cells": cells, **ages})
 
 # %% ../nbs/00_leakage.ipynb #888c54f8
 def _tensors(tree, lead: tuple[int, ...], name: str = "") -> dict:
@@ -893,6 +962,9 @@ def audit_model(
     # What is the same in all modes is said once.
     words = {what: "; ".join(w if len(m) == len(modes) else f"{w} in {', '.join(m)}" for w, m in told.items())
              for what, told in notes.items()}
+    parameters = getattr(model, "named_parameters", dict)()
+    zero = [n for n, p in dict(parameters).items() if not n.endswith("bias") and p.numel() and not p.any()]
+    if zero: words["behind weights that are all zero"] = f"untested: {', '.join(zero)}"
     return _report(_first_of_each(found), {"cuts": len(cuts), "steps": x.shape[1], "modes": ", ".join(modes)} | words)
 
 # %% ../nbs/00_leakage.ipynb #85388d55
@@ -902,8 +974,9 @@ def _parts(fitted, name: str = "fitted", depth: int = 0) -> dict[str, np.ndarray
     plain = (int, float, complex)
     if hasattr(fitted, "__array__") or isinstance(fitted, plain) or (
             isinstance(fitted, (list, tuple)) and fitted and all(isinstance(v, plain) for v in fitted)):
-        values = np.asarray(fitted)
-        return {name: values} if values.dtype.kind != "O" else {name: str(values.tolist())}
+        values = np.array(fitted)  # a copy: the next fit may write into it
+        if values.dtype.kind != "O": return {name: values}
+        fitted = values.tolist()
     if isinstance(fitted, (str, bytes)): return {name: str(fitted)}
     if depth > 12 or fitted is None or isinstance(fitted, type) or callable(getattr(fitted, "integers", None)): return {}
     if isinstance(fitted, Mapping): inside = {str(k): v for k, v in fitted.items()}
@@ -922,10 +995,13 @@ def _unlike(one: dict, two: dict) -> list[tuple[str, float]]:
         a, b = np.asarray(one[k]), np.asarray(two[k])
         if a.shape != b.shape or a.dtype != b.dtype: found.append((k, np.inf))
         elif a.tobytes() != b.tobytes() and not np.array_equal(a, b, equal_nan=a.dtype.kind in "fc"):
-            found.append((k, float(_gap(*(pd.Series(v.ravel()) for v in (a, b)))[0].max())))
+            number = a.dtype.kind in "fiub"
+            found.append((k, float(_gap(*(pd.Series(v.ravel()) for v in (a, b)))[0].max()) if number else np.inf))
     return sorted(found)
 
 # %% ../nbs/00_leakage.ipynb #22af3778
+RAISED = object()  # what stands for the result of a call that raised
+
 @dataclass
 class _Pipeline:
     "A pipeline under audit: its two functions, whatever they take, on one fold."
@@ -935,6 +1011,8 @@ class _Pipeline:
     index: pd.DatetimeIndex
     where: str  # how the findings call the fold
     raised: int = 0
+    asked: set = field(default_factory=set)  # "fit", "truncation", "perturbation": what could be compared
+    unsteady: set = field(default_factory=set)  # parts that differ between two identical fits, though the forecasts do not
 
     def fitted(self, frame: pd.DataFrame):
         "`fit(frame, fold)`, or `fit(rows)` of the training rows alone."
@@ -950,16 +1028,25 @@ class _Pipeline:
             out = pd.DataFrame(out.reshape(len(out), -1), index=self.index[rows] if len(out) == len(rows) else given.index)
         return _as_frame(out, given).reindex(self.index[rows])
 
+    def parts(self, fitted) -> dict:
+        "What is inside the fitted thing, and inside the object whose method `fit` is."
+        owner = getattr(self.fit, "__self__", None)
+        found = _parts(fitted) | (_parts(owner, "self") if owner is not None else {})
+        return {k: v for k, v in found.items() if k not in self.unsteady}
+
     def attempt(self, call: Callable, *args):
-        "The result of a call on changed data, None when it raises."
+        "The result of a call on changed data, `RAISED` when it raises."
         try: return call(*args)
-        except Exception: self.raised += 1
+        except (Exception, SystemExit):
+            self.raised += 1
+            return RAISED
 
 # %% ../nbs/00_leakage.ipynb #8ec7d919
 def _takes(fn: Callable) -> int:
-    "How many positional arguments a function needs."
-    kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in kinds and p.default is Parameter.empty for p in signature(fn).parameters.values())
+    "How many positional arguments a function needs; one that takes any number is given all."
+    kinds, given = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD), signature(fn).parameters.values()
+    if any(p.kind is Parameter.VAR_POSITIONAL for p in given): return 3
+    return sum(p.kind in kinds and p.default is Parameter.empty for p in given)
 
 # %% ../nbs/00_leakage.ipynb #7ec928cf
 def _forbid(frame: pd.DataFrame, later: np.ndarray, names: list[str], unripe: np.ndarray, mode: str, rng) -> pd.DataFrame:
@@ -982,12 +1069,16 @@ def _audit_fit(pipe: _Pipeline, frame: pd.DataFrame, fitted, names: list[str], e
     later = rest[rest >= fold.test[0]] if names else rest  # a feature is known at its row, a label is not
     unripe = np.union1d(rest, np.flatnonzero(~(ends <= begin))) if ends is not None else rest
     def judge(other, kind, detail):
-        found = _unlike(parts, _parts(other)) if other is not None else []
-        again = pipe.attempt(_forecast_parts, pipe, other, frame) if other is not None else None
-        if again is not None: found += _unlike(said, again)
+        if other is RAISED: return []
+        found, again = _unlike(parts, pipe.parts(other)), pipe.attempt(_forecast_parts, pipe, other, frame)
+        if again is not RAISED: found += _unlike(said, again)
+        if parts or any(v.dtype.kind != "f" or np.isfinite(v).any() for v in said.values()): pipe.asked.add("fit")
         return [dict(column=k, kind=kind, time=begin, magnitude=size, detail=f"{pipe.where}: {detail}") for k, size in found]
-    parts, said = _parts(fitted), _forecast_parts(pipe, fitted, frame)
-    if unlike := judge(pipe.fitted(frame), "not deterministic", "the same fit twice"): return unlike[:5]
+    parts, said = pipe.parts(fitted), _forecast_parts(pipe, fitted, frame)
+    unlike = judge(pipe.fitted(frame), "not deterministic", "the same fit twice")
+    if any(f["column"] in said for f in unlike): return unlike[:5]
+    pipe.unsteady, pipe.asked = {f["column"] for f in unlike}, set()  # a time stamp, an unused seed: the forecasts are the same
+    parts = {k: v for k, v in parts.items() if k not in pipe.unsteady}
     for mode in MODES:
         other = pipe.attempt(pipe.fitted, _forbid(frame, later, names, unripe, mode, rng))
         findings += judge(other, "fit sees the future", f"later rows replaced by {mode}")
@@ -1008,28 +1099,41 @@ def _audit_predict(pipe: _Pipeline, frame: pd.DataFrame, fitted, names: list[str
         trials += [("perturbation", mode, _forbid(frame, later, names, unripe, mode, rng)) for mode in MODES]
         for kind, mode, other in trials:
             out = pipe.attempt(pipe.forecasts, fitted, other, rows)
-            kind, label = f"forecast sees the future ({kind})", f"{pipe.where}, after {until}, future {mode}"
-            if out is not None: findings += _compare(base, out, until, kind, allowed, label)
+            if out is RAISED: continue
+            if out.notna().any(axis=None): pipe.asked.add(kind)
+            label = f"{pipe.where}, after {until}, future {mode}"
+            findings += _compare(base, out, until, f"forecast sees the future ({kind})", allowed, label)
     return findings
 
 # %% ../nbs/00_leakage.ipynb #311a5826
-def _check_pipeline(frame: pd.DataFrame, folds: list[Fold], labels: Sequence[str]) -> None:
-    "An `AuditError` or `ValueError` that says what is wrong with the input of `audit_pipeline`."
+def _check_pipeline(frame: pd.DataFrame, folds: list, labels: Sequence[str]) -> list[Fold]:
+    "The folds; an `AuditError` or `ValueError` says what is wrong with the input of `audit_pipeline`."
     _check_audited(frame, 1)
+    folds = [_as_fold(f, k) for k, f in enumerate(folds)]
     if not folds: raise AuditError("folds is empty: give at least one fold")
     missing = set(labels) - set(frame.columns)
     if missing: raise AuditError(f"labels names {sorted(missing)}, which frame does not have: {frame.columns.tolist()}")
     for k, f in enumerate(folds):
-        parts = {n: _positions(getattr(f, n), len(frame), f"fold {k}: '{n}'") for n in ("train", "valid", "test", "refit")}
-        for name in ("test", "refit"):
-            if not len(parts[name]): raise AuditError(f"fold {k}: '{name}' is empty: there is nothing to audit")
+        for n in ("train", "valid", "test", "refit"): _positions(getattr(f, n), len(frame), f"fold {k}: '{n}'")
+    return folds
 
 # %% ../nbs/00_leakage.ipynb #f170f189
+def _tested_pipelines(pipes: list[_Pipeline], findings: list[dict], parts: int, labels: Sequence[str]) -> dict:
+    "What was tested and what was not; an `AuditError` where nothing could be compared."
+    raised, unsteady = sum(p.raised for p in pipes), sorted(set().union(*(p.unsteady for p in pipes)))
+    missing = [what for what in ("fit", "truncation", "perturbation") if not all(what in p.asked for p in pipes)]
+    if not findings and "fit" in missing and not any(p.asked for p in pipes):
+        raise AuditError(f"nothing could be compared: {raised} runs on changed data raised; or nothing is fitted and forecast")
+    tested = {"folds": len(pipes), "fitted parts": parts, "labels": ", ".join(labels) or "not named", "runs that raised": raised}
+    if not findings: tested |= {what: f"untested: {raised} runs on changed data raised" for what in missing}
+    return tested | ({"parts": f"untested: {', '.join(unsteady)}"} if unsteady else {})
+
+# %% ../nbs/00_leakage.ipynb #dc91b380
 def audit_pipeline(
     fit: Callable,  # `fit(frame, fold)` to anything fitted; or `fit(rows)` of the fold's `refit` rows
     predict: Callable,  # `predict(fitted, frame, rows)` to forecasts at row positions; or `predict(fitted, frame)` at all rows
     frame: pd.DataFrame,  # features, and labels if any, by decision time
-    folds: list[Fold],  # each is audited
+    folds: list[Fold | tuple],  # each is audited; a pair (train, test) is a fold without validation
     *,
     labels: Sequence[str] = (),  # columns that are labels: rows before the test may hold ones that had not matured
     label_end: pd.Series | pd.DataFrame | None = None,  # when each row's label(s) end; None: only the fold's rows had matured
@@ -1037,19 +1141,19 @@ def audit_pipeline(
     seed: int = 0,  # draws the replacements
 ) -> LeakReport:
     "Is anything fitted, or forecast, from what had not happened or matured? Fitted parts and forecasts must not move by a bit."
-    _check_pipeline(frame, folds, labels)
-    rng, findings, raised, parts = np.random.default_rng(seed), [], 0, 0
+    folds, rng, findings, parts = _check_pipeline(frame, folds, labels), np.random.default_rng(seed), [], 0
     ends = None if label_end is None else pd.Series(_longest_label(label_end, frame.index), frame.index)
-    for k, fold in enumerate(folds):
-        pipe = _Pipeline(fit, predict, fold, frame.index, f"fold {k}")
-        try: fitted = pipe.fitted(frame)
-        except Exception as error: raise AuditError(f"fit raised {type(error).__name__} on fold {k}: {error}") from error
+    pipes = [_Pipeline(fit, predict, fold, frame.index, f"fold {k}") for k, fold in enumerate(folds)]
+    for pipe in pipes:
+        try:
+            fitted = pipe.fitted(frame)
+            pipe.forecasts(fitted, frame, pipe.fold.test)
+        except Exception as error: raise AuditError(f"{pipe.where} raised {type(error).__name__}: {error}") from error
         found = _audit_fit(pipe, frame, fitted, list(labels), ends, rng)
-        if not any(f["kind"] == "not deterministic" for f in found):
-            found += _audit_predict(pipe, frame, fitted, list(labels), ends, n_cuts, rng)
-        findings, raised, parts = findings + found, raised + pipe.raised, parts + len(_parts(fitted))
-    tested = {"folds": len(folds), "fitted parts": parts, "labels": ", ".join(labels) or "not named", "runs that raised": raised}
-    return _report(_first_of_each(findings), tested)
+        if not any(f["kind"] == "not deterministic" for f in found):  # fitted anew: a fit may have left its state in an object
+            found += _audit_predict(pipe, frame, pipe.fitted(frame), list(labels), ends, n_cuts, rng)
+        findings, parts = findings + found, parts + len(pipe.parts(fitted))
+    return _report(_first_of_each(findings), _tested_pipelines(pipes, findings, parts, labels))
 
 # %% ../nbs/00_leakage.ipynb #a81a4a0f
 def _windows_apart(values: np.ndarray, length: int, phases: int) -> np.ndarray:
@@ -1130,6 +1234,17 @@ def _label_rows(index: pd.DatetimeIndex, end: pd.Series) -> int:
     return max(int(np.median(rows)), 1)
 
 # %% ../nbs/00_leakage.ipynb #649e9d25
+def _check_features(features: pd.DataFrame, level: float, n_perm: int) -> pd.DataFrame:
+    "Features as floats; an `AuditError` names a column that is none, or a number of permutations that can show nothing."
+    if not features.shape[1]: raise AuditError("features has no column: there is nothing to audit")
+    least = round(1 / level) - 1
+    if n_perm < least: raise AuditError(f"n_perm {n_perm} cannot reach level {level}: give at least {least}")
+    for name, column in features.items():
+        if not pd.api.types.is_numeric_dtype(column.dtype):
+            raise AuditError(f"feature {name!r} is {column.dtype}: give numbers (category codes, dummies)")
+    return features.astype(float).replace([np.inf, -np.inf], np.nan)
+
+# %% ../nbs/00_leakage.ipynb #08fa4e7a
 def audit_labels(
     features: pd.DataFrame,  # numeric columns by decision time
     labels: pd.Series | pd.DataFrame,  # numeric label column(s), same times
@@ -1141,25 +1256,30 @@ def audit_labels(
 ) -> LeakReport:
     "Features that are a transform or a shifted copy of a label, or implausibly informative about it."
     index, rng, findings = check_times(features.index, "features.index"), np.random.default_rng(seed), []
+    x, blind = _check_features(features, level, n_perm), {}
     labels = labels.to_frame(labels.name or "label") if isinstance(labels, pd.Series) else labels
     if not labels.index.equals(index): raise AuditError("labels and features have different times: reindex labels to features")
     ends = label_end.to_frame() if isinstance(label_end, pd.Series) else label_end
-    x = features.astype(float).replace([np.inf, -np.inf], np.nan)
     for k, name in enumerate(labels):
         end = ends[name] if name in ends else ends.iloc[:, min(k, ends.shape[1] - 1)]
         length, y = _label_rows(index, end), labels[name].astype(float)
         def add(feature, kind, size, detail, name=name):
             findings.append(dict(column=feature, kind=kind, time=index[0], magnitude=float(size), detail=f"{name}: {detail}"))
-        for f, r in _same_time(x, y, length, n_perm, rng).iterrows():
+        now, other = _same_time(x, y, length, n_perm, rng), _shifted(x, y, length)
+        if unseen := [f for f in x if f not in now.index or f not in other.index]: blind[name] = unseen
+        for f, r in now.iterrows():
             beyond, best = 1 - (1 - r.own) / 2, "square" if r.square > r.xi else "xi"
             if (r.square > beyond and r.p <= level) or (r.xi > beyond and r.p_xi <= level):
                 p = r.p if best == "square" else r.p_xi
                 detail = f"{best} {r[best]:.3f}, the matured label {r.own:.3f}; p {p:.3f} over all features"
                 add(f, "label in disguise", r[best], detail)
-        for f, r in _shifted(x, y, length).iterrows():
+        for f, r in other.iterrows():
             if r.open < .1 * r.honest:
                 add(f, "shifted label", 1 - r.open, f"follows the one {r.lag:.0f} rows away, which had not matured")
-    return _report(findings, {"features": features.shape[1], "labels": labels.shape[1], "permutations": n_perm, "level": level})
+    if all(len(blind.get(name, ())) == x.shape[1] for name in labels):
+        raise AuditError("no feature could be compared with a label: give more history, at least 8 lengths of the label")
+    words = {f"beside {name}": f"untested: {', '.join(unseen)}" for name, unseen in blind.items()}
+    return _report(findings, {"features": x.shape[1], "labels": labels.shape[1], "permutations": n_perm, "level": level} | words)
 
 # %% ../nbs/00_leakage.ipynb #058eea73
 HINT_COLUMNS = ["file", "cell", "line", "hint", "code"]

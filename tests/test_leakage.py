@@ -93,3 +93,60 @@ def test_real_features_are_no_labels_in_disguise(data_dir):
     leaky = features.assign(copy=labels["r90"].rank(), late=late, blurred=blurred)
     found = audit_labels(leaky, labels[["r90", "sigma"]], ends[["r90", "sigma"]]).findings
     assert set(found.column) == {"copy", "late", "blurred"}
+
+
+# --- rare peeks behind a return, and what is not there to be tested --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bars() -> pd.DataFrame:
+    "Three thousand hourly bars."
+    rng, index = np.random.default_rng(11), pd.date_range("2021-01-01", periods=3000, freq="h", tz="UTC")
+    return pd.DataFrame(dict(close=100 * np.exp(rng.normal(0, .01, 3000).cumsum()), volume=rng.lognormal(4, 1, 3000)), index)
+
+
+@pytest.mark.parametrize("volume", [100, 300, 500])
+def test_a_rare_peek_behind_a_return_is_found(bars, volume):
+    def peeks(frame):
+        r = frame.close.pct_change()
+        return r.where(~(frame.volume > volume), r.shift(-1))
+    assert (bars.volume > volume).sum() > 30 or volume > 100
+    found = [not audit(peeks, bars, seed=seed).ok for seed in range(4)]
+    assert sum(found) >= 3, found
+
+
+def test_the_first_row_is_cut(bars):
+    assert not audit(lambda f: f.close.diff().bfill(), bars, n_cuts=8).ok
+
+
+def test_what_was_computed_before_is_called_untested(bars):
+    ahead = bars.close.shift(-1)
+    report = audit(lambda f: f.assign(ahead=ahead.loc[f.index]), bars, n_cuts=8)
+    assert report.tested["columns that ignore the frame's values"] == "untested: ahead"
+
+
+@pytest.mark.parametrize("kind", ["Float64", "double[pyarrow]"])
+def test_other_kinds_of_floats(bars, kind):
+    typed = bars.astype(kind)
+    assert audit(lambda f: f.close.diff(), typed, n_cuts=8).ok and not audit(lambda f: f.close.shift(-1), typed, n_cuts=8).ok
+
+
+@pytest.mark.filterwarnings("ignore")  # scikit-learn's, of the fits on missing values
+@pytest.mark.parametrize("model", ["boosting", "forest", "grid"])
+def test_fitted_trees(bars, model):
+    from sklearn.ensemble import GradientBoostingRegressor, RandomForestRegressor
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import GridSearchCV
+
+    from cryptopredict.leakage import audit_pipeline
+    make = {"boosting": lambda: GradientBoostingRegressor(n_estimators=5, random_state=0),
+            "forest": lambda: RandomForestRegressor(5, max_depth=3, random_state=0),
+            "grid": lambda: GridSearchCV(Ridge(), dict(alpha=[1., 10.]), cv=3)}[model]
+    frame = pd.DataFrame({k: bars.close.pct_change(k).fillna(0) for k in (1, 2, 5)}, bars.index).rename(columns=str)
+    frame["y"], rows = bars.close.pct_change().shift(-24).fillna(0), np.arange(len(bars))
+    X, fold = ["1", "2", "5"], (rows[:2000], rows[2100:2300])
+    honest = lambda given, fold: make().fit(given[X].iloc[fold.refit], given.y.iloc[fold.refit])
+    leaky = lambda given, fold: make().fit(given[X], given.y)
+    predict = lambda fitted, given, rows: fitted.predict(given[X].iloc[rows])
+    assert audit_pipeline(honest, predict, frame, [fold], labels=["y"]).ok
+    assert not audit_pipeline(leaky, predict, frame, [fold], labels=["y"]).ok
