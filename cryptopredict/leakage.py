@@ -1245,6 +1245,21 @@ def _check_features(features: pd.DataFrame, level: float, n_perm: int) -> pd.Dat
     return features.astype(float).replace([np.inf, -np.inf], np.nan)
 
 # %% ../nbs/00_leakage.ipynb #08fa4e7a
+def _audit_label(x: pd.DataFrame, y: pd.Series, length: int, level: float, n_perm: int, rng) -> tuple[list[dict], list[str]]:
+    "Findings of features beside one label of `length` rows, and the features that could not be compared in both ways."
+    now, other, findings = _same_time(x, y, length, n_perm, rng), _shifted(x, y, length), []
+    def add(feature, kind, size, detail): findings.append(dict(column=feature, kind=kind, magnitude=float(size), detail=detail))
+    for f, r in now.iterrows():
+        beyond, best = 1 - (1 - r.own) / 2, "square" if r.square > r.xi else "xi"
+        if not ((r.square > beyond and r.p <= level) or (r.xi > beyond and r.p_xi <= level)): continue
+        p = r.p if best == "square" else r.p_xi
+        add(f, "label in disguise", r[best], f"{best} {r[best]:.3f}, the matured label {r.own:.3f}; p {p:.3f} over all features")
+    for f, r in other.iterrows():
+        if r.open >= .1 * r.honest: continue
+        add(f, "shifted label", 1 - r.open, f"follows the one {r.lag:.0f} rows away, which had not matured")
+    return findings, [f for f in x if f not in now.index or f not in other.index]
+
+# %% ../nbs/00_leakage.ipynb #7a60253b
 def audit_labels(
     features: pd.DataFrame,  # numeric columns by decision time
     labels: pd.Series | pd.DataFrame,  # numeric label column(s), same times
@@ -1255,27 +1270,16 @@ def audit_labels(
     seed: int = 0,  # draws them
 ) -> LeakReport:
     "Features that are a transform or a shifted copy of a label, or implausibly informative about it."
-    index, rng, findings = check_times(features.index, "features.index"), np.random.default_rng(seed), []
-    x, blind = _check_features(features, level, n_perm), {}
+    index, rng, findings, blind = check_times(features.index, "features.index"), np.random.default_rng(seed), [], {}
+    x = _check_features(features, level, n_perm)
     labels = labels.to_frame(labels.name or "label") if isinstance(labels, pd.Series) else labels
     if not labels.index.equals(index): raise AuditError("labels and features have different times: reindex labels to features")
     ends = label_end.to_frame() if isinstance(label_end, pd.Series) else label_end
     for k, name in enumerate(labels):
-        end = ends[name] if name in ends else ends.iloc[:, min(k, ends.shape[1] - 1)]
-        length, y = _label_rows(index, end), labels[name].astype(float)
-        def add(feature, kind, size, detail, name=name):
-            findings.append(dict(column=feature, kind=kind, time=index[0], magnitude=float(size), detail=f"{name}: {detail}"))
-        now, other = _same_time(x, y, length, n_perm, rng), _shifted(x, y, length)
-        if unseen := [f for f in x if f not in now.index or f not in other.index]: blind[name] = unseen
-        for f, r in now.iterrows():
-            beyond, best = 1 - (1 - r.own) / 2, "square" if r.square > r.xi else "xi"
-            if (r.square > beyond and r.p <= level) or (r.xi > beyond and r.p_xi <= level):
-                p = r.p if best == "square" else r.p_xi
-                detail = f"{best} {r[best]:.3f}, the matured label {r.own:.3f}; p {p:.3f} over all features"
-                add(f, "label in disguise", r[best], detail)
-        for f, r in other.iterrows():
-            if r.open < .1 * r.honest:
-                add(f, "shifted label", 1 - r.open, f"follows the one {r.lag:.0f} rows away, which had not matured")
+        length = _label_rows(index, ends[name] if name in ends else ends.iloc[:, min(k, ends.shape[1] - 1)])
+        found, unseen = _audit_label(x, labels[name].astype(float), length, level, n_perm, rng)
+        findings += [dict(f, time=index[0], detail=f"{name}: {f['detail']}") for f in found]
+        if unseen: blind[name] = unseen
     if all(len(blind.get(name, ())) == x.shape[1] for name in labels):
         raise AuditError("no feature could be compared with a label: give more history, at least 8 lengths of the label")
     words = {f"beside {name}": f"untested: {', '.join(unseen)}" for name, unseen in blind.items()}
