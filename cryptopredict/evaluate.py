@@ -207,7 +207,7 @@ def audit_inputs(
     labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     ends = labels[["label_end", "sigma_end"]].set_axis(["r90", "sigma"], axis=1)
     folds = make_folds(config, labels)  # says first where the history is too short
-    known, cuts = lambda frame: _labels_as_known(frame, config), max(n_cuts // 3, 1)
+    known, cuts = lambda frame: _labels_as_known(frame, config), max(n_cuts // 6, 1)
     reports = {
         "features": audit(build_features, panel, n_cuts=n_cuts, seed=config.seed),
         "labels": _together([audit(known, s[["close"]], n_cuts=cuts, seed=config.seed) for s in stretches]),

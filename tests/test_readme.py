@@ -51,6 +51,15 @@ def test_gpu_memory_is_what_was_measured():
     assert f"{peak['mhsa', 512]:.1f} GB\n  (mhsa, 512)" in README
 
 
+def test_speed_is_what_was_measured():
+    speed = json.loads((ROOT / "results" / "speed.json").read_text(encoding="utf-8"))
+    ratio, tokens = speed["scan"]["ratio"]["median"], speed["training"]["tokens_per_s"]["median"]
+    assert ratio >= 20 and tokens >= 25_000 and speed["training"]["parameters"] >= 100_000
+    assert f"is {ratio:.0f} times as fast" in README and f"{round(tokens, -3):,.0f} hours of streams" in README
+    peaks = list(speed["memory"].values())
+    assert len(peaks) >= 4 and max(peaks) < 1.02 * min(peaks)
+
+
 def test_leak_figures_are_those_measured():
     paid = json.loads((ROOT / "results" / "leaks.json").read_text(encoding="utf-8"))
     loss = {r["name"]: r["log_loss"] for r in paid["leaks"] if r["target"] == "direction"}
