@@ -67,12 +67,19 @@ def write_atomic(
 
 # %% ../nbs/04c_checkpoint.ipynb #ab2176cc
 def to_toml(
-    values: dict,  # JSON values; nested dicts become tables, None is left out
+    values: dict,  # numbers, texts, lists of them; nested dicts become tables, None is left out
+    table: str = "",  # name of the table that holds them
 ) -> str:
     "Values as TOML; what is not in a table comes first."
-    plain = [f"{k} = {json.dumps(v)}" for k, v in values.items() if not isinstance(v, dict) and v is not None]
-    tables = [f"\n[{k}]\n{to_toml(v).rstrip()}" for k, v in values.items() if isinstance(v, dict)]
-    return "\n".join([*plain, *tables]) + "\n"
+    def text(key, v):
+        if isinstance(v, float): return repr(v)
+        if isinstance(v, (bool, int, str)): return json.dumps(v, ensure_ascii=False)
+        if isinstance(v, (list, tuple)): return f"[{', '.join(text(key, item) for item in v)}]"
+        raise ValueError(f"{table}{key} is {v!r}: TOML here holds numbers, texts and lists of them")
+    name = lambda k: k if k.replace("_", "").replace("-", "").isalnum() else json.dumps(k)
+    plain = [f"{name(k)} = {text(k, v)}" for k, v in values.items() if not isinstance(v, dict) and v is not None]
+    inner = {k: f"{table}{name(k)}" for k, v in values.items() if isinstance(v, dict)}
+    return "\n".join([*plain, *(f"\n[{path}]\n{to_toml(values[k], path + '.').rstrip()}" for k, path in inner.items())]) + "\n"
 
 # %% ../nbs/04c_checkpoint.ipynb #3da8a45f
 class CheckpointError(ValueError):

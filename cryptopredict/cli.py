@@ -51,7 +51,8 @@ def _files(data: Path, repairs: tuple[str, ...]) -> tuple:
 # %% ../nbs/06a_cli.ipynb #46b8276d
 def _training_line(record: dict) -> str:
     "Losses by head, learning rate, speed and peak memory of one update."
-    losses = "  ".join(f"{head} {float(record[head]):.3f}" for head in ("cls", "p10", "p90", "vol"))
+    number = lambda v: v.item() if hasattr(v, "item") else v
+    losses = "  ".join(f"{head} {number(record[head]):.3f}" for head in ("cls", "p10", "p90", "vol"))
     memory = record.get("peak_allocated", record.get("peak_rss", 0)) / 2**20
     return f"{losses}  lr {record['lr']:.1e}  {record['tokens_per_s'] / 1e3:.0f}k tokens/s  {memory:.0f} MiB"
 

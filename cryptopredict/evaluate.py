@@ -68,11 +68,12 @@ class ConfigError(ValueError):
     "A configuration that cannot be run; the message names the key."
 
 # %% ../nbs/05f_evaluate.ipynb #2ce9ea9a
-def _is_duration(value: str) -> str:
-    "`value` if pandas reads it as a positive duration."
+def _is_duration(value: str, least: str = "0D") -> str:
+    "`value` if pandas reads it as a positive duration, of at least `least`."
     try: positive = pd.Timedelta(value) > pd.Timedelta(0)
     except ValueError: positive = False
     if not positive: raise ValueError(f"{value!r} is no positive duration such as '90D'")
+    if pd.Timedelta(value) < pd.Timedelta(least): raise ValueError(f"{value!r} is shorter than {least}: origins are daily")
     return value
 
 # %% ../nbs/05f_evaluate.ipynb #b02857e0
@@ -96,7 +97,7 @@ class EvaluateConfig(BaseModel):
 
     @field_validator("horizon", "vol_window", "validation")
     @classmethod
-    def _durations(cls, value): return _is_duration(value)
+    def _durations(cls, value): return _is_duration(value, "1D")
 
     @field_validator("preset")
     @classmethod
@@ -454,6 +455,25 @@ def _network_forecast(net, prepared: Prepared, panel: pd.DataFrame, features: pd
     return pd.DataFrame(dict(zip(FORECAST_COLUMNS, columns)), index=panel.index[rows]).astype(float)
 
 # %% ../nbs/05f_evaluate.ipynb #23a8fe89
+def _training_identity(model: Network, data: FoldData) -> dict:
+    "What must be equal for a training in a folder to be gone on with."
+    names = ("preset", "epochs", "horizon", "vol_window", "threshold", "validation_spans")
+    digest = hashlib.sha256(data.x.numpy().tobytes())
+    for part in data.fit: digest.update(part.numpy().tobytes())
+    return {name: getattr(model, name) for name in names} | dict(data_sha256=digest.hexdigest())
+
+# %% ../nbs/05f_evaluate.ipynb #74449110
+def _kept_choice(path: Path, identity: dict) -> dict:
+    "The choice in a folder; a `ValueError` where it is damaged, or that of another training."
+    try: choice = json.loads(path.read_text())
+    except ValueError as error: raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
+    there = choice.get("identity", identity)
+    for k, mine in identity.items():
+        if there.get(k) == mine: continue
+        raise ValueError(f"{path.parent} holds another training ({k}: {there.get(k)} there, {mine} here): choose another --out")
+    return choice
+
+# %% ../nbs/05f_evaluate.ipynb #d637d79a
 class Network:
     "The Mamba2 multitask model: combined with baselines, stopped on validation, fitted on all matured labels."
     stochastic, needs_features = True, True
@@ -475,10 +495,12 @@ class Network:
 
     def fit(self, panel, features, labels, fold, seed=0):
         "Choose on validation spans before the test (once a folder, for all seeds), then fit on `fold.refit`."
-        kept = self.folder / "choice.json"
-        if not kept.exists(): write_atomic(kept, json.dumps(_choose(self, panel, features, labels, fold, seed)))
-        choice = json.loads(kept.read_text())
-        self.heads, self.prepared = choice["heads"], _prepare(self, panel, features, labels, fold.refit, None)
+        self.prepared, kept = _prepare(self, panel, features, labels, fold.refit, None), self.folder / "choice.json"
+        identity = _training_identity(self, self.prepared.data)
+        if not kept.exists():
+            write_atomic(kept, json.dumps(dict(_choose(self, panel, features, labels, fold, seed), identity=identity)))
+        choice = _kept_choice(kept, identity)
+        self.heads = choice["heads"]
         config, data = _train_config(self, self.prepared.data, seed), self.prepared.data
         out, epochs = self.folder / f"seed-{seed}", choice["epochs"]
         self.model = train(config, data, out, self.prepared.start, until=epochs, progress=self.watch).model
@@ -643,9 +665,11 @@ def newest_forecast(
     fold = live_fold(panel.index, labels[["label_end", "sigma_end"]], validation=config.validation, embargo=config.embargo)
     features = build_features(panel) if any(getattr(FORECASTERS[m], "needs_features", False) for m in config.models) else None
     made = []
-    for done, (_, model, seed) in enumerate(todo := _parts(config, 1)):
-        progress(done, len(todo), f"newest forecast, {model}")
-        made.append(fit_predict(model, panel, features, labels, fold, config, seed, folder, watch).assign(fold=-1)[SCHEMA])
+    with tempfile.TemporaryDirectory() as nowhere:
+        for done, (_, model, seed) in enumerate(todo := _parts(config, 1)):
+            progress(done, len(todo), f"newest forecast, {model}")
+            one = fit_predict(model, panel, features, labels, fold, config, seed, folder or Path(nowhere), watch)
+            made.append(one.assign(fold=-1)[SCHEMA])
     return pd.concat(made, ignore_index=True)
 
 # %% ../nbs/05f_evaluate.ipynb #65b7eac3
@@ -660,12 +684,14 @@ def training_summary(
     "A record a fold and training (the newest choice, then each seed): what was chosen, speed, peak memory, curve of losses."
     records = []
     folds = sorted(path.parent for path in folder.glob("*/choice.json"))
-    for path in (p for f in folds for p in (*sorted(f.glob("choice-*"))[-1:], *sorted(f.glob("seed-*")))):
+    by_number = lambda paths: sorted(paths, key=lambda p: int(p.name.split("-")[1]))
+    for path in (p for f in folds for p in (*by_number(f.glob("choice-*"))[-1:], *by_number(f.glob("seed-*")))):
         timings, curve = _lines(path / "timings.jsonl"), _lines(path / "metrics.jsonl")
         speed = float(np.median([t["tokens_per_s"] for t in timings])) if timings else None
         kinds = ("peak_rss", "peak_allocated", "peak_reserved")
         memory = {kind: max((t[kind] for t in timings if kind in t), default=None) for kind in kinds}
-        head = dict(fold=path.parent.name, training=path.name, **json.loads((path.parent / "choice.json").read_text()))
+        reduced = next((t["plan"] for t in timings if t.get("plan")), "")
+        head = dict(fold=path.parent.name, training=path.name, reduced=reduced, **json.loads((path.parent / "choice.json").read_text()))
         records.append(dict(**head, tokens_per_s=speed, **memory, curve=curve[::max(1, len(curve) // 60)]))
     return records
 

@@ -244,6 +244,7 @@ def training_table(
         for name, key in (("process", "peak_rss"), ("GPU", "peak_allocated")):
             if r.get(key): row[f"peak memory, {name} (MiB)"] = f"{r[key] / 2**20:,.0f}"
         row["heads that leave"] = ", ".join(r["heads"]) or "none"
+        if r.get("reduced"): row["reduced"] = r["reduced"]
         for head, e in (r.get("evidence") or {}).items():
             row[f"{head}: loss - anchor's (p)"] = f"{e['difference']:+.4f} ({e['p']:.3f})"
         rows.append(row)

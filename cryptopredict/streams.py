@@ -76,10 +76,10 @@ def _targets(labels: pd.DataFrame, rows: np.ndarray, target: str) -> Targets:
     return Targets(*(torch.from_numpy(np.where(inside, v, np.float32(np.nan))) for v in values))
 
 # %% ../nbs/04b_streams.ipynb #209c8898
-def _check_labelled(labels: pd.DataFrame, **rows: np.ndarray | None) -> None:
-    "A `ValueError` that names the rows which hold no label at all."
+def _check_labelled(labels: pd.DataFrame, column: str = "r90", **rows: np.ndarray | None) -> None:
+    "A `ValueError` that names the rows which hold no label at all in `column`."
     for name, at in rows.items():
-        if at is None or (len(at) and labels["r90"].iloc[at].notna().any()): continue
+        if at is None or (len(at) and labels[column].iloc[at].notna().any()): continue
         raise ValueError(f"{name} holds no labelled row: start later or bring more history")
 
 # %% ../nbs/04b_streams.ipynb #0d5fb147
@@ -94,8 +94,11 @@ def fold_data(
     "Tensors of one fold; the scaler knows the `fit` rows alone."
     if len(features) != len(labels):
         raise ValueError(f"labels has {len(labels)} rows, features {len(features)}: give the same hours")
-    _check_labelled(labels, fit=fit, valid=valid)
+    if not features.index.equals(labels.index): raise ValueError("labels and features have other hours, or another order of them")
+    if target not in ("terminal", "path"): raise ValueError(f"target is {target!r}; known are 'terminal' and 'path'")
+    _check_labelled(labels, "r90" if target == "terminal" else "p10_path", fit=fit, valid=valid)
     scaler = fit_scaler(features, fit)
+    if not scaler.columns: raise ValueError("every feature is missing in over half of the rows of fit: bring data")
     x, start = scaler(features), 0
     if anchor is not None:
         known = np.flatnonzero(np.isfinite(anchor))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import newest, save, to_toml, write_atomic
+from .checkpoint import CheckpointError, load, newest, save, to_toml, write_atomic
 from .multitask import (Forecast, ModelConfig, ModelState, MultitaskModel, Targets, detach, multitask_loss,
                                      preset, read_preset, task_losses)
 from .streams import Chunk, FoldData, plan_streams, stream_chunks, warm_forecast, windows
@@ -68,6 +68,8 @@ def train_preset(
 ) -> TrainConfig:
     "The preset's training configuration, with overrides."
     own = {f.name for f in fields(TrainConfig)} - {"model"}
+    known = sorted(own | {f.name for f in fields(ModelConfig)})
+    if unknown := sorted(set(overrides) - set(known)): raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(known)}")
     model = preset(name, n_features, **{k: v for k, v in overrides.items() if k not in own})
     return replace(TrainConfig(model=model, **read_preset(name)["train"]), **{k: v for k, v in overrides.items() if k in own})
 
@@ -178,6 +180,11 @@ def _chunks(config: TrainConfig, data: FoldData, epoch: int) -> Iterator[Chunk]:
     if config.dataset == "windows": return windows(data, config.batch, config.tbptt_len, config.seed, epoch)
     return stream_chunks(data, plan_streams(data.stop - data.start, config.batch, config.tbptt_len), config.seed, epoch)
 
+# %% ../nbs/05_tbptt_trainer.ipynb #58ef911d
+def _reduced(config: TrainConfig, data: FoldData) -> str:
+    "What of batch and tbptt_len had to be reduced for a stream to hold four chunks, or an empty text."
+    return plan_streams(data.stop - data.start, config.batch, config.tbptt_len).note if config.dataset == "streams" else ""
+
 # %% ../nbs/05_tbptt_trainer.ipynb #2a6a7ca5
 def steps_per_epoch(config: TrainConfig, data: FoldData) -> int:
     "Updates in one epoch; a stream's burn-in chunk has none."
@@ -253,7 +260,8 @@ def train_epoch(
         tokens += chunk.x.shape[0] * chunk.x.shape[1]
         progress(run, dict(record, steps=steps, tokens_per_s=speed(), **peak_bytes(run.config.device)))
     run.epoch += 1
-    _append(run.out / "timings.jsonl", dict(epoch=run.epoch, tokens_per_s=speed(), **peak_bytes(run.config.device)))
+    record = dict(epoch=run.epoch, tokens_per_s=speed(), plan=_reduced(run.config, data), **peak_bytes(run.config.device))
+    _append(run.out / "timings.jsonl", record)
 
 # %% ../nbs/05_tbptt_trainer.ipynb #31789a02
 def _forget_after(run: Run, new: bool) -> None:
@@ -261,14 +269,17 @@ def _forget_after(run: Run, new: bool) -> None:
     for name, key, last in (("metrics", "step", run.step), ("timings", "epoch", run.epoch), ("validation", "epoch", run.epoch)):
         path = run.out / f"{name}.jsonl"
         if not path.exists(): continue
-        lines = [] if new else [line for line in path.read_text().splitlines() if json.loads(line)[key] <= last]
-        path.write_text("".join(line + "\n" for line in lines))
+        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a write cut short leaves no whole line
+        lines = [] if new else [line for line in whole if json.loads(line)[key] <= last]
+        write_atomic(path, "".join(line + "\n" for line in lines))
 
 # %% ../nbs/05_tbptt_trainer.ipynb #a018e468
 def _close_epoch(run: Run, data: FoldData) -> None:
     "Validation and checkpoint after an epoch; before the first one too, so that a run of no epoch can be loaded."
     checkpoint = run.out / "checkpoints" / f"step-{run.step:08d}"
-    if checkpoint.exists(): return
+    if checkpoint.exists():
+        try: return load(checkpoint) and None
+        except CheckpointError: checkpoint.rename(checkpoint.with_name(f"damaged-{checkpoint.name}-{time.time_ns()}"))
     if data.valid is not None:
         losses = validation_loss(run.model, data, run.config.target)
         _append(run.out / "validation.jsonl", dict(epoch=run.epoch, **losses))
@@ -300,6 +311,9 @@ def train(
     progress: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update, as by `train_epoch`
 ) -> Run:
     "Fit one model on one fold; `config.toml`, metrics, timings and validation as `.jsonl`, and checkpoints in the run folder."
+    if config.device == "cuda":
+        if not torch.cuda.is_available(): raise ValueError("device is 'cuda', and there is none here: use 'cpu'")
+        torch.cuda.reset_peak_memory_stats()  # of this training alone
     run = _open(config, out, climatology)
     steps = config.epochs * steps_per_epoch(config, data)
     settle(run, data)
