@@ -691,7 +691,8 @@ def training_summary(
         kinds = ("peak_rss", "peak_allocated", "peak_reserved")
         memory = {kind: max((t[kind] for t in timings if kind in t), default=None) for kind in kinds}
         reduced = next((t["plan"] for t in timings if t.get("plan")), "")
-        head = dict(fold=path.parent.name, training=path.name, reduced=reduced, **json.loads((path.parent / "choice.json").read_text()))
+        choice = json.loads((path.parent / "choice.json").read_text())
+        head = dict(fold=path.parent.name, training=path.name, reduced=reduced, **choice)
         records.append(dict(**head, tokens_per_s=speed, **memory, curve=curve[::max(1, len(curve) // 60)]))
     return records
 

@@ -69,7 +69,8 @@ def train_preset(
     "The preset's training configuration, with overrides."
     own = {f.name for f in fields(TrainConfig)} - {"model"}
     known = sorted(own | {f.name for f in fields(ModelConfig)})
-    if unknown := sorted(set(overrides) - set(known)): raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(known)}")
+    unknown = sorted(set(overrides) - set(known))
+    if unknown: raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(known)}")
     model = preset(name, n_features, **{k: v for k, v in overrides.items() if k not in own})
     return replace(TrainConfig(model=model, **read_preset(name)["train"]), **{k: v for k, v in overrides.items() if k in own})
 
