@@ -5,8 +5,20 @@
 # %% ../nbs/03_mamba2_block.ipynb #da2e7941
 from __future__ import annotations
 
+import json
+import logging
 import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -15,87 +27,210 @@ from einops import rearrange
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['ssd_reference', 'ssd_scan', 'Mamba2State', 'Mamba2Config', 'no_weight_decay', 'RMSNorm', 'causal_conv', 'Mamba2',
-           'check_like', 'check_state', 'GatedMLP', 'Mamba2Block']
+__all__ = ['BACKENDS', 'ssd_reference', 'debug', 'check_finite', 'check_reset', 'choose_backend', 'ssd_scan', 'map_state',
+           'detach', 'carried', 'Mamba2State', 'Mamba2Config', 'no_weight_decay', 'RMSNorm', 'causal_conv',
+           'causal_conv_silu', 'Mamba2', 'check_like', 'check_input', 'check_state', 'GatedMLP', 'Mamba2Block']
 
 # %% ../nbs/03_mamba2_block.ipynb #ae4646bb
 def ssd_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-                  initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                  initial_state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     "The recurrence one step after another; shapes as in `ssd_scan`. Slow: for checks."
     b, t, h, p = x.shape
     B, C = (m.repeat_interleave(h // m.shape[2], dim=2) for m in (B, C))  # (b, t, h, n)
     state = x.new_zeros(b, h, p, B.shape[-1]) if initial_state is None else initial_state
     ys = []
     for i in range(t):
+        if reset is not None: state = state.masked_fill(reset[:, i, None, None, None], 0)
         decay = torch.exp(dt[:, i] * A)[..., None, None]  # (b, h, 1, 1)
         state = decay * state + (dt[:, i, :, None] * x[:, i])[..., None] * B[:, i, :, None]
         ys.append((state * C[:, i, :, None]).sum(-1))
     y = torch.stack(ys, 1)
     return (y if D is None else y + D[:, None] * x), state
 
-# %% ../nbs/03_mamba2_block.ipynb #10614491
-def _decays(dA: Tensor) -> tuple[Tensor, Tensor]:
-    "Cumulative sums of `dA` (b, c, h, q) and the lower-triangular decays exp(sum over (j, i]) of shape (b, c, h, q, q)."
-    total = dA.cumsum(-1)
-    never = torch.full((dA.shape[-1],) * 2, -math.inf, dtype=dA.dtype, device=dA.device).triu(1)
-    # Minus infinity before the exponential: above the diagonal the difference is positive and may overflow.
-    # In place, on a matrix nobody else holds: it is the largest of the scan, and reading it over is what the scan's time goes to.
-    return total, (total[..., :, None] + (-total)[..., None, :]).add_(never).exp_()
+# %% ../nbs/03_mamba2_block.ipynb #ee020551
+class _Within(torch.autograd.Function):
+    "exp(total[i] - total[j]) for j <= i of one series, else 0: (b, c, h, q, q) in `kind`, of float64 sums (b, c, h, q)."
 
-# %% ../nbs/03_mamba2_block.ipynb #d0fc56a5
+    @staticmethod
+    def forward(ctx, total: Tensor, series: Tensor | None, kind: torch.dtype) -> Tensor:
+        high = total.to(kind)
+        never = torch.full((total.shape[-1],) * 2, -math.inf, dtype=kind, device=total.device).triu(1)
+        # In place, and before the exponential: it is the largest matrix of the scan, and above its diagonal exp would overflow.
+        within = (high[..., :, None] - high[..., None, :]).add_(never)
+        if series is not None: within.masked_fill_(series[..., :, None] != series[..., None, :], -math.inf)
+        ctx.save_for_backward(within.exp_())
+        return within
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, None, None]:
+        flow = slope * ctx.saved_tensors[0]
+        return flow.sum(-1, dtype=torch.float64) - flow.sum(-2, dtype=torch.float64), None, None
+
+# %% ../nbs/03_mamba2_block.ipynb #6e727ef0
+class _Decays(NamedTuple):
+    "What is left of things after the steps of a chunk; all but `within` (b, c, h, q)."
+    within: Tensor  # at step i of what step j wrote, but for the factors row[i] and column[j]; 0 for j > i (b, c, h, q, q)
+    row: Tensor  # what the float32 sum at step i dropped
+    column: Tensor  # what the float32 sum at step j dropped
+    into: Tensor  # at step i of the state before the chunk
+    out: Tensor  # after the chunk of what step j wrote
+
+# %% ../nbs/03_mamba2_block.ipynb #74d92656
+_FLOOR = {torch.float32: -104., torch.float64: -746.}  # e to any lower power is 0
+
+def _decays(dA: Tensor, reset: Tensor | None = None) -> _Decays:
+    "Decays of a chunk from `dA` (b, c, h, q) <= 0; nothing survives a step of `reset` (b, c, q)."
+    wide = dA.dtype
+    total = dA.clamp_min(_FLOOR[wide]).double().cumsum(-1)  # the floor keeps sums of any length finite
+    low = (total - total.to(wide)).detach().to(wide)
+    series = None if reset is None else reset.cumsum(-1)[:, :, None]  # (b, c, 1, q): which one a step belongs to
+    into, out = total.exp().to(wide), (total[..., -1:] - total).exp().to(wide)
+    if series is not None: into, out = into.masked_fill(series > 0, 0), out.masked_fill(series < series[..., -1:], 0)
+    return _Decays(_Within.apply(total, series, wide), low.exp(), (-low).exp(), into, out)
+
+# %% ../nbs/03_mamba2_block.ipynb #879ec993
 def _hand_on(left: Tensor, keep: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     "States before each chunk (b, c, h, p, n) and after the last, from what each chunk leaves and keeps."
     before = []
-    for c in range(left.shape[1]):
+    for leaves, keeps in zip(left.unbind(1), keep[..., None, None].unbind(1)):
         before.append(state)
-        state = keep[:, c, :, None, None] * state + left[:, c]
+        state = torch.addcmul(leaves, keeps, state)
     return torch.stack(before, 1), state
 
 # %% ../nbs/03_mamba2_block.ipynb #fcd5a399
-def _scan_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, q: int) -> tuple[Tensor, Tensor]:
+def _scan_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, reset: Tensor | None, q: int):
     "The scan over a length that is a multiple of `q`, without D; `state` is (b, h, p, n) in at least float32."
-    kind, wide, g = x.dtype, state.dtype, B.shape[2]
-    by_group = lambda m: rearrange(m, "b c (g r) ... -> b c g r ...", g=g)  # r heads share the B and C of a group
-    total, L = _decays(rearrange(dt.to(wide) * A.to(wide), "b (c q) h -> b c h q", q=q))
-    x = rearrange((x * dt.to(wide)[..., None]).to(kind), "b (c q) (g r) p -> b c g r q p", q=q, g=g)  # what a step writes
+    kind, wide, g, p = x.dtype, state.dtype, B.shape[2], x.shape[3]
+    x, dt = (rearrange(v, "b (c q) h ... -> b c q h ...", q=q) for v in (x, dt.to(wide)))
     B, C = (rearrange(m, "b (c q) g n -> b c g q n", q=q) for m in (B, C))
-    near = (C @ B.transpose(-1, -2)).to(wide)[:, :, :, None]  # (b, c, g, 1, q, q)
-    y = (near * by_group(L)).to(kind) @ x  # own inputs to own outputs
-    fade = by_group((total[..., -1:] - total).exp())[..., None]
-    left = (fade * x).to(kind).transpose(-1, -2) @ B[:, :, :, None]  # left in the state (b, c, g, r, p, n)
-    before, state = _hand_on(left.flatten(2, 3).to(wide), total[..., -1].exp(), state)
-    read = C[:, :, :, None] @ by_group(before).to(kind).transpose(-1, -2)  # what was before, as it is read
-    y = y + (read.to(wide) * by_group(total.exp())[..., None]).to(kind)
-    return rearrange(y, "b c g r q p -> b (c q) (g r) p"), state
+    d = _decays((dt * A.to(wide)).transpose(2, 3), None if reset is None else rearrange(reset, "b (c q) -> b c q", q=q))
+    by_step = lambda v: v.transpose(2, 3)[..., None]  # (b, c, h, q) as a factor of (b, c, q, h, p)
+    written = lambda factor: (x * (dt[..., None] * by_step(factor))).to(kind)
+    near = (C @ B.transpose(-1, -2)).to(wide)[:, :, :, None] * rearrange(d.within, "b c (g r) i j -> b c g r i j", g=g)
+    own = near.flatten(2, 3).to(kind) @ written(d.column).transpose(2, 3)  # own inputs to own outputs (b, c, h, q, p)
+    left = rearrange(written(d.out), "b c q (g r) p -> b c g (r p) q", g=g) @ B  # what the chunk leaves in the state
+    left = rearrange(left, "b c g (r p) n -> b c (g r) p n", p=p).to(wide)
+    before, state = _hand_on(left, d.into[..., -1], state)
+    read = C @ rearrange(before.to(kind), "b c (g r) p n -> b c g n (r p)", g=g)  # what was before, as it is read
+    read = rearrange(read, "b c g q (r p) -> b c q (g r) p", p=p).to(wide) * by_step(d.into)
+    y = torch.addcmul(read, own.transpose(2, 3).to(wide), by_step(d.row))
+    return rearrange(y.to(kind), "b c q h p -> b (c q) h p"), state
 
-# %% ../nbs/03_mamba2_block.ipynb #79dd457f
-def _scan_any(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+# %% ../nbs/03_mamba2_block.ipynb #10614491
+def _scan_torch(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, reset: Tensor | None, chunk: int):
     "The scan over any length: whole chunks, then the tail as one shorter chunk."
     whole = x.shape[1] - x.shape[1] % chunk
     lengths, ys = [n for n in (whole, x.shape[1] - whole) if n], []
-    for n, xs, dts, Bs, Cs in zip(lengths, *(m.split(lengths, dim=1) for m in (x, dt, B, C))):
-        y, state = _scan_chunks(xs, dts, A, Bs, Cs, state, min(n, chunk))
+    resets = [None] * len(lengths) if reset is None else reset.split(lengths, dim=1)
+    for n, xs, dts, Bs, Cs, rs in zip(lengths, *(m.split(lengths, dim=1) for m in (x, dt, B, C)), resets):
+        y, state = _scan_chunks(xs, dts, A, Bs, Cs, state, rs, min(n, chunk))
         ys.append(y)
     return torch.cat(ys, 1) if len(ys) > 1 else ys[0], state
 
-# %% ../nbs/03_mamba2_block.ipynb #29fba023
+# %% ../nbs/03_mamba2_block.ipynb #d0fc56a5
+_debug = [os.environ.get("CRYPTOPREDICT_DEBUG", "0") not in ("", "0")]
+
+@contextmanager
+def debug(
+    on: bool = True,  # look whether inputs and states are finite
+) -> Iterator[None]:
+    "Within it, inputs and states that are not finite are refused with a `ValueError`; the process's threads share the flag."
+    before, _debug[0] = _debug[0], on
+    try: yield
+    finally: _debug[0] = before
+
+# %% ../nbs/03_mamba2_block.ipynb #788a434b
+def check_finite(name: str, value: Tensor) -> None:
+    "Under `debug`, a `ValueError` that names the argument, its shape and the first place that is not finite."
+    if not _debug[0] or not value.is_floating_point() or torch.isfinite(value).all(): return
+    at = tuple(torch.nonzero(~torch.isfinite(value))[0].tolist())
+    raise ValueError(f"{name} of shape {tuple(value.shape)} is {value[at].item()} at {at}: look for it where {name} is made")
+
+# %% ../nbs/03_mamba2_block.ipynb #38234762
+def check_reset(reset: Tensor | None, x: Tensor, name: str) -> None:
+    "A `ValueError` where `reset` is not a mask over batch and time of `x`."
+    if reset is None: return
+    if reset.shape != x.shape[:2]:
+        raise ValueError(f"reset has shape {tuple(reset.shape)}; with {name} {tuple(x.shape)} expected {tuple(x.shape[:2])}")
+    if reset.dtype != torch.bool or reset.device != x.device:
+        raise ValueError(f"reset is {reset.dtype} on {reset.device}; expected torch.bool on {x.device}, as {name}")
+
+# %% ../nbs/03_mamba2_block.ipynb #5e6a4969
 def _check_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor | None) -> None:
     "A `ValueError` that names the argument and both shapes where they do not fit."
-    if x.dim() != 4: raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, time, head, headdim)")
+    if x.dim() != 4 or not x.is_floating_point() or 0 in x.shape:
+        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; expected floats (batch, time, head, headdim), at least one of each")
     b, t, h, p = x.shape
     g, n = (B.shape[2], B.shape[3]) if B.dim() == 4 else (1, 0)
-    expected = dict(dt=(dt, (b, t, h)), A=(A, (h,)), B=(B, (b, t, g, n)), C=(C, (b, t, g, n)), D=(D, (h,)),
+    expected = dict(x=(x, x.shape), dt=(dt, (b, t, h)), A=(A, (h,)), B=(B, (b, t, g, n)), C=(C, (b, t, g, n)), D=(D, (h,)),
                     initial_state=(state, (b, h, p, n)))
     for name, (value, shape) in expected.items():
-        if value is None or value.shape == shape: continue
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; with x {tuple(x.shape)} expected {shape}")
+        if value is None: continue
+        if value.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; with x {tuple(x.shape)} expected {tuple(shape)}")
+        if value.device != x.device: raise ValueError(f"{name} is on {value.device}, x on {x.device}: move it with .to")
+        check_finite(name, value)
     wide = torch.promote_types(x.dtype, torch.float32)
     if state is not None and state.dtype != wide:
         raise ValueError(f"initial_state is {state.dtype}; with x {x.dtype} expected {wide}")
-    if h % g: raise ValueError(f"B has {g} groups, which do not divide the {h} heads of x")
-    if t == 0: raise ValueError(f"x has shape {tuple(x.shape)}: at least one time step is needed")
+    if not g or h % g: raise ValueError(f"B has {g} groups, which do not divide the {h} heads of x")
 
-# %% ../nbs/03_mamba2_block.ipynb #a51f2eaa
+# %% ../nbs/03_mamba2_block.ipynb #fe2e6e85
+def _import_past(package: str, module: str) -> ModuleType:
+    "A submodule, imported without running the package's own `__init__`, which leaves no trace."
+    stand_in = ModuleType(package)
+    stand_in.__path__ = list(find_spec(package).submodule_search_locations)
+    sys.modules[package] = stand_in
+    try: return import_module(f"{package}.{module}")
+    finally: del sys.modules[package]
+
+# %% ../nbs/03_mamba2_block.ipynb #d5dd2c7c
+@cache
+def _kernels() -> tuple[Callable | None, str]:
+    "The scan of `mamba_ssm`, or None, and why; a broken installation is one warning."
+    try:
+        if find_spec("mamba_ssm") is None: return None, "mamba_ssm is not installed"
+        try: found = import_module("mamba_ssm.ops.triton.ssd_combined")
+        except Exception as broken:  # whatever a half-installed package raises
+            warnings.warn(f"mamba_ssm does not import ({type(broken).__name__}: {broken}); looking for its Triton kernels alone",
+                          RuntimeWarning, stacklevel=2)
+            found = _import_past("mamba_ssm", "ops.triton.ssd_combined")
+        return found.mamba_chunk_scan_combined, "mamba_ssm is installed"
+    except Exception as broken: return None, f"mamba_ssm's kernels do not import ({type(broken).__name__}: {broken})"
+
+# %% ../nbs/03_mamba2_block.ipynb #87173bfe
+BACKENDS = ("auto", "torch", "mamba_ssm")
+
+def choose_backend(
+    asked: str,  # of `BACKENDS`
+    x: Tensor,  # what is scanned
+) -> tuple[str, str]:
+    "The backend for `x`, and why; a `ValueError` where the one asked for cannot serve."
+    if asked not in BACKENDS: raise ValueError(f"backend is {asked!r}; known are {', '.join(map(repr, BACKENDS))}")
+    if asked == "torch": return asked, "it was asked for"
+    found, why = _kernels()
+    if found is not None and not x.is_cuda: found, why = None, f"mamba_ssm's kernels need a GPU and x is on {x.device.type}"
+    if found is not None and x.dtype == torch.float64: found, why = None, "mamba_ssm's kernels know no float64"
+    if asked == "mamba_ssm":
+        if found is None: raise ValueError(f"backend 'mamba_ssm' cannot be used: {why}; give 'torch' or 'auto'")
+        return asked, "it was asked for"
+    if found is not None and x.dtype == torch.float32: found, why = None, "mamba_ssm's kernels multiply float32 in TF32"
+    return ("torch" if found is None else "mamba_ssm"), why
+
+# %% ../nbs/03_mamba2_block.ipynb #cec977da
+@cache
+def _say(backend: str, why: str, gpu: bool) -> None:
+    "Once a process: a log line at level info; a warning on a GPU, where there was something to choose."
+    logging.getLogger(__name__).log(logging.WARNING if gpu else logging.INFO, "ssd_scan uses the %s backend: %s", backend, why)
+
+# %% ../nbs/03_mamba2_block.ipynb #e29413eb
+def _scan_mamba_ssm(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, reset: Tensor | None, chunk: int):
+    "The scan by the Triton kernels of `mamba_ssm`; their chunk is a power of two, at least 16."
+    series = None if reset is None else reset.cumsum(1).int()
+    return _kernels()[0](x, dt, A, B, C, max(16, 1 << (chunk - 1).bit_length()), initial_states=state, seq_idx=series,
+                         return_final_states=True)
+
+# %% ../nbs/03_mamba2_block.ipynb #561b4ea7
 def ssd_scan(
     x: Tensor,  # inputs (b, t, h, p)
     dt: Tensor,  # step sizes, positive (b, t, h)
@@ -105,26 +240,104 @@ def ssd_scan(
     D: Tensor | None = None,  # skip weights (h,)
     initial_state: Tensor | None = None,  # state before the first step (b, h, p, n); None: zeros
     chunk: int = 64,  # steps handled at once; any length t works
-    backend: str = "auto",  # "auto" or "torch"
+    backend: str = "auto",  # of `BACKENDS`; "auto" logs once what it took, and why
+    reset: Tensor | None = None,  # True: the stream's state is zero before this step (b, t)
 ) -> tuple[Tensor, Tensor]:  # outputs (b, t, h, p) in x's type, final state (b, h, p, n) in at least float32
     "State-space duality scan (Dao and Gu 2024, section 6) with carried state; differentiable in everything, both states too."
     _check_scan(x, dt, A, B, C, D, initial_state)
-    if backend not in ("auto", "torch"): raise ValueError(f"backend is {backend!r}; known are 'auto' and 'torch'")
-    if chunk < 1: raise ValueError(f"chunk is {chunk}; give at least 1")
+    check_reset(reset, x, "x")
+    if type(chunk) is not int or chunk < 1: raise ValueError(f"chunk is {chunk!r}; give a whole number, at least 1")
+    backend, why = choose_backend(backend, x)
+    _say(backend, why, x.is_cuda)
     b, _, h, p = x.shape
     state = initial_state
     if state is None: state = x.new_zeros(b, h, p, B.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    scan = _scan_torch if backend == "torch" else _scan_mamba_ssm
     with torch.autocast(x.device.type, enabled=False):
-        y, state = _scan_any(x, dt, A, B.to(x.dtype), C.to(x.dtype), state, chunk)
+        y, state = scan(x, dt, A, B.to(x.dtype), C.to(x.dtype), state, reset, chunk)
         return (y if D is None else y + D[:, None].to(x.dtype) * x), state
 
 # %% ../nbs/03_mamba2_block.ipynb #11ed3553
+def map_state(
+    fn: Callable[[Tensor], Tensor],  # done to each tensor
+    state,  # a state: tensors in (named) tuples in tuples
+):
+    "A state of the same structure, made of `fn` of each tensor."
+    if isinstance(state, Tensor): return fn(state)
+    parts = [map_state(fn, s) for s in state]
+    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+
+# %% ../nbs/03_mamba2_block.ipynb #652dfa62
+def detach(state):
+    "The same state cut off from the graph that made it: the one place where truncated backpropagation truncates."
+    return map_state(Tensor.detach, state)
+
+# %% ../nbs/03_mamba2_block.ipynb #63ac48fa
+def _to(state, device: str | torch.device | None = None, dtype: torch.dtype | None = None):
+    "The state on another device, its floats in float32 or float64 where asked."
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"dtype is {dtype}: a state is kept in torch.float32 or torch.float64")
+    return map_state(lambda v: v.to(device, dtype if v.is_floating_point() else None), state)
+
+# %% ../nbs/03_mamba2_block.ipynb #3e52e995
+_KINDS: dict[str, type] = {}  # the named tuples that states are made of
+
+def _describe(state, name: str, tensors: dict[str, Tensor]):
+    "The structure of a state as JSON can hold it; tensors are put into `tensors` under their names."
+    if isinstance(state, Tensor):
+        tensors[name] = state.detach().cpu().contiguous().clone()
+        return name
+    names = getattr(state, "_fields", range(len(state)))
+    parts = [_describe(s, f"{name}.{n}".lstrip("."), tensors) for n, s in zip(names, state)]
+    return [type(state).__name__, *parts]
+
+def _rebuild(about, tensors: dict[str, Tensor]):
+    "The state that `_describe` described; a `ValueError` where the description is none."
+    if isinstance(about, str) and about in tensors: return tensors[about]
+    if not isinstance(about, list) or not about: raise ValueError("its description names no part of a state")
+    kind, parts = about[0], [_rebuild(a, tensors) for a in about[1:]]
+    if kind == "tuple": return tuple(parts)
+    if kind not in _KINDS: raise ValueError(f"it holds a {kind}, which is not known: import the module that defines it")
+    if len(parts) != len(_KINDS[kind]._fields): raise ValueError(f"it holds a {kind} of {len(parts)} parts")
+    return _KINDS[kind](*parts)
+
+# %% ../nbs/03_mamba2_block.ipynb #07438a7c
+def _save(state, path: str | Path) -> None:
+    "Write the state to a safetensors file, which is there whole or as it was before."
+    from safetensors.torch import save_file
+    path, tensors = Path(path), {}
+    about = json.dumps(_describe(state, "", tensors))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file(tensors, temporary, {"state": about})
+    with open(temporary, "rb+") as file: os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+def _load(kind: type, path: str | Path, device: str | torch.device = "cpu"):
+    "The state in a file of `save`; a `ValueError` names the file and what is wrong with it."
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            state = _rebuild(json.loads((file.metadata() or {})["state"]), {n: file.get_tensor(n) for n in file.keys()})
+    except FileNotFoundError: raise ValueError(f"{path}: there is no such file") from None
+    except (SafetensorError, KeyError, ValueError, OSError) as error: raise ValueError(f"{path} holds no state: {error}") from None
+    if type(state) is not kind: raise ValueError(f"{path} holds a {type(state).__name__}; expected {kind.__name__}")
+    return state
+
+# %% ../nbs/03_mamba2_block.ipynb #193b7ad3
+def carried(kind: type) -> type:
+    "Register a named tuple as a part of carried states, and give it `to(device, dtype)`, `save(path)` and `load(path, device)`."
+    kind.to, kind.save, kind.load = _to, _save, classmethod(_load)
+    _KINDS[kind.__name__] = kind
+    return kind
+
+# %% ../nbs/03_mamba2_block.ipynb #a8b18fa2
+@carried
 class Mamba2State(NamedTuple):
     "What a mixer remembers between chunks."
     conv: Tensor  # last inputs of the convolution (b, d_inner + 2 g n, d_conv - 1)
     ssm: Tensor  # state of the scan (b, h, p, n), at least float32
 
-# %% ../nbs/03_mamba2_block.ipynb #4afc1a0c
+# %% ../nbs/03_mamba2_block.ipynb #07c23672
 @dataclass(frozen=True)
 class Mamba2Config:
     "Sizes of a mixer; letters of the paper in the comments."
@@ -135,10 +348,13 @@ class Mamba2Config:
     ngroups: int = 1  # groups of heads that share B and C (G)
     d_conv: int = 4  # length of the causal convolution, steps
     chunk: int = 64  # steps the scan handles at once (Q)
+    backend: str = "auto"  # of the scan, one of `BACKENDS`
 
     def __post_init__(self):
+        if self.backend not in BACKENDS: raise ValueError(f"backend is {self.backend!r}; known are {', '.join(BACKENDS)}")
         for name, value in vars(self).items():
-            if type(value) is not int or value < 1: raise ValueError(f"{name} is {value!r}: give a whole number, at least 1")
+            if name == "backend" or type(value) is int and value >= 1: continue
+            raise ValueError(f"{name} is {value!r}: give a whole number, at least 1")
         if self.d_inner % self.headdim:
             raise ValueError(f"headdim {self.headdim} does not divide expand * d_model = {self.d_inner}")
         if self.nheads % self.ngroups: raise ValueError(f"ngroups {self.ngroups} does not divide the {self.nheads} heads")
@@ -158,16 +374,18 @@ def no_weight_decay(parameter: nn.Parameter) -> nn.Parameter:
 
 # %% ../nbs/03_mamba2_block.ipynb #552c4143
 class RMSNorm(nn.Module):
-    "Root-mean-square norm, in float32 at least; with a gate, of x * silu(z)."
+    "Root-mean-square norm, in float32 at least, of each of some groups of channels; with a gate, of x * silu(z)."
 
-    def __init__(self, d: int, eps: float = 1e-5):
+    def __init__(self, d: int, eps: float = 1e-5, groups: int = 1):
         super().__init__()
-        self.weight, self.eps = no_weight_decay(nn.Parameter(torch.ones(d))), eps
+        self.weight, self.eps, self.groups = no_weight_decay(nn.Parameter(torch.ones(d))), eps, groups
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if z is not None: wide = wide * F.silu(z.to(wide.dtype))
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight.to(wide.dtype)).to(x.dtype)
+        power = wide.unflatten(-1, (self.groups, -1)).square().mean(-1, keepdim=True)  # (..., groups, 1)
+        scaled = (wide.unflatten(-1, (self.groups, -1)) * torch.rsqrt(power + self.eps)).flatten(-2)
+        return (scaled * self.weight.to(wide.dtype)).to(x.dtype)
 
 # %% ../nbs/03_mamba2_block.ipynb #4c3e328a
 def causal_conv(
@@ -175,13 +393,38 @@ def causal_conv(
     weight: Tensor,  # one filter a channel (channels, 1, width)
     bias: Tensor,  # (channels,)
     past: Tensor,  # the width - 1 inputs before the first (b, channels, width - 1)
+    reset: Tensor | None = None,  # True: nothing before this step is seen (b, t)
 ) -> tuple[Tensor, Tensor]:
     "Depthwise causal convolution that continues after `past`; returns outputs and the new past."
     joined, t, y = torch.cat([past.transpose(1, 2).to(x.dtype), x], dim=1), x.shape[1], bias  # (b, width - 1 + t, channels)
+    if reset is not None: series = F.pad(reset.cumsum(1), (past.shape[2], 0))[..., None]  # which one a step belongs to
     # A product a tap: a few taps of one filter a channel are too little work for a convolution to be worth its change of layout.
     with torch.autocast(x.device.type, enabled=False):  # summed in the weights' type; autocast would keep a wide copy a tap
-        for k in range(weight.shape[2]): y = torch.addcmul(y, joined[:, k:k + t], weight[:, 0, k])
-    return y.to(x.dtype), joined[:, t:].transpose(1, 2)
+        for k in range(weight.shape[2]):
+            tap = joined[:, k:k + t]
+            if reset is not None: tap = tap.masked_fill(series[:, k:k + t] != series[:, past.shape[2]:], 0)
+            y = torch.addcmul(y, tap, weight[:, 0, k])
+    left = joined[:, t:]
+    if reset is not None: left = left.masked_fill(series[:, t:] != series[:, -1:], 0)
+    return y.to(x.dtype), left.transpose(1, 2)
+
+# %% ../nbs/03_mamba2_block.ipynb #abc82e2c
+@cache
+def _conv_kernel() -> Callable | None:
+    "`causal_conv1d`'s function where it is installed whole."
+    try: return import_module("causal_conv1d").causal_conv1d_fn
+    except Exception: return None
+
+def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor, reset: Tensor | None, backend: str):
+    "SiLU of `causal_conv`, by `causal_conv1d`'s kernel where the scan's backend is `mamba_ssm` and the kernel can."
+    fits = x.is_cuda and reset is None and 2 <= weight.shape[2] <= 4 and x.shape[2] % 8 == 0
+    if not fits or choose_backend(backend, x)[0] != "mamba_ssm" or _conv_kernel() is None:
+        y, past = causal_conv(x, weight, bias, past, reset)
+        return F.silu(y), past
+    joined = torch.cat([past.transpose(1, 2).to(x.dtype), x], 1).transpose(1, 2)  # (b, channels, width - 1 + t), channels neighbours
+    w = past.shape[2]
+    y = _conv_kernel()(joined[..., w:], weight[:, 0], bias, initial_states=joined[..., :w], activation="silu")
+    return y.transpose(1, 2), joined[..., x.shape[1]:]
 
 # %% ../nbs/03_mamba2_block.ipynb #efdfd7c7
 def _initial_dt_bias(h: int) -> Tensor:
@@ -201,7 +444,8 @@ class Mamba2(nn.Module):
         self.dt_bias = no_weight_decay(nn.Parameter(_initial_dt_bias(cfg.nheads)))
         self.A_log = no_weight_decay(nn.Parameter(torch.log(torch.empty(cfg.nheads).uniform_(1, 16))))
         self.D = no_weight_decay(nn.Parameter(torch.ones(cfg.nheads)))
-        self.norm, self.out_proj = RMSNorm(cfg.d_inner), nn.Linear(cfg.d_inner, cfg.d_model, bias=False)
+        self.norm = RMSNorm(cfg.d_inner, groups=cfg.ngroups)
+        self.out_proj = nn.Linear(cfg.d_inner, cfg.d_model, bias=False)
         no_weight_decay(self.conv1d.bias)
 
     def init_state(self, batch: int) -> Mamba2State:
@@ -210,9 +454,9 @@ class Mamba2(nn.Module):
         ssm = w.new_zeros(batch, c.nheads, c.headdim, c.d_state, dtype=torch.promote_types(w.dtype, torch.float32))
         return Mamba2State(w.new_zeros(batch, c.d_xbc, c.d_conv - 1), ssm)
 
-    def forward(self, u: Tensor, state: Mamba2State | None = None) -> tuple[Tensor, Mamba2State]:
-        "Outputs (b, t, d_model) for inputs of that shape, and the state after the last step."
-        return _mix(self, u, check_state(self, u, state))
+    def forward(self, u: Tensor, state: Mamba2State | None = None, reset: Tensor | None = None) -> tuple[Tensor, Mamba2State]:
+        "Outputs (b, t, d_model) for inputs of that shape, and the state after the last step; `reset` as for `ssd_scan`."
+        return _mix(self, u, check_state(self, u, state, reset), reset)
 
     def step(self, u_t: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
         "One time step: u_t (b, d_model)."
@@ -230,27 +474,54 @@ def check_like(given, due, name: str, u: Tensor):
     elif given.dtype != due.dtype: raise ValueError(f"{name} is {given.dtype}; expected {due.dtype}")
     elif given.device != due.device:
         raise ValueError(f"{name} is on {given.device}, the module on {due.device}: move it with .to")
+    else: check_finite(name, given)
     return given
 
 # %% ../nbs/03_mamba2_block.ipynb #1fd0a006
-def check_state(mixer: Mamba2, u: Tensor, state: Mamba2State | None) -> Mamba2State:
-    "The state to start from; a `ValueError` names the argument and both shapes where `u` or `state` does not fit."
-    d = mixer.cfg.d_model
-    if u.dim() != 3 or u.shape[-1] != d: raise ValueError(f"u has shape {tuple(u.shape)}; expected (batch, time, {d})")
-    fresh = mixer.init_state(u.shape[0])
-    return fresh if state is None else check_like(state, fresh, "state", u)
+def check_input(u: Tensor, weight: Tensor, reset: Tensor | None = None) -> None:
+    "A `ValueError` where `u` does not fit a module whose first weight is (out, channels), or `reset` does not fit `u`."
+    if u.dim() != 3 or u.shape[-1] != weight.shape[1] or 0 in u.shape:
+        raise ValueError(f"u has shape {tuple(u.shape)}; expected (batch, time, {weight.shape[1]})")
+    mixed = u.is_floating_point() and torch.is_autocast_enabled(weight.device.type)
+    if u.device != weight.device or (u.dtype != weight.dtype and not mixed):
+        raise ValueError(f"u is {u.dtype} on {u.device}; expected {weight.dtype} on {weight.device}: move it with .to")
+    check_reset(reset, u, "u")
+    check_finite("u", u)
+
+def check_state(m: nn.Module, u: Tensor, state, reset: Tensor | None = None, name: str = "state"):
+    "The state of `m` to start from; a `ValueError` names the argument and both shapes where one does not fit."
+    check_input(u, next(w for w in m.parameters() if w.dim() == 2), reset)
+    fresh = m.init_state(u.shape[0])
+    return fresh if state is None else check_like(state, fresh, name, u)
 
 # %% ../nbs/03_mamba2_block.ipynb #d430c338
-def _mix(m: Mamba2, u: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
+def _mix(m: Mamba2, u: Tensor, state: Mamba2State, reset: Tensor | None = None) -> tuple[Tensor, Mamba2State]:
     "The mixer's forward: project, convolve, scan, gate, project."
     c, wide = m.cfg, state.ssm.dtype
     z, xbc, dt = m.in_proj(u).split([c.d_inner, c.d_xbc, c.nheads], dim=-1)
-    xbc, conv = causal_conv(xbc, m.conv1d.weight, m.conv1d.bias, state.conv)
-    x, B, C = F.silu(xbc).split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], dim=-1)
+    xbc, conv = causal_conv_silu(xbc, m.conv1d.weight, m.conv1d.bias, state.conv, reset, c.backend)
+    x, B, C = xbc.split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], dim=-1)
     dt, A = F.softplus(dt.to(wide) + m.dt_bias.to(wide)), -torch.exp(m.A_log.to(wide))
     B, C = (rearrange(v, "b t (g n) -> b t g n", g=c.ngroups) for v in (B, C))
-    y, ssm = ssd_scan(rearrange(x, "b t (h p) -> b t h p", p=c.headdim), dt, A, B, C, m.D, state.ssm, c.chunk)
+    x = rearrange(x, "b t (h p) -> b t h p", p=c.headdim)
+    y, ssm = ssd_scan(x, dt, A, B, C, m.D, state.ssm, c.chunk, c.backend, reset)
     return m.out_proj(m.norm(rearrange(y, "b t h p -> b t (h p)"), z)), Mamba2State(conv.to(state.conv.dtype), ssm)
+
+# %% ../nbs/03_mamba2_block.ipynb #891fbe71
+def _config_of(weights: Mapping[str, Tensor], ngroups: int = 1) -> Mamba2Config:
+    "The sizes behind a `state_dict` of `mamba_ssm.Mamba2`; `ngroups` cannot be read from it."
+    due = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight", "out_proj.weight")
+    for name in due:
+        if name not in weights: raise ValueError(f"the weights hold no {name!r}: give the state_dict of one mamba_ssm.Mamba2 layer")
+    for name in weights:
+        if name not in due: raise ValueError(f"the weights hold {name!r}, which this mixer does not have")
+    (_, d_model), (channels, _, d_conv) = weights["in_proj.weight"].shape, weights["conv1d.weight"].shape
+    inner, heads = weights["norm.weight"].shape[0], weights["A_log"].shape[0]
+    if inner % d_model or inner % heads or (channels - inner) % (2 * ngroups):
+        raise ValueError(f"norm.weight ({inner},), A_log ({heads},), conv1d.weight ({channels}, ..) do not fit {ngroups} groups")
+    return Mamba2Config(d_model, (channels - inner) // (2 * ngroups), inner // d_model, inner // heads, ngroups, d_conv)
+
+Mamba2Config.of = staticmethod(_config_of)
 
 # %% ../nbs/03_mamba2_block.ipynb #7284334d
 class GatedMLP(nn.Module):
@@ -279,8 +550,8 @@ class Mamba2Block(nn.Module):
         "The state before anything was seen."
         return self.mixer.init_state(batch)
 
-    def forward(self, u: Tensor, state: Mamba2State | None = None) -> tuple[Tensor, Mamba2State]:
+    def forward(self, u: Tensor, state: Mamba2State | None = None, reset: Tensor | None = None) -> tuple[Tensor, Mamba2State]:
         "Residual stream (b, t, d_model) after the block, and the mixer's state."
-        y, state = self.mixer(self.norm1(u), state)
+        y, state = self.mixer(self.norm1(u), state, reset)
         u = u + self.dropout(y)
         return u + self.dropout(self.mlp(self.norm2(u))), state

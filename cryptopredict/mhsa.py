@@ -5,7 +5,9 @@
 # %% ../nbs/04_mhsa.ipynb #97fd3abc
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,10 +15,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .mamba2_block import Mamba2Block, Mamba2Config, Mamba2State, RMSNorm, check_like, no_weight_decay
+from .mamba2_block import (Mamba2Block, Mamba2Config, Mamba2State, RMSNorm, carried, check_state, no_weight_decay)
 
 # %% auto #0
-__all__ = ['rotate', 'KVCache', 'window_mask', 'MHSAConfig', 'MHSA', 'HybridState', 'HybridBlock']
+__all__ = ['KERNELS', 'rotate', 'KVCache', 'window_mask', 'MHSAConfig', 'MHSA', 'HybridState', 'HybridBlock']
 
 # %% ../nbs/04_mhsa.ipynb #191617af
 def rotate(
@@ -34,6 +36,7 @@ def rotate(
     return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1).to(x.dtype)
 
 # %% ../nbs/04_mhsa.ipynb #b6553927
+@carried
 class KVCache(NamedTuple):
     "The last keys (before rotation) and values, the newest at the end, and how many of them are real."
     k: Tensor  # (b, heads, kv_window, d)
@@ -45,14 +48,18 @@ def window_mask(
     t: int,  # queries
     window: int,  # steps before itself that a query sees
     seen: Tensor,  # filled cache slots (b,)
+    series: Tensor | None = None,  # series begun since the cache, of each slot and query (b, window + t)
 ) -> Tensor:
     "True where a query may look: (b, 1, t, window + t)."
     i = torch.arange(t, device=seen.device)[:, None]
     j = torch.arange(window + t, device=seen.device)[None]
-    real = j[None] >= (window - seen)[:, None, None]  # (b, 1, window + t)
-    return (((j >= i) & (j <= i + window))[None] & real)[:, None]
+    mask = ((j >= i) & (j <= i + window))[None] & (j[None] >= (window - seen)[:, None, None])  # (b, t, window + t)
+    if series is not None: mask = mask & (series[:, None] == series[:, window:, None])
+    return mask[:, None]
 
 # %% ../nbs/04_mhsa.ipynb #00069e58
+KERNELS = ("sdpa", "flex", "reference")  # PyTorch's fused attention, its compiled sparse one (GPU), the softmax written out
+
 @dataclass(frozen=True)
 class MHSAConfig:
     "Sizes of the attention."
@@ -61,8 +68,10 @@ class MHSAConfig:
     kv_window: int = 512  # steps before itself that a query sees, and the size of the cache
     block: int = 512  # queries handled at once; bounds the memory of a long call
     base: float = 10_000.  # of the rotary positions
+    kernel: str = "sdpa"  # of `KERNELS`
 
     def __post_init__(self):
+        if self.kernel not in KERNELS: raise ValueError(f"kernel is {self.kernel!r}; known are {', '.join(KERNELS)}")
         for name, least in (("d_model", 2), ("n_heads", 1), ("kv_window", 0), ("block", 1)):
             value = getattr(self, name)
             if type(value) is int and value >= least: continue
@@ -71,17 +80,53 @@ class MHSAConfig:
             raise ValueError(f"n_heads {self.n_heads} does not divide d_model {self.d_model} into heads of even width")
 
 # %% ../nbs/04_mhsa.ipynb #ed931c30
-def _attend(cfg: MHSAConfig, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
+def _attend_reference(q: Tensor, k: Tensor, v: Tensor, window: int, seen: Tensor, series: Tensor | None) -> Tensor:
+    "Softmax over what may be seen, written out: q (b, h, t, d), k and v (b, h, window + t, d)."
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** .5
+    mask = window_mask(q.shape[2], window, seen, series)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
+
+def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int, seen: Tensor, series: Tensor | None) -> Tensor:
+    "The same by PyTorch's fused kernels."
+    return F.scaled_dot_product_attention(q, k, v, window_mask(q.shape[2], window, seen, series))
+
+# %% ../nbs/04_mhsa.ipynb #703db3ab
+@cache
+def _compiled_flex() -> Callable:
+    "PyTorch's flex attention, compiled at its first use."
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention, dynamic=False)
+
+def _attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int, seen: Tensor, series: Tensor | None) -> Tensor:
+    "The same by flex attention; few queries are left to `_attend_sdpa`, whose start costs less."
+    from torch.nn.attention.flex_attention import create_block_mask
+    if not q.is_cuda: raise ValueError(f"kernel 'flex' needs a GPU and the input is on {q.device.type}: give 'sdpa'")
+    b, _, t, _ = q.shape
+    if t < 128: return _attend_sdpa(q, k, v, window, seen, series)
+    if series is None: series = torch.zeros(b, window + t, dtype=torch.int64, device=q.device)
+    def visible(b, h, i, j):
+        return (j >= i) & (j <= i + window) & (j >= window - seen[b]) & (series[b, j] == series[b, window + i])
+    mask = create_block_mask(visible, b, None, t, window + t, device=str(q.device))
+    return _compiled_flex()(q, k, v, block_mask=mask)
+
+_KERNELS = dict(sdpa=_attend_sdpa, flex=_attend_flex, reference=_attend_reference)
+
+# %% ../nbs/04_mhsa.ipynb #16f7416b
+def _attend(cfg: MHSAConfig, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, reset: Tensor | None) -> tuple[Tensor, KVCache]:
     "Attention of one block of queries to the cache and itself, and the cache after it."
     t, w = q.shape[2], cfg.kv_window
     keys, values = torch.cat([cache.k.to(k.dtype), k], 2), torch.cat([cache.v.to(v.dtype), v], 2)
-    at = torch.arange(w + t, device=q.device)
-    turned, mask = rotate(keys, at, cfg.base), window_mask(t, w, cache.seen)
-    y = F.scaled_dot_product_attention(rotate(q, at[w:], cfg.base), turned, values, mask)
-    kept = keys[:, :, t:].to(cache.k.dtype), values[:, :, t:].to(cache.v.dtype)
-    return y, KVCache(*kept, (cache.seen + t).clamp_max(w))
+    at, series = torch.arange(w + t, device=q.device), None if reset is None else F.pad(reset.cumsum(1), (w, 0))
+    turned = rotate(q, at[w:], cfg.base), rotate(keys, at, cfg.base)
+    y = _KERNELS[cfg.kernel](*turned, values, w, cache.seen, series)
+    kept, seen = (keys[:, :, t:].to(cache.k.dtype), values[:, :, t:].to(cache.v.dtype)), (cache.seen + t).clamp_max(w)
+    if series is not None:  # what is of another series is forgotten
+        seen = torch.minimum(seen, (series[:, w:] == series[:, -1:]).sum(1) + cache.seen * (series[:, -1] == 0))
+        gone = (torch.arange(w, device=q.device) < w - seen[:, None])[:, None, :, None]  # (b, 1, w, 1)
+        kept = tuple(m.masked_fill(gone, 0) for m in kept)
+    return y, KVCache(*kept, seen)
 
-# %% ../nbs/04_mhsa.ipynb #703db3ab
+# %% ../nbs/04_mhsa.ipynb #9c89c1fd
 class MHSA(nn.Module):
     "Causal multi-head self-attention over a window, with a bounded cache that is carried between chunks."
 
@@ -97,13 +142,13 @@ class MHSA(nn.Module):
         empty = w.new_zeros(batch, c.n_heads, c.kv_window, c.d_model // c.n_heads)
         return KVCache(empty, empty, torch.zeros(batch, dtype=torch.int64, device=w.device))
 
-    def forward(self, u: Tensor, cache: KVCache | None = None) -> tuple[Tensor, KVCache]:
-        "Outputs (b, t, d_model) for inputs of that shape, and the cache after the last step."
-        c, cache = self.cfg, _check_cache(self, u, cache)
-        q, k, v = rearrange(self.qkv(u), "b t (three h d) -> three b h t d", three=3, h=c.n_heads)
-        ys = []
-        for part in zip(q.split(c.block, 2), k.split(c.block, 2), v.split(c.block, 2)):
-            y, cache = _attend(c, *part, cache)
+    def forward(self, u: Tensor, cache: KVCache | None = None, reset: Tensor | None = None) -> tuple[Tensor, KVCache]:
+        "Outputs (b, t, d_model) for inputs of that shape, and the cache after the last step; `reset` as for `ssd_scan`."
+        c, cache = self.cfg, check_state(self, u, cache, reset, "cache")
+        parts = [m.split(c.block, 2) for m in rearrange(self.qkv(u), "b t (three h d) -> three b h t d", three=3, h=c.n_heads)]
+        resets, ys = [None] * len(parts[0]) if reset is None else reset.split(c.block, 1), []
+        for *part, r in zip(*parts, resets):
+            y, cache = _attend(c, *part, cache, r)
             ys.append(y)
         return self.out_proj(rearrange(torch.cat(ys, 2), "b h t d -> b t (h d)")), cache
 
@@ -112,16 +157,8 @@ class MHSA(nn.Module):
         y, cache = self(u_t[:, None], cache)
         return y[:, 0], cache
 
-# %% ../nbs/04_mhsa.ipynb #f68a960c
-def _check_cache(m: MHSA, u: Tensor, cache: KVCache | None) -> KVCache:
-    "The cache to start from; a `ValueError` names the argument and both shapes where `u` or `cache` does not fit."
-    d = m.cfg.d_model
-    if u.dim() != 3 or u.shape[-1] != d or not u.shape[1]:
-        raise ValueError(f"u has shape {tuple(u.shape)}; expected (batch, time, {d})")
-    fresh = m.init_state(u.shape[0])
-    return fresh if cache is None else check_like(cache, fresh, "cache", u)
-
 # %% ../nbs/04_mhsa.ipynb #530b4e83
+@carried
 class HybridState(NamedTuple):
     "What a block with attention remembers between chunks."
     mixer: Mamba2State
@@ -141,12 +178,12 @@ class HybridBlock(nn.Module):
         "The state before anything was seen."
         return HybridState(self.base.init_state(batch), self.attention.init_state(batch))
 
-    def forward(self, u: Tensor, state: HybridState | None = None) -> tuple[Tensor, HybridState]:
+    def forward(self, u: Tensor, state: HybridState | None = None, reset: Tensor | None = None) -> tuple[Tensor, HybridState]:
         "Residual stream (b, t, d_model) after the block, and its state."
         if not isinstance(state, HybridState | None):
             raise ValueError(f"state is {type(state).__name__}; expected HybridState")
         mixer, cache = state or self.init_state(u.shape[0])
-        looked, cache = self.attention(self.norm(u), cache)
-        mixed, mixer = self.base.mixer(self.base.norm1(u), mixer)
+        looked, cache = self.attention(self.norm(u), cache, reset)
+        mixed, mixer = self.base.mixer(self.base.norm1(u), mixer, reset)
         u = u + self.base.dropout(mixed + self.gate.to(looked.dtype) * looked)
         return u + self.base.dropout(self.base.mlp(self.base.norm2(u))), HybridState(mixer, cache)

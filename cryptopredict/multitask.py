@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mamba2_block import Mamba2Block, Mamba2Config, RMSNorm, check_like, no_weight_decay
+from .mamba2_block import (Mamba2Block, Mamba2Config, RMSNorm, carried, check_like, check_reset, detach,
+                                        no_weight_decay)
 from .mhsa import MHSA, HybridBlock, MHSAConfig
 
 # %% auto #0
 __all__ = ['POOLINGS', 'MAX_LOG_VAR', 'ModelConfig', 'read_preset', 'preset', 'MeanState', 'Pooling', 'Forecast', 'Heads',
-           'ModelState', 'detach', 'MultitaskModel', 'Targets', 'pinball', 'task_losses', 'multitask_loss']
+           'ModelState', 'MultitaskModel', 'Targets', 'pinball', 'task_losses', 'multitask_loss', 'detach']
 
 # %% ../nbs/04a_multitask.ipynb #b09528ca
 POOLINGS = ("last", "mean", "attention")  # how the hidden states up to t become one
@@ -52,6 +53,8 @@ class ModelConfig:
     attention_every: int = 0  # an attention branch in every so many layers; 0: none
     n_heads: int = 4  # of the attention
     kv_window: int = 512  # steps the attention looks back
+    kernel: str = "sdpa"  # of the attention, one of `mhsa.KERNELS`
+    backend: str = "auto"  # of the scan, one of `mamba2_block.BACKENDS`
     pooling: str = "last"  # of `POOLINGS`
     pool_window: int = 168  # steps the attention pooling looks back
     anchored: bool = False  # the last input channel is a forecast of log sigma that the volatility head adds to
@@ -61,7 +64,8 @@ class ModelConfig:
     @property
     def mixer(self) -> Mamba2Config: return Mamba2Config(**{f.name: getattr(self, f.name) for f in fields(Mamba2Config)})
     @property
-    def attention(self) -> MHSAConfig: return MHSAConfig(self.d_model, self.n_heads, self.kv_window)
+    def attention(self) -> MHSAConfig:
+        return MHSAConfig(self.d_model, self.n_heads, self.kv_window, kernel=self.kernel)
 
 # %% ../nbs/04a_multitask.ipynb #2f011791
 def read_preset(
@@ -86,12 +90,30 @@ def preset(
     return replace(ModelConfig(n_features=n_features, **read_preset(name)["model"]), **overrides)
 
 # %% ../nbs/04a_multitask.ipynb #96af6092
+@carried
 class MeanState(NamedTuple):
     "Running mean of everything seen."
-    total: Tensor  # sum of hidden states (b, d), at least float32
-    count: Tensor  # how many, float of the same type (b, 1)
+    total: Tensor  # sum of hidden states, float64 (b, d)
+    count: Tensor  # how many, float64 (b, 1)
 
 # %% ../nbs/04a_multitask.ipynb #880f4b6e
+def _running_mean(u: Tensor, state: MeanState, reset: Tensor | None) -> tuple[Tensor, MeanState]:
+    "Means (b, t, d) of what a stream has shown since its series began, and the state after the last step."
+    local = u.to(torch.promote_types(u.dtype, torch.float32)).cumsum(1)  # (b, t, d)
+    steps = torch.arange(1., u.shape[1] + 1, device=u.device, dtype=torch.float64).expand(u.shape[:2])
+    total, since = state.total[:, None], torch.zeros_like(steps)  # sum and number of steps before the first of `local`
+    count = state.count.expand(u.shape[:2])
+    if reset is not None:
+        since = torch.where(reset, steps - 1, 0).cummax(1).values  # steps of the call that are of an older series
+        older = F.pad(local, (0, 0, 1, 0)).gather(1, since.long()[..., None].expand_as(local))
+        begun = reset.cumsum(1) > 0
+        total, count = torch.where(begun[..., None], 0, total), count.masked_fill(begun, 0)
+        local = local - older
+    n = count + steps - since  # (b, t)
+    mean = total / n[..., None] + local / n[..., None]
+    return mean.to(u.dtype), MeanState(total[:, -1] + local[:, -1].double(), n[:, -1:])
+
+# %% ../nbs/04a_multitask.ipynb #05e39dad
 class Pooling(nn.Module):
     "Hidden states (b, t, d) to pooled states of the same shape, causal, with carried state."
 
@@ -104,19 +126,16 @@ class Pooling(nn.Module):
         "The state before anything was seen; batch, device and type as of `like` (b, t, d)."
         if self.kind == "last": return ()
         if self.kind == "attention": return self.attention.init_state(like.shape[0])
-        zeros = lambda n: like.new_zeros(like.shape[0], n, dtype=torch.promote_types(like.dtype, torch.float32))
+        zeros = lambda n: like.new_zeros(like.shape[0], n, dtype=torch.float64)
         return MeanState(zeros(self.d), zeros(1))
 
-    def forward(self, u: Tensor, state) -> tuple[Tensor, MeanState | tuple]:
+    def forward(self, u: Tensor, state, reset: Tensor | None = None) -> tuple[Tensor, MeanState | tuple]:
         "Pooled states and the carried state."
         if self.kind == "last": return u, ()
         if self.kind == "attention":
-            y, state = self.attention(u, state)
+            y, state = self.attention(u, state, reset)
             return u + y, state
-        state = check_like(state, self.init_state(u), "state.pool", u)
-        total = state.total[:, None] + u.to(state.total.dtype).cumsum(1)
-        count = state.count + torch.arange(1, u.shape[1] + 1, device=u.device, dtype=state.count.dtype)  # (b, t)
-        return (total / count[..., None]).to(u.dtype), MeanState(total[:, -1], count[:, -1:])
+        return _running_mean(u, check_like(state, self.init_state(u), "state.pool", u), reset)
 
 # %% ../nbs/04a_multitask.ipynb #f44de43f
 class Forecast(NamedTuple):
@@ -161,17 +180,13 @@ class Heads(nn.Module):
         return Forecast(logits, middle - F.softplus(down), middle + F.softplus(up), log_sigma.clamp(-6, 3).exp())
 
 # %% ../nbs/04a_multitask.ipynb #461bda95
+@carried
 class ModelState(NamedTuple):
-    "Everything the model remembers between chunks."
+    "Everything the model remembers between chunks; `detach` cuts it off the graph."
     blocks: tuple  # one state a block
     pool: tuple  # of the pooling
 
-# %% ../nbs/04a_multitask.ipynb #ef2abc71
-def detach(state):
-    "The same state cut off from the graph that made it: the one place where truncated backpropagation truncates."
-    if isinstance(state, Tensor): return state.detach()
-    parts = [detach(s) for s in state]
-    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+_all_ = ["detach"]  # told to the exporter: callers take it from here
 
 # %% ../nbs/04a_multitask.ipynb #1f2ab422
 def _blocks(cfg: ModelConfig) -> nn.ModuleList:
@@ -186,11 +201,11 @@ def _blocks(cfg: ModelConfig) -> nn.ModuleList:
     return blocks
 
 # %% ../nbs/04a_multitask.ipynb #06a7d7df
-def _through(blocks: nn.ModuleList, u: Tensor, states: tuple) -> tuple[Tensor, tuple]:
+def _through(blocks: nn.ModuleList, u: Tensor, states: tuple, reset: Tensor | None = None) -> tuple[Tensor, tuple]:
     "The residual stream after all blocks, and their states."
     after = []
     for block, state in zip(blocks, states, strict=True):
-        u, state = block(u, state)
+        u, state = block(u, state, reset)
         after.append(state)
     return u, tuple(after)
 
@@ -211,13 +226,14 @@ class MultitaskModel(nn.Module):
         like = self.embed.weight.new_zeros(batch, 1, self.cfg.d_model)
         return ModelState(tuple(b.init_state(batch) for b in self.blocks), self.pool.init_state(like))
 
-    def forward(self, x: Tensor, state: ModelState | None = None) -> tuple[Forecast, ModelState]:
-        "Forecasts at all steps and the state after the last."
+    def forward(self, x: Tensor, state: ModelState | None = None, reset: Tensor | None = None) -> tuple[Forecast, ModelState]:
+        "Forecasts at all steps and the state after the last; where `reset` (b, t) is True, another series begins in a stream."
         _check_input(self, x, state)
+        check_reset(reset, x, "x")
         x, anchor = (x[..., :-1], x[..., -1]) if self.cfg.anchored else (x, None)
         state = state or self.init_state(x.shape[0])
-        u, blocks = _through(self.blocks, self.embed(x), state.blocks)
-        pooled, pool = self.pool(self.norm(u), state.pool)
+        u, blocks = _through(self.blocks, self.embed(x), state.blocks, reset)
+        pooled, pool = self.pool(self.norm(u), state.pool, reset)
         return self.heads(pooled, anchor), ModelState(blocks, pool)
 
     def step(self, x_t: Tensor, state: ModelState) -> tuple[Forecast, ModelState]:
@@ -231,8 +247,10 @@ def _check_input(model: MultitaskModel, x: Tensor, state: ModelState | None = No
     n, due = model.cfg.n_features, model.embed.weight.dtype
     if x.dim() != 3 or x.shape[-1] != n or 0 in x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, time, {n})")
-    if x.dtype != due and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-        raise ValueError(f"x is {x.dtype}; expected {due}: convert it with .to")
+    device = model.embed.weight.device
+    mixed = x.is_floating_point() and torch.is_autocast_enabled(device.type)
+    if x.device != device or (x.dtype != due and not mixed):
+        raise ValueError(f"x is {x.dtype} on {x.device}; expected {due} on {device}: convert it with .to")
     if not x.is_cuda and not torch.isfinite(x).all():  # on a GPU looking would make the host wait; training stops on the gradient
         row = torch.nonzero(~torch.isfinite(x))[0].tolist()
         value = x[tuple(row)].item()

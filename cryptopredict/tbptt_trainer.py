@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -16,16 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, load, newest, save, to_toml, write_atomic
+from .mamba2_block import map_state
 from .multitask import (Forecast, ModelConfig, ModelState, MultitaskModel, Targets, detach, multitask_loss,
                                      preset, read_preset, task_losses)
 from .streams import Chunk, FoldData, plan_streams, stream_chunks, warm_forecast, windows
 
 # %% auto #0
-__all__ = ['BOUNDS', 'CHOICES', 'TrainConfig', 'train_preset', 'lr_factor', 'decay_groups', 'Run', 'train_step',
-           'steps_per_epoch', 'burn_in', 'settle', 'validation_loss', 'peak_bytes', 'train_epoch', 'train',
-           'best_epoch']
+__all__ = ['BOUNDS', 'CHOICES', 'reach', 'TrainConfig', 'train_preset', 'lr_factor', 'decay_groups', 'Run', 'exact_backward',
+           'train_step', 'steps_per_epoch', 'burn_in', 'settle', 'validation_loss', 'peak_bytes', 'train_epoch',
+           'train', 'best_epoch']
 
 # %% ../nbs/05_tbptt_trainer.ipynb #c21d68c2
+def reach(
+    bptt: str,  # "truncated", "span:K" or "exact"
+) -> int | None:
+    "Chunks that a gradient reaches through; None: all. A `ValueError` where `bptt` is none of these."
+    if bptt in ("truncated", "exact"): return 1 if bptt == "truncated" else None
+    kind, _, count = str(bptt).partition(":")
+    if kind == "span" and count.isascii() and count.isdigit() and 1 <= int(count) <= 10**6: return int(count)
+    raise ValueError(f"bptt is {bptt!r}: give 'truncated', 'exact' or 'span:K' with K from 1 to 1000000")
+
+# %% ../nbs/05_tbptt_trainer.ipynb #27c30965
 BOUNDS = dict(batch=(1, 4096), tbptt_len=(2, 10**6), epochs=(0, 10_000), lr=(0., 1.), weight_decay=(0., 1.), warmup=(0., .5),
               clip=(1e-6, 1e6), first_len=(0, 10**6), seed=(0, 2**31))
 CHOICES = dict(dataset=("streams", "windows"), target=("terminal", "path"), amp=("off", "bf16", "fp16"), device=("cpu", "cuda"))
@@ -38,14 +49,16 @@ def _check_train(cfg: TrainConfig) -> None:
             raise ValueError(f"{name} is {value!r}: give {low} to {high}{', a whole number' * (kinds == (int,))}")
     for name, known in CHOICES.items():
         if getattr(cfg, name) not in known: raise ValueError(f"{name} is {getattr(cfg, name)!r}; known are {', '.join(known)}")
+    reach(cfg.bptt)
 
-# %% ../nbs/05_tbptt_trainer.ipynb #47189f17
+# %% ../nbs/05_tbptt_trainer.ipynb #70e64169
 @dataclass(frozen=True)
 class TrainConfig:
     "How one model is trained; every field with its bound."
     model: ModelConfig = field(default_factory=ModelConfig)  # sizes of the network
     batch: int = 16  # streams read side by side
     tbptt_len: int = 256  # hours in a chunk
+    bptt: str = "truncated"  # gradients through "truncated" one chunk, "span:K" K chunks, "exact" all of a stream; then an update
     epochs: int = 4  # passes over the training hours at most
     lr: float = 1e-3  # peak learning rate of AdamW
     weight_decay: float = 1e-2  # on matrices; biases, norms, A, D and dt are exempt
@@ -145,10 +158,8 @@ def _forecast(run: Run, x: Tensor, state: ModelState | None) -> tuple[Forecast, 
         return run.model(x.to(run.config.device), state)
 
 # %% ../nbs/05_tbptt_trainer.ipynb #04d42263
-def _update(run: Run, loss: Tensor) -> Tensor:
-    "Backward, clip, step; returns the gradient's norm. One that is not finite is an error, or a step the fp16 scaler skips."
-    run.optimiser.zero_grad(set_to_none=True)
-    run.scaler.scale(loss).backward()
+def _update(run: Run) -> Tensor:
+    "Clip, step; returns the gradient's norm. One that is not finite is an error, or a step the fp16 scaler skips."
     run.scaler.unscale_(run.optimiser)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip)
     if not run.scaler.is_enabled() and not torch.isfinite(norm):
@@ -159,27 +170,109 @@ def _update(run: Run, loss: Tensor) -> Tensor:
     return norm
 
 # %% ../nbs/05_tbptt_trainer.ipynb #d4df39fa
+def _to_host(state: ModelState | None) -> ModelState | None:
+    "A state kept for later: tensors on a GPU are copied to pinned host memory while it works on, others are kept as they are."
+    def keep(v: Tensor) -> Tensor:
+        return torch.empty_like(v, device="cpu", pin_memory=True).copy_(v, non_blocking=True) if v.is_cuda else v
+    return None if state is None else map_state(keep, state)
+
+def _as_leaves(state: ModelState | None, device: str, grad: bool) -> tuple[ModelState | None, list[Tensor]]:
+    "A kept state back on its device, and its floats: with `grad`, leaves that collect a gradient."
+    leaves: list[Tensor] = []
+    def leaf(v: Tensor) -> Tensor:
+        v = v.to(device, non_blocking=True)
+        if not v.is_floating_point(): return v
+        leaves.append(v.detach().requires_grad_(grad))
+        return leaves[-1]
+    return (None, leaves) if state is None else (map_state(leaf, state), leaves)
+
+# %% ../nbs/05_tbptt_trainer.ipynb #b243e5f1
+def exact_backward(
+    forward: Callable,  # (chunk, state or None) -> (output, state after the chunk)
+    loss: Callable,  # (output, chunk) -> what to differentiate, or None where nothing is learned
+    chunks: Sequence,  # in order of time
+    state: ModelState | None,  # before the first; no gradient flows into it
+    device: str = "cpu",  # of the model
+) -> ModelState:
+    "Add the gradients of the sum of all losses to the parameters', through all chunks; returns the last state, detached."
+    kept = []
+    for chunk in chunks[:-1]:
+        kept.append((_to_host(state), _rng(device)))
+        with torch.no_grad(): state = forward(chunk, state)[1]
+    start, leaves = _as_leaves(state, device, len(chunks) > 1)
+    output, end = forward(chunks[-1], start)
+    last, rng, slopes = detach(end), _rng(device), []
+    _backward(loss(output, chunks[-1]), end, slopes)
+    for k in reversed(range(len(kept))):
+        slopes, (state, before) = [v.grad for v in leaves], kept.pop()
+        _rng(device, before)
+        start, leaves = _as_leaves(state, device, k > 0)
+        output, end = forward(chunks[k], start)
+        _backward(loss(output, chunks[k]), end, slopes)
+    _rng(device, rng)
+    return last
+
+# %% ../nbs/05_tbptt_trainer.ipynb #07d624b3
+def _backward(loss: Tensor | None, end: ModelState, slopes: list[Tensor | None]) -> None:
+    "Backward from a loss and, where a later chunk has left a gradient, from the state after this one."
+    ends: list[Tensor] = []
+    map_state(lambda v: ends.append(v) if v.is_floating_point() else None, end)
+    pairs = [(v, g) for v, g in zip(ends, slopes) if g is not None and v.requires_grad]
+    if loss is not None: pairs.append((loss, None))
+    if pairs: torch.autograd.backward(*zip(*pairs))
+
+# %% ../nbs/05_tbptt_trainer.ipynb #61109848
+def _learns(run: Run, chunk: Chunk) -> bool:
+    "Whether a chunk is learned from: no burn-in chunk is, nor one without any label."
+    burn = chunk.fresh and run.config.dataset == "streams"
+    return not burn and any(torch.isfinite(v).any() for v in chunk.targets)
+
+# %% ../nbs/05_tbptt_trainer.ipynb #db879aef
+def _losses(run: Run, chunk: Chunk, forecast: Forecast) -> dict[str, Tensor]:
+    "The loss of a chunk and its parts."
+    c, m = run.config, run.model
+    parts = task_losses(forecast, Targets(*(v.to(c.device) for v in chunk.targets)), c.target)
+    return dict(loss=multitask_loss(parts, m.log_var_cls, m.log_var_reg), **parts)
+
+# %% ../nbs/05_tbptt_trainer.ipynb #55b09a69
 def train_step(
     run: Run,  # model, optimiser, configuration
-    chunk: Chunk,  # inputs and targets
+    span: Sequence[Chunk],  # chunks in a row: gradients reach through all of them
     state: ModelState | None,  # carried state, or None
     steps: int,  # of the whole schedule
 ) -> tuple[ModelState, dict[str, float | Tensor]]:
-    "One update; returns the state, still on the graph, and what happened."
-    c, model = run.config, run.model
-    rate = c.lr * lr_factor(run.step, steps, c.warmup)
+    "One update, on the mean of the losses of the chunks that are learned from; returns the state, detached, and what happened."
+    c, model, parts = run.config, run.model, []
+    rate, learned = c.lr * lr_factor(run.step, steps, c.warmup), sum(_learns(run, chunk) for chunk in span)
     for group in run.optimiser.param_groups: group["lr"] = rate
-    forecast, state = _forecast(run, chunk.x, state)
-    losses = task_losses(forecast, Targets(*(v.to(c.device) for v in chunk.targets)), c.target)
-    total = multitask_loss(losses, model.log_var_cls, model.log_var_reg)
-    record = dict(loss=total, **losses, log_var_cls=model.log_var_cls.clone(), log_var_reg=model.log_var_reg.clone(), lr=rate)
-    return state, {**record, "grad_norm": _update(run, total)}
+
+    def loss(forecast: Forecast, chunk: Chunk) -> Tensor | None:
+        if not _learns(run, chunk): return None
+        parts.append({name: value / learned for name, value in _losses(run, chunk, forecast).items()})
+        return run.scaler.scale(parts[-1]["loss"])
+
+    run.optimiser.zero_grad(set_to_none=True)
+    state = exact_backward(lambda chunk, state: _forecast(run, chunk.x, state), loss, span, state, c.device)
+    means = {name: sum(p[name].detach() for p in parts) for name in parts[0]}
+    weights = dict(log_var_cls=model.log_var_cls.detach().clone(), log_var_reg=model.log_var_reg.detach().clone())
+    return state, dict(**means, **weights, lr=rate, grad_norm=_update(run))
 
 # %% ../nbs/05_tbptt_trainer.ipynb #09d49a6d
 def _chunks(config: TrainConfig, data: FoldData, epoch: int) -> Iterator[Chunk]:
     "The chunks of an epoch."
     if config.dataset == "windows": return windows(data, config.batch, config.tbptt_len, config.seed, epoch)
     return stream_chunks(data, plan_streams(data.stop - data.start, config.batch, config.tbptt_len), config.seed, epoch)
+
+# %% ../nbs/05_tbptt_trainer.ipynb #b8d697e5
+def _spans(chunks: Iterable[Chunk], through: int | None) -> Iterator[list[Chunk]]:
+    "Chunks in groups that one update learns from: `through` in a row, None: all of a stream."
+    span: list[Chunk] = []
+    for chunk in chunks:
+        if span and (chunk.fresh or len(span) == through):
+            yield span
+            span = []
+        span.append(chunk)
+    if span: yield span
 
 # %% ../nbs/05_tbptt_trainer.ipynb #58ef911d
 def _reduced(config: TrainConfig, data: FoldData) -> str:
@@ -190,13 +283,15 @@ def _reduced(config: TrainConfig, data: FoldData) -> str:
 def steps_per_epoch(config: TrainConfig, data: FoldData) -> int:
     "Updates in one epoch; a stream's burn-in chunk has none."
     if config.dataset == "windows": return sum(1 for _ in _chunks(config, data, 0))
-    return plan_streams(data.stop - data.start, config.batch, config.tbptt_len).chunks - 1
+    chunks, through = plan_streams(data.stop - data.start, config.batch, config.tbptt_len).chunks, reach(config.bptt)
+    return chunks - 1 if through == 1 else math.ceil(chunks / (through or chunks))
 
 # %% ../nbs/05_tbptt_trainer.ipynb #7190d82d
 @torch.no_grad()
-def burn_in(run: Run, chunk: Chunk, state: ModelState | None = None) -> ModelState:
-    "The state after a chunk that is not learned from."
-    return _forecast(run, chunk.x, state)[1]
+def burn_in(run: Run, span: Sequence[Chunk], state: ModelState | None = None) -> ModelState:
+    "The state after chunks that are not learned from."
+    for chunk in span: _, state = _forecast(run, chunk.x, state)
+    return state
 
 # %% ../nbs/05_tbptt_trainer.ipynb #5a095dba
 def settle(run: Run, data: FoldData) -> None:
@@ -234,31 +329,25 @@ def peak_bytes(
     if device != "cuda": return peak
     return dict(**peak, peak_allocated=torch.cuda.max_memory_allocated(), peak_reserved=torch.cuda.max_memory_reserved())
 
-# %% ../nbs/05_tbptt_trainer.ipynb #61109848
-def _learns(run: Run, chunk: Chunk) -> bool:
-    "Whether a chunk is learned from: no burn-in chunk is, nor one without any label."
-    burn = chunk.fresh and run.config.dataset == "streams"
-    return not burn and any(torch.isfinite(v).any() for v in chunk.targets)
-
-# %% ../nbs/05_tbptt_trainer.ipynb #db879aef
+# %% ../nbs/05_tbptt_trainer.ipynb #69f21368
 def train_epoch(
     run: Run,  # goes on with its next epoch
     data: FoldData,  # tensors of the fold
     steps: int,  # of the whole schedule
     progress: Callable[[Run, dict], None],  # called after each update with its record, `steps`, `tokens_per_s` and peak memory
 ) -> None:
-    "One pass over the training hours: detach, hand on, step."
+    "One pass over the training hours: detach, hand on, step, a span of chunks at a time."
     state, tokens, started = None, 0, time.perf_counter()
     speed = lambda: tokens / (time.perf_counter() - started)
     run.model.train()
-    for chunk in _chunks(run.config, data, run.epoch):
-        before = None if chunk.fresh else detach(state)
-        if not _learns(run, chunk):
-            state = burn_in(run, chunk, before)
+    for span in _spans(_chunks(run.config, data, run.epoch), reach(run.config.bptt)):
+        before = None if span[0].fresh else detach(state)
+        if not any(_learns(run, chunk) for chunk in span):
+            state = burn_in(run, span, before)
             continue
-        state, record = train_step(run, chunk, before, steps)
+        state, record = train_step(run, span, before, steps)
         _append(run.out / "metrics.jsonl", dict(step=run.step, epoch=run.epoch, **record))
-        tokens += chunk.x.shape[0] * chunk.x.shape[1]
+        tokens += sum(chunk.x.shape[0] * chunk.x.shape[1] for chunk in span)
         progress(run, dict(record, steps=steps, tokens_per_s=speed(), **peak_bytes(run.config.device)))
     run.epoch += 1
     record = dict(epoch=run.epoch, tokens_per_s=speed(), plan=_reduced(run.config, data), **peak_bytes(run.config.device))
