@@ -159,7 +159,7 @@ def check_reset(reset: Tensor | None, x: Tensor, name: str) -> None:
 def _check_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor | None) -> None:
     "A `ValueError` that names the argument and both shapes where they do not fit."
     if x.dim() != 4 or not x.is_floating_point() or 0 in x.shape:
-        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; expected floats (batch, time, head, headdim), at least one of each")
+        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; expected floats (batch, time, head, headdim), none 0")
     b, t, h, p = x.shape
     g, n = (B.shape[2], B.shape[3]) if B.dim() == 4 else (1, 0)
     expected = dict(x=(x, x.shape), dt=(dt, (b, t, h)), A=(A, (h,)), B=(B, (b, t, g, n)), C=(C, (b, t, g, n)), D=(D, (h,)),
@@ -319,7 +319,8 @@ def _load(kind: type, path: str | Path, device: str | torch.device = "cpu"):
         with safe_open(path, "pt", device=str(device)) as file:
             state = _rebuild(json.loads((file.metadata() or {})["state"]), {n: file.get_tensor(n) for n in file.keys()})
     except FileNotFoundError: raise ValueError(f"{path}: there is no such file") from None
-    except (SafetensorError, KeyError, ValueError, OSError) as error: raise ValueError(f"{path} holds no state: {error}") from None
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{path} holds no state: {error}") from None
     if type(state) is not kind: raise ValueError(f"{path} holds a {type(state).__name__}; expected {kind.__name__}")
     return state
 
@@ -421,7 +422,7 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor, rese
     if not fits or choose_backend(backend, x)[0] != "mamba_ssm" or _conv_kernel() is None:
         y, past = causal_conv(x, weight, bias, past, reset)
         return F.silu(y), past
-    joined = torch.cat([past.transpose(1, 2).to(x.dtype), x], 1).transpose(1, 2)  # (b, channels, width - 1 + t), channels neighbours
+    joined = torch.cat([past.transpose(1, 2).to(x.dtype), x], 1).transpose(1, 2)  # (b, channels, width - 1 + t)
     w = past.shape[2]
     y = _conv_kernel()(joined[..., w:], weight[:, 0], bias, initial_states=joined[..., :w], activation="silu")
     return y.transpose(1, 2), joined[..., x.shape[1]:]
@@ -512,7 +513,7 @@ def _config_of(weights: Mapping[str, Tensor], ngroups: int = 1) -> Mamba2Config:
     "The sizes behind a `state_dict` of `mamba_ssm.Mamba2`; `ngroups` cannot be read from it."
     due = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight", "out_proj.weight")
     for name in due:
-        if name not in weights: raise ValueError(f"the weights hold no {name!r}: give the state_dict of one mamba_ssm.Mamba2 layer")
+        if name not in weights: raise ValueError(f"the weights hold no {name!r}: give the state_dict of one mamba_ssm.Mamba2")
     for name in weights:
         if name not in due: raise ValueError(f"the weights hold {name!r}, which this mixer does not have")
     (_, d_model), (channels, _, d_conv) = weights["in_proj.weight"].shape, weights["conv1d.weight"].shape
