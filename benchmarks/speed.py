@@ -1,7 +1,10 @@
-"""Speed on the CPU: the scan beside a loop over time, training of the tiny preset, and memory against the number of chunks.
+"""Speed on the CPU: the scan beside a loop and beside a plain chunked scan, training, steps, and memory against chunks.
 
-  python benchmarks/speed.py --out results/speed.json        two threads, about a minute; on random inputs
+  python benchmarks/speed.py --out results/speed.json        two threads, about a minute and a half; on random inputs
 
+`scan`: `ssd_scan` beside a loop over time. `plain`: beside `plain_ssd`, the textbook's chunked scan, at several sizes, after a
+check that both give the same. `plain_training`: training of preset tiny with either. `tail`: lengths that are no multiple of the
+chunk. `step`: one hour after another through the presets baseline and mhsa. `training`, `memory`: of preset tiny.
 Times that are compared are taken in turn in one process. Needs torch, numpy, pandas, einops and safetensors only.
 """
 
@@ -14,8 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest import mock
 
 # Threads that wait by spinning starve each other on a busy machine; read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -23,30 +28,47 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package need not be installed
 
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from einops import rearrange  # noqa: E402
+from torch import Tensor  # noqa: E402
 from vram import describe_device, quantiles, timed_steps, versions, wrapped_chunks, write_atomic  # noqa: E402
 
 from cryptopredict.mamba2_block import ssd_reference, ssd_scan  # noqa: E402
-from cryptopredict.multitask import Targets  # noqa: E402
+from cryptopredict.multitask import MultitaskModel, Targets, preset  # noqa: E402
 from cryptopredict.streams import FoldData, plan_streams  # noqa: E402
 from cryptopredict.tbptt_trainer import Run, peak_bytes, train_epoch, train_preset  # noqa: E402
 
+BASELINE = dict(batch=2, length=1024, heads=8, headdim=64, groups=1, d_state=128)  # of a scan in the preset of that name
+SIZES = {"baseline": BASELINE, "tiny": dict(batch=16, length=256, heads=4, headdim=32, groups=1, d_state=16),
+         "4 groups": BASELINE | dict(groups=4), "length 1000": BASELINE | dict(length=1000), "length 65": BASELINE | dict(length=65)}
+TAILS = (1024, 1025, 1056, 1087)  # 1024 is a multiple of the chunk
 HOW = dict(
     scan="forward and gradient of all inputs, float32, batch 2, length 1024, 8 heads of 64 channels, 128 state numbers a "
          "channel, chunk 64; the two in turn; seconds",
+    plain="as scan, beside plain_ssd: B and C repeated for every head, decays from segment sums over expanded matrices, four "
+          "einsums, input padded to whole chunks; `sizes` are the inputs'; the two in turn; ratio is plain / ours, pair by pair; "
+          "`difference` is the largest of outputs and final state, with D and an initial state, relative to the largest value; "
+          "without opt_einsum an einsum contracts from left to right",
+    plain_training="as training, ours and the same model with plain_ssd in its mixers, same weights, chunks and dropout, steps in "
+                   "turn; ratio is plain / ours; `loss_difference` is the largest relative one over all steps",
+    tail="as scan, chunk 64, the lengths in turn; seconds a token relative to length 1024, of the same round",
+    step="MultitaskModel.step, 60 channels, batch 1, no gradient, evaluation mode, carried state, after 20 steps of warm-up; "
+         "`fresh` goes on from no history, `after_history` from `history` hours read in chunks, a step of each in turn; "
+         "milliseconds",
     training="train_step of preset tiny, batch 16, tbptt_len 256, 60 channels, carried and detached state, after 3 warm-up "
              "steps; tokens are hours times streams",
     memory="a process of its own for each number of chunks a stream holds: one epoch of preset tiny, batch 4, tbptt_len 64, with "
            "the same tensors in memory; largest resident size of the process, bytes")
 
 
-def scan_inputs() -> list[torch.Tensor]:
-    """x, dt, A, B, C of a scan at the baseline preset's sizes."""
-    shapes = dict(x=(2, 1024, 8, 64), dt=(2, 1024, 8), A=(8,), B=(2, 1024, 1, 128), C=(2, 1024, 1, 128))
-    x, dt, A, B, C = (torch.randn(*s) for s in shapes.values())
-    return [v.requires_grad_() for v in (x, torch.nn.functional.softplus(dt - 2), -A.exp(), B, C)]
+def scan_inputs(batch: int, length: int, heads: int, headdim: int, groups: int, d_state: int) -> list[Tensor]:
+    """x, dt, A, B, C of a scan."""
+    shapes = ((batch, length, heads, headdim), (batch, length, heads), (heads,), *[(batch, length, groups, d_state)] * 2)
+    x, dt, A, B, C = (torch.randn(*s) for s in shapes)
+    return [v.requires_grad_() for v in (x, F.softplus(dt - 2), -A.exp(), B, C)]
 
 
-def seconds(scan, inputs: list[torch.Tensor]) -> float:
+def seconds(scan: Callable, inputs: list[Tensor]) -> float:
     """One forward and backward."""
     inputs = [v.detach().requires_grad_() for v in inputs]
     began = time.perf_counter()
@@ -56,11 +78,78 @@ def seconds(scan, inputs: list[torch.Tensor]) -> float:
 
 def scan(repeats: int) -> dict:
     """The chunked scan and the loop, in turn."""
-    inputs = scan_inputs()
+    inputs = scan_inputs(**BASELINE)
     seconds(ssd_scan, inputs)
     pairs = [(seconds(ssd_reference, inputs), seconds(ssd_scan, inputs)) for _ in range(repeats)]
     loop, chunked = zip(*pairs)
     return dict(loop_s=quantiles(loop), scan_s=quantiles(chunked), ratio=quantiles([a / b for a, b in pairs]))
+
+
+# -- beside the textbook's chunked scan --------------------------------------------------------------
+
+
+def segment_sums(v: Tensor) -> Tensor:
+    """Sums of v[j + 1 .. i] at (i, j) of the last two axes, -inf for j > i: added up, so that no large sums are subtracted."""
+    ones = torch.ones(v.shape[-1], v.shape[-1], dtype=torch.bool, device=v.device)
+    spread = v[..., None].expand(*v.shape, v.shape[-1])  # v[i] at (i, j)
+    return spread.masked_fill(~ones.tril(-1), 0).cumsum(-2).masked_fill(~ones.tril(), -torch.inf)
+
+
+def plain_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+              initial_state: Tensor | None = None, chunk: int = 64, backend: str = "torch",
+              reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The scan as a textbook writes it; shapes as in `ssd_scan`, which it is measured against. Ignores `backend`."""
+    if reset is not None: raise ValueError("plain_ssd knows no reset: leave it out")
+    (b, t, h, p), n = x.shape, B.shape[3]
+    B, C = (m.repeat_interleave(h // m.shape[2], 2) for m in (B, C))
+    padded = (F.pad(v, (0, 0) * (v.dim() - 2) + (0, -t % chunk)) for v in (x * dt[..., None], dt * A, B, C))
+    X, dA, B, C = (rearrange(v, "b (c q) ... -> b c q ...", q=chunk) for v in padded)
+    dA = rearrange(dA, "b c q h -> b h c q")
+    total = dA.cumsum(-1)
+    own = torch.einsum("bcihn,bcjhn,bhcij,bcjhp->bcihp", C, B, segment_sums(dA).exp(), X)
+    left = torch.einsum("bcjhn,bhcj,bcjhp->bchpn", B, (total[..., -1:] - total).exp(), X)
+    start = x.new_zeros(b, h, p, n) if initial_state is None else initial_state
+    across = segment_sums(F.pad(total[..., -1], (1, 0))).exp()  # (b, h, c + 1, c + 1)
+    states = torch.einsum("bhij,bjhpn->bihpn", across, torch.cat([start[:, None], left], 1))
+    read = torch.einsum("bcihn,bchpn,bhci->bcihp", C, states[:, :-1], total.exp())
+    y = (own + read).flatten(1, 2)[:, :t]
+    return (y if D is None else y + D[:, None] * x), states[:, -1]
+
+
+@torch.no_grad()
+def difference(inputs: list[Tensor]) -> float:
+    """Largest difference of both scans relative to the largest value; an error where it says that they are not the same."""
+    b, _, h, p = inputs[0].shape
+    more = torch.randn(h), torch.randn(b, h, p, inputs[3].shape[3])
+    off = max(((one - two).abs().max() / two.abs().max()).item()
+              for one, two in zip(plain_ssd(*inputs, *more), ssd_scan(*inputs, *more)))
+    if not off < 1e-5: raise ValueError(f"plain_ssd is {off:.2g} off ssd_scan at x {tuple(inputs[0].shape)}: nothing to time")
+    return off
+
+
+def plain_at(sizes: dict[str, int], pairs: int) -> dict:
+    """Both scans in turn, at one size."""
+    inputs = scan_inputs(**sizes)
+    off = difference(inputs)
+    for run in (plain_ssd, ssd_scan): seconds(run, inputs)
+    plain, ours = zip(*((seconds(plain_ssd, inputs), seconds(ssd_scan, inputs)) for _ in range(pairs)))
+    return dict(sizes=sizes, difference=off, plain_s=quantiles(plain), ours_s=quantiles(ours),
+                ratio=quantiles([a / b for a, b in zip(plain, ours)]))
+
+
+def plain(pairs: int) -> dict:
+    """Both scans at all sizes."""
+    return dict(opt_einsum=torch.backends.opt_einsum.is_available(), **{name: plain_at(s, pairs) for name, s in SIZES.items()})
+
+
+def tail(rounds: int) -> dict:
+    """Seconds a token at lengths that are no multiple of the chunk, relative to one that is."""
+    inputs = {n: scan_inputs(**BASELINE | dict(length=n)) for n in TAILS}
+    took = [{n: seconds(ssd_scan, v) / n for n, v in inputs.items()} for _ in range(rounds + 1)][1:]
+    return {str(n): quantiles([one[n] / one[TAILS[0]] for one in took]) for n in TAILS}
+
+
+# -- the presets -------------------------------------------------------------------------------------
 
 
 def random_fold(hours: int) -> FoldData:
@@ -77,6 +166,57 @@ def training(steps: int, folder: Path) -> dict:
     tokens = config.batch * config.tbptt_len
     return dict(batch=config.batch, tbptt_len=config.tbptt_len, tokens_per_s=quantiles([tokens / s for s, _ in took]),
                 parameters=sum(p.numel() for p in run.model.parameters()))
+
+
+def plain_training(steps: int, folder: Path) -> dict:
+    """Seconds of a training step with either scan, in turn."""
+    config, pairs = train_preset("tiny", 60), []
+    chunks = list(wrapped_chunks(random_fold(60_000), config.batch, config.tbptt_len, steps + 3))
+    ours, other = (timed_steps(Run(config, folder), chunks) for _ in range(2))
+    for k in range(len(chunks)):
+        torch.manual_seed(k)  # of dropout
+        mine = next(ours)
+        torch.manual_seed(k)
+        with mock.patch("cryptopredict.mamba2_block.ssd_scan", plain_ssd): pairs.append((next(other), mine))
+    off = max(abs(a / b - 1) for (_, a), (_, b) in pairs)
+    if not off < 1e-2: raise ValueError(f"losses of both trainings are {off:.2g} apart: plain_ssd is not the same")
+    plain, ours = zip(*((a, b) for (a, _), (b, _) in pairs[3:]))
+    at = dict(plain_s=quantiles(plain), ours_s=quantiles(ours), ratio=quantiles([a / b for a, b in zip(plain, ours)]))
+    return dict(**at, ratio_of_medians=at["plain_s"]["median"] / at["ours_s"]["median"], loss_difference=off)
+
+
+@torch.no_grad()
+def one_step(model: MultitaskModel, state) -> tuple[float, tuple]:
+    """Milliseconds of an hour, and the state after it."""
+    x = torch.randn(1, 60)
+    began = time.perf_counter()
+    _, state = model.step(x, state)
+    return 1000 * (time.perf_counter() - began), state
+
+
+def steps_in_turn(model: MultitaskModel, states: list, count: int) -> list[dict]:
+    """Milliseconds of a step from each of some states, in turn."""
+    took = [[] for _ in states]
+    for _ in range(count):
+        for k, state in enumerate(states):
+            ms, states[k] = one_step(model, state)
+            took[k].append(ms)
+    return [dict(median=q["median"], q90=torch.tensor(v).quantile(.9).item()) for v in took if (q := quantiles(v))]
+
+
+@torch.no_grad()
+def step_of(name: str, count: int, history: int) -> dict:
+    """Steps of one preset with one thread and with two."""
+    model, threads, made = MultitaskModel(preset(name, 60)).eval(), torch.get_num_threads(), {}
+    fresh = long = model.init_state(1)
+    for x in torch.randn(1, history, 60).split(1000, 1): _, long = model(x, long)
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        states = [fresh, long]
+        steps_in_turn(model, states, 20)
+        made[f"{n} threads"] = dict(zip(("fresh", "after_history"), steps_in_turn(model, states, count)))
+    torch.set_num_threads(threads)
+    return dict(parameters=sum(p.numel() for p in model.parameters()), history=history, **made)
 
 
 def peak_of_chunks(chunks: int, folder: Path) -> int:
@@ -98,21 +238,43 @@ def memory(counts: tuple[int, ...], threads: int) -> dict:
 def report(args: argparse.Namespace) -> dict:
     """All measurements."""
     with tempfile.TemporaryDirectory() as folder:
-        measured = dict(scan=scan(args.repeats), training=training(args.steps, Path(folder)))
+        measured = dict(scan=scan(args.repeats), plain=plain(args.pairs), tail=tail(args.pairs),
+                        training=training(args.steps, Path(folder)), plain_training=plain_training(args.steps, Path(folder)))
+    measured["step"] = {name: step_of(name, args.hours, args.history) for name in ("baseline", "mhsa")}
     measured["memory"] = memory(tuple(args.counts), args.threads)
     return dict(device=describe_device("cpu"), versions=versions(), commit=args.commit,
                 date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", how=HOW, **measured)
+
+
+def table(made: dict) -> str:
+    """Medians, with quartiles where they are telling."""
+    span = lambda q, form: f"{q['median']:{form}} ({q['q25']:{form}} to {q['q75']:{form}})"
+    of = lambda r: f"{span(r['ratio'], '.2f')}   {1000 * r['ours_s']['median']:.1f} ms to {1000 * r['plain_s']['median']:.1f} ms"
+    rows = [("loop / scan", span(made["scan"]["ratio"], ".1f"))]
+    rows += [(f"plain / scan, {name}", of(made["plain"][name])) for name in SIZES]
+    rows += [("plain / scan, training of tiny", of(made["plain_training"])),
+             ("tokens/s, training of tiny", span(made["training"]["tokens_per_s"], ",.0f"))]
+    rows += [(f"a token at length {n} / {TAILS[0]}", span(q, ".2f")) for n, q in made["tail"].items()]
+    for name, measured in made["step"].items():
+        for n in ("1 threads", "2 threads"):
+            told = [f"{q['median']:.2f} (90 %: {q['q90']:.2f}) {kind.replace('_', ' ')}" for kind, q in measured[n].items()]
+            rows.append((f"step of {name}, ms, {n}", ", ".join(told)))
+    rows.append(("peak, MB, by chunks a stream", ", ".join(f"{n}: {v / 1e6:.0f}" for n, v in made["memory"].items())))
+    return "\n".join(f"{name:34}{value}" for name, value in rows)
 
 
 def main() -> int:
     """Measure and write."""
     style = argparse.ArgumentDefaultsHelpFormatter
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=style)
-    p.add_argument("--out", type=Path, help="JSON report; none: printed only")
+    p.add_argument("--out", type=Path, help="JSON report; none: only the table is printed")
     p.add_argument("--commit", default="", help="version of the code, for the report")
     p.add_argument("--threads", type=int, default=2, help="of torch")
     p.add_argument("--repeats", type=int, default=5, help="pairs of scan and loop")
+    p.add_argument("--pairs", type=int, default=9, help="pairs of scan and plain scan, and rounds of lengths")
     p.add_argument("--steps", type=int, default=40, help="timed training steps")
+    p.add_argument("--hours", type=int, default=100, help="timed steps of an hour, each from no history and after one")
+    p.add_argument("--history", type=int, default=10_000, help="hours of history")
     p.add_argument("--counts", type=int, nargs="+", default=[4, 16, 64, 200], help="chunks a stream, for the memory")
     p.add_argument("--chunks", type=int, help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -123,7 +285,7 @@ def main() -> int:
         return 0
     made = report(args)
     if args.out: write_atomic(args.out, made)
-    print(json.dumps({k: made[k] for k in ("scan", "training", "memory")}, indent=1))
+    print(table(made))
     return 0
 
 

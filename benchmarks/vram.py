@@ -33,7 +33,7 @@ import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from cryptopredict.multitask import Targets, detach  # noqa: E402
+from cryptopredict.multitask import Targets  # noqa: E402
 from cryptopredict.streams import Chunk, FoldData, Scaler, fold_data, plan_streams  # noqa: E402
 from cryptopredict.tbptt_trainer import (  # noqa: E402
     Run,
@@ -224,12 +224,12 @@ def wrapped_chunks(data: FoldData, batch: int, length: int, count: int) -> Itera
 
 
 def timed_steps(run: Run, chunks: list[Chunk]) -> Iterator[tuple[float, float]]:
-    """Seconds and loss of each update, the state carried and detached."""
+    """Seconds and loss of each update, the state carried and detached; the first chunk is learned from as the others are."""
     device, state = run.config.device, None
     for chunk in chunks:
         synchronize(device)
         began = time.perf_counter()
-        state, record = train_step(run, chunk, None if state is None else detach(state), len(chunks))
+        state, record = train_step(run, [chunk._replace(fresh=False)], state, len(chunks))
         synchronize(device)
         seconds, loss = time.perf_counter() - began, record["loss"].item()
         del record

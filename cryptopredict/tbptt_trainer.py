@@ -248,12 +248,13 @@ def train_step(
 
     def loss(forecast: Forecast, chunk: Chunk) -> Tensor | None:
         if not _learns(run, chunk): return None
-        parts.append({name: value / learned for name, value in _losses(run, chunk, forecast).items()})
-        return run.scaler.scale(parts[-1]["loss"])
+        losses = {name: value / learned for name, value in _losses(run, chunk, forecast).items()}
+        parts.append(detach(tuple(losses.values())))  # a part left on the graph would keep it
+        return run.scaler.scale(losses["loss"])
 
     run.optimiser.zero_grad(set_to_none=True)
     state = exact_backward(lambda chunk, state: _forecast(run, chunk.x, state), loss, span, state, c.device)
-    means = {name: sum(p[name].detach() for p in parts) for name in parts[0]}
+    means = dict(zip(("loss", "cls", "p10", "p90", "vol"), (sum(values) for values in zip(*parts))))
     weights = dict(log_var_cls=model.log_var_cls.detach().clone(), log_var_reg=model.log_var_reg.detach().clone())
     return state, dict(**means, **weights, lr=rate, grad_norm=_update(run))
 

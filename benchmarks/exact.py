@@ -1,0 +1,137 @@
+"""Exact backpropagation through the whole history beside truncated: memory and time against the length of the history.
+
+    python benchmarks/exact.py --device cuda --out results/exact.json         both presets, bf16, 8k to 256k steps, minutes
+    python benchmarks/exact.py --device cpu --out results/exact_cpu.json      preset tiny, two threads, a minute
+
+On random inputs. One update of `bptt="exact"` reads the same chunks as the truncated updates it is compared with, in turn with
+them. Needs torch, numpy, pandas, einops and safetensors only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the package need not be installed
+
+import torch  # noqa: E402
+from vram import clear, describe_device, peaks, quantiles, synchronize, versions, write_atomic  # noqa: E402
+
+from cryptopredict.mamba2_block import map_state  # noqa: E402
+from cryptopredict.multitask import Targets  # noqa: E402
+from cryptopredict.streams import Chunk  # noqa: E402
+from cryptopredict.tbptt_trainer import Run, train_preset, train_step  # noqa: E402
+
+HOW = dict(
+    exact="one update: `train_step` on all chunks of the history, gradients through all of them",
+    truncated="as many updates as there are chunks: `train_step` on one chunk after another, the state handed on",
+    time="seconds from synchronised host clocks; tokens are steps times streams; the ratio is exact to truncated time per token, "
+         "the two in turn, after a warm-up of both",
+    memory="bytes; peak_allocated on the GPU since weights, moments and gradients existed and the cache was emptied, of the last "
+           "exact update; boundary_states and inputs are what lies in pinned host memory for them (on a CPU: in memory)")
+
+
+def chunks_of(steps: int, batch: int, length: int, features: int, pin: bool) -> list[Chunk]:
+    """Random inputs and labels of a history, the inputs in pinned memory for a GPU."""
+    hold = (lambda v: v.pin_memory()) if pin else (lambda v: v)
+    draw = lambda: Targets(torch.randint(0, 3, (batch, length)).float(), *(torch.randn(batch, length) for _ in range(2)),
+                           torch.rand(batch, length) + .1)
+    return [Chunk(hold(torch.randn(batch, length, features)), draw(), False) for _ in range(steps // length)]
+
+
+def state_bytes(run: Run, batch: int) -> int:
+    """Bytes of the state of one boundary."""
+    total = []
+    map_state(lambda v: total.append(v.numel() * v.element_size()), run.model.init_state(batch))
+    return sum(total)
+
+
+def timed(run: Run, chunks: list[Chunk], exact: bool) -> tuple[float, list[float]]:
+    """Seconds to read the history once, and the losses."""
+    synchronize(run.config.device)
+    began, state, losses = time.perf_counter(), None, []
+    for span in [chunks] if exact else [[chunk] for chunk in chunks]:
+        state, record = train_step(run, span, state, 10**6)
+        losses.append(record["loss"])
+    synchronize(run.config.device)
+    return time.perf_counter() - began, [v.item() for v in losses]
+
+
+def measure(args: argparse.Namespace, run: Run, steps: int, repeats: int, both: bool) -> dict:
+    """One length of history: exact, and truncated where asked."""
+    c = run.config
+    chunks = chunks_of(steps, c.batch, c.tbptt_len, c.model.n_features, args.device == "cuda")
+    clear(args.device)
+    pairs, losses = [], []
+    for _ in range(repeats):
+        seconds, one = timed(run, chunks, True)
+        memory = peaks(args.device)
+        losses += one
+        pairs.append((seconds, timed(run, chunks, False)[0] if both else None))
+        if both: clear(args.device)
+    tokens, inputs = steps * c.batch, sum(chunk.x.numel() * chunk.x.element_size() for chunk in chunks)
+    record = dict(steps=steps, chunks=len(chunks), peak_allocated=memory["peak_allocated"], peak_reserved=memory["peak_reserved"],
+                  boundary_states=(len(chunks) - 1) * state_bytes(run, c.batch), inputs=inputs,
+                  exact_tokens_per_s=quantiles([tokens / a for a, _ in pairs]), losses_finite=all(map(math.isfinite, losses)))
+    if not both: return record
+    record |= dict(truncated_tokens_per_s=quantiles([tokens / b for _, b in pairs]), ratio=quantiles([a / b for a, b in pairs]))
+    return record
+
+
+def sweep(args: argparse.Namespace, name: str) -> dict:
+    """All lengths for one preset."""
+    gpu = args.device == "cuda"
+    sizes = dict(batch=args.batch or train_preset(name).batch, amp="bf16" if gpu else "off", device=args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(train_preset(name, 60, **sizes), folder)
+        warm = chunks_of(4 * run.config.tbptt_len, run.config.batch, run.config.tbptt_len, 60, gpu)
+        for exact in (True, False): timed(run, warm, exact)
+        records = []
+        for steps in args.steps:
+            records.append(measure(args, run, steps, args.repeats if steps <= args.compare else 1, steps <= args.compare))
+            r = records[-1]
+            gib = f"{r['peak_allocated'] / 2**30:.3f} GiB on the device, " if gpu else ""
+            ratio = f", {r['ratio']['median']:.2f}x truncated" if "ratio" in r else ""
+            print(f"{name} {steps:>7} steps: {gib}{r['boundary_states'] / 2**20:.0f} MiB of states, "
+                  f"{r['exact_tokens_per_s']['median']:,.0f} tokens/s{ratio}", flush=True)
+    return dict(preset=name, batch=run.config.batch, tbptt_len=run.config.tbptt_len, amp=run.config.amp,
+                state_bytes=state_bytes(run, run.config.batch), records=records)
+
+
+def main() -> int:
+    """Measure and write."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--out", type=Path, help="JSON report, written after each preset; none: printed only")
+    p.add_argument("--commit", default="", help="version of the code, for the report")
+    p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to run")
+    p.add_argument("--threads", type=int, default=2, help="of torch on a CPU")
+    p.add_argument("--presets", nargs="+", help="models; default: both on a GPU, tiny on a CPU")
+    p.add_argument("--batch", type=int, default=0, help="streams; 0: the preset's")
+    p.add_argument("--steps", type=int, nargs="+", help="lengths of history; default: 8k to 256k on a GPU, 1k to 8k on a CPU")
+    p.add_argument("--compare", type=int, default=32768, help="longest history read truncated too")
+    p.add_argument("--repeats", type=int, default=3, help="readings in turn where both are timed")
+    args = p.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available(): p.error("--device cuda: no GPU here; give --device cpu")
+    gpu = args.device == "cuda"
+    if not gpu: torch.set_num_threads(args.threads)
+    args.presets = args.presets or (["baseline", "mhsa"] if gpu else ["tiny"])
+    args.steps = args.steps or ([2**n for n in range(13, 19)] if gpu else [1024, 2048, 4096, 8192])
+    report = dict(device=describe_device(args.device), versions=versions(), commit=args.commit,
+                  date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", how=HOW, sweeps=[])
+    for name in args.presets:
+        report["sweeps"].append(sweep(args, name))
+        if args.out: write_atomic(args.out, report)
+    if not args.out: print(json.dumps(report["sweeps"], indent=1))
+    return 0 if all(r["losses_finite"] for s in report["sweeps"] for r in s["records"]) else 1
+
+
+if __name__ == "__main__": sys.exit(main())
