@@ -11,7 +11,6 @@ Times that are compared are taken in turn in one process. Needs torch, numpy, pa
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -40,7 +39,7 @@ from cryptopredict.tbptt_trainer import Run, peak_bytes, train_epoch, train_pres
 
 BASELINE = dict(batch=2, length=1024, heads=8, headdim=64, groups=1, d_state=128)  # of a scan in the preset of that name
 SIZES = {"baseline": BASELINE, "tiny": dict(batch=16, length=256, heads=4, headdim=32, groups=1, d_state=16),
-         "4 groups": BASELINE | dict(groups=4), "length 1000": BASELINE | dict(length=1000), "length 65": BASELINE | dict(length=65)}
+         "4 groups": BASELINE | dict(groups=4), **{f"length {n}": BASELINE | dict(length=n) for n in (1000, 65)}}
 TAILS = (1024, 1025, 1056, 1087)  # 1024 is a multiple of the chunk
 HOW = dict(
     scan="forward and gradient of all inputs, float32, batch 2, length 1024, 8 heads of 64 channels, 128 state numbers a "
@@ -49,8 +48,8 @@ HOW = dict(
           "einsums, input padded to whole chunks; `sizes` are the inputs'; the two in turn; ratio is plain / ours, pair by pair; "
           "`difference` is the largest of outputs and final state, with D and an initial state, relative to the largest value; "
           "without opt_einsum an einsum contracts from left to right",
-    plain_training="as training, ours and the same model with plain_ssd in its mixers, same weights, chunks and dropout, steps in "
-                   "turn; ratio is plain / ours; `loss_difference` is the largest relative one over all steps",
+    plain_training="as training, ours and the same model with plain_ssd in its mixers, same weights, chunks and dropout, "
+                   "steps in turn; ratio is plain / ours; `loss_difference` is the largest relative one over all steps",
     tail="as scan, chunk 64, the lengths in turn; seconds a token relative to length 1024, of the same round",
     step="MultitaskModel.step, 60 channels, batch 1, no gradient, evaluation mode, carried state, after 20 steps of warm-up; "
          "`fresh` goes on from no history, `after_history` from `history` hours read in chunks, a step of each in turn; "
@@ -214,7 +213,7 @@ def step_of(name: str, count: int, history: int) -> dict:
         torch.set_num_threads(n)
         states = [fresh, long]
         steps_in_turn(model, states, 20)
-        made[f"{n} threads"] = dict(zip(("fresh", "after_history"), steps_in_turn(model, states, count)))
+        made[f"threads_{n}"] = dict(zip(("fresh", "after_history"), steps_in_turn(model, states, count)))
     torch.set_num_threads(threads)
     return dict(parameters=sum(p.numel() for p in model.parameters()), history=history, **made)
 
@@ -256,9 +255,10 @@ def table(made: dict) -> str:
              ("tokens/s, training of tiny", span(made["training"]["tokens_per_s"], ",.0f"))]
     rows += [(f"a token at length {n} / {TAILS[0]}", span(q, ".2f")) for n, q in made["tail"].items()]
     for name, measured in made["step"].items():
-        for n in ("1 threads", "2 threads"):
-            told = [f"{q['median']:.2f} (90 %: {q['q90']:.2f}) {kind.replace('_', ' ')}" for kind, q in measured[n].items()]
-            rows.append((f"step of {name}, ms, {n}", ", ".join(told)))
+        for n in (1, 2):
+            at = {kind.replace("_", " "): q for kind, q in measured[f"threads_{n}"].items()}
+            told = ", ".join(f"{q['median']:.2f} (90 %: {q['q90']:.2f}) {kind}" for kind, q in at.items())
+            rows.append((f"step of {name}, ms, {n} thread{'s' * (n > 1)}", told))
     rows.append(("peak, MB, by chunks a stream", ", ".join(f"{n}: {v / 1e6:.0f}" for n, v in made["memory"].items())))
     return "\n".join(f"{name:34}{value}" for name, value in rows)
 

@@ -64,6 +64,7 @@ class _Within(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple[Tensor, None, None]:
         flow = slope * ctx.saved_tensors[0]
+        if not flow.is_cuda: flow = flow.double()  # a CPU would do so for either sum
         return flow.sum(-1, dtype=torch.float64) - flow.sum(-2, dtype=torch.float64), None, None
 
 # %% ../nbs/03_mamba2_block.ipynb #6e727ef0
