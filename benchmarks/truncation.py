@@ -2,8 +2,8 @@
 
     python benchmarks/truncation.py --data ../shared/data --out results/truncation.json       ten minutes on two cores
 
-The exact gradient is that of the mean loss over all training hours of one fold, one stream, state carried from the first hour; the
-truncated one is that of the same loss at the same weights with the state detached every tbptt_len hours.
+The exact gradient is that of the mean loss over the training hours of one fold, one stream, state carried from the first hour;
+the truncated one is that of the same loss at the same weights with the state detached every tbptt_len hours.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def gradient(run: Run, data: FoldData, length: int, exact: bool) -> dict[str, to
         state = exact_backward(lambda chunk, state: model(chunk.x, state), loss, span, state)
     groups: dict[str, list[torch.Tensor]] = {}
     for name, p in model.named_parameters(): groups.setdefault(group_of(name), []).append(p.grad.flatten().double())
-    return {name: torch.cat(parts) for name, parts in groups.items()} | {"all": torch.cat([v for g in groups.values() for v in g])}
+    every = {"all": torch.cat([v for parts in groups.values() for v in parts])}
+    return {name: torch.cat(parts) for name, parts in groups.items()} | every
 
 
 def compare(run: Run, data: FoldData) -> dict:
@@ -108,7 +109,7 @@ def main() -> int:
     p.add_argument("--out", type=Path, required=True, help="JSON report, written after each model")
     p.add_argument("--commit", default="", help="version of the code, for the report")
     p.add_argument("--first-test", default="2023-01-01", help="first test time; gradients are of the training span before it")
-    p.add_argument("--epochs", type=int, nargs="+", default=[1, 4], help="epochs of training, of 4, after which gradients are taken")
+    p.add_argument("--epochs", type=int, nargs="+", default=[1, 4], help="epochs of training, of 4, before the gradients")
     p.add_argument("--seeds", type=int, default=3, help="trained models of each kind")
     p.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS), help="kinds of models")
     args = p.parse_args()
@@ -116,7 +117,8 @@ def main() -> int:
     whole = real_fold(args.data, args.first_test)
     data = stretch(whole, LENGTHS[-1])
     report = dict(device=describe_device("cpu"), versions=versions(), commit=args.commit,
-                  date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", how=HOW, lengths=LENGTHS, hours=data.stop - data.start, first_test=args.first_test, groups=GROUPS, results=[])
+                  date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", how=HOW, lengths=LENGTHS,
+                  hours=data.stop - data.start, first_test=args.first_test, groups=GROUPS, results=[])
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
             for seed in range(args.seeds):

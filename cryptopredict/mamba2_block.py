@@ -5,6 +5,7 @@
 # %% ../nbs/03_mamba2_block.ipynb #da2e7941
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -64,6 +65,7 @@ class _Within(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple[Tensor, None, None]:
         flow = slope * ctx.saved_tensors[0]
+        flow.diagonal(dim1=-2, dim2=-1).zero_()  # cancels in the difference
         if not flow.is_cuda: flow = flow.double()  # a CPU would do so for either sum
         return flow.sum(-1, dtype=torch.float64) - flow.sum(-2, dtype=torch.float64), None, None
 
@@ -169,6 +171,7 @@ def _check_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
         if value is None: continue
         if value.shape != shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; with x {tuple(x.shape)} expected {tuple(shape)}")
+        if not value.is_floating_point(): raise ValueError(f"{name} is {value.dtype}; expected floats, as x is {x.dtype}")
         if value.device != x.device: raise ValueError(f"{name} is on {value.device}, x on {x.device}: move it with .to")
         check_finite(name, value)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -298,18 +301,28 @@ def _rebuild(about, tensors: dict[str, Tensor]):
     if not isinstance(about, list) or not about: raise ValueError("its description names no part of a state")
     kind, parts = about[0], [_rebuild(a, tensors) for a in about[1:]]
     if kind == "tuple": return tuple(parts)
-    if kind not in _KINDS: raise ValueError(f"it holds a {kind}, which is not known: import the module that defines it")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ValueError(f"it holds a {kind}, which is not known: import the module that defines it")
     if len(parts) != len(_KINDS[kind]._fields): raise ValueError(f"it holds a {kind} of {len(parts)} parts")
     return _KINDS[kind](*parts)
 
 # %% ../nbs/03_mamba2_block.ipynb #07438a7c
+def _digest(about: str, tensors: dict[str, Tensor]) -> str:
+    "A sha256 of a description and of names, types, shapes and bytes of its tensors, which lie on the CPU."
+    digest = hashlib.sha256(about.encode())
+    for name, v in sorted(tensors.items()):
+        digest.update(f"{name} {v.dtype} {tuple(v.shape)} ".encode())
+        if v.numel(): digest.update(memoryview(v.flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+# %% ../nbs/03_mamba2_block.ipynb #315208d3
 def _save(state, path: str | Path) -> None:
     "Write the state to a safetensors file, which is there whole or as it was before."
     from safetensors.torch import save_file
     path, tensors = Path(path), {}
     about = json.dumps(_describe(state, "", tensors))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary, {"state": about})
+    save_file(tensors, temporary, {"state": about, "sha256": _digest(about, tensors)})
     with open(temporary, "rb+") as file: os.fsync(file.fileno())
     os.replace(temporary, path)
 
@@ -317,13 +330,15 @@ def _load(kind: type, path: str | Path, device: str | torch.device = "cpu"):
     "The state in a file of `save`; a `ValueError` names the file and what is wrong with it."
     from safetensors import SafetensorError, safe_open
     try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            state = _rebuild(json.loads((file.metadata() or {})["state"]), {n: file.get_tensor(n) for n in file.keys()})
+        with safe_open(path, "pt") as file:
+            about, tensors = file.metadata() or {}, {n: file.get_tensor(n) for n in file.keys()}
+        if about["sha256"] != _digest(about["state"], tensors): raise ValueError("its sha256 is another: it is damaged")
+        state = _rebuild(json.loads(about["state"]), tensors)
     except FileNotFoundError: raise ValueError(f"{path}: there is no such file") from None
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"{path} holds no state: {error}") from None
     if type(state) is not kind: raise ValueError(f"{path} holds a {type(state).__name__}; expected {kind.__name__}")
-    return state
+    return _to(state, device)
 
 # %% ../nbs/03_mamba2_block.ipynb #193b7ad3
 def carried(kind: type) -> type:
@@ -470,7 +485,9 @@ def check_like(given, due, name: str, u: Tensor):
     "`given` if its type, shapes, types of numbers and devices are those of `due`; else a `ValueError` that names the part."
     if type(given) is not type(due): raise ValueError(f"{name} is {type(given).__name__}; expected {type(due).__name__}")
     if isinstance(due, tuple):
-        for field, one, two in zip(due._fields, given, due): check_like(one, two, f"{name}.{field}", u)
+        if len(given) != len(due): raise ValueError(f"{name} has {len(given)} parts; expected {len(due)}")
+        fields = getattr(due, "_fields", range(len(due)))
+        for field, one, two in zip(fields, given, due): check_like(one, two, f"{name}.{field}", u)
     elif given.shape != due.shape:
         raise ValueError(f"{name} has shape {tuple(given.shape)}; for u {tuple(u.shape)} expected {tuple(due.shape)}")
     elif given.dtype != due.dtype: raise ValueError(f"{name} is {given.dtype}; expected {due.dtype}")

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .mamba2_block import (Mamba2Block, Mamba2Config, Mamba2State, RMSNorm, carried, check_state, no_weight_decay)
+from .mamba2_block import (Mamba2Block, Mamba2Config, Mamba2State, RMSNorm, carried, check_like, check_state,
+                                        no_weight_decay)
 
 # %% auto #0
 __all__ = ['KERNELS', 'rotate', 'KVCache', 'window_mask', 'MHSAConfig', 'MHSA', 'HybridState', 'HybridBlock']
@@ -180,9 +181,8 @@ class HybridBlock(nn.Module):
 
     def forward(self, u: Tensor, state: HybridState | None = None, reset: Tensor | None = None) -> tuple[Tensor, HybridState]:
         "Residual stream (b, t, d_model) after the block, and its state."
-        if not isinstance(state, HybridState | None):
-            raise ValueError(f"state is {type(state).__name__}; expected HybridState")
-        mixer, cache = state or self.init_state(u.shape[0])
+        fresh = self.init_state(u.shape[0])
+        mixer, cache = fresh if state is None else check_like(state, fresh, "state", u)
         looked, cache = self.attention(self.norm(u), cache, reset)
         mixed, mixer = self.base.mixer(self.base.norm1(u), mixer, reset)
         u = u + self.base.dropout(mixed + self.gate.to(looked.dtype) * looked)

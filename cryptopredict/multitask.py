@@ -228,10 +228,11 @@ class MultitaskModel(nn.Module):
 
     def forward(self, x: Tensor, state: ModelState | None = None, reset: Tensor | None = None) -> tuple[Forecast, ModelState]:
         "Forecasts at all steps and the state after the last; where `reset` (b, t) is True, another series begins in a stream."
-        _check_input(self, x, state)
+        _check_input(self, x)
         check_reset(reset, x, "x")
         x, anchor = (x[..., :-1], x[..., -1]) if self.cfg.anchored else (x, None)
-        state = state or self.init_state(x.shape[0])
+        fresh = self.init_state(x.shape[0])
+        state = fresh if state is None else check_like(state, fresh, "state", x)
         u, blocks = _through(self.blocks, self.embed(x), state.blocks, reset)
         pooled, pool = self.pool(self.norm(u), state.pool, reset)
         return self.heads(pooled, anchor), ModelState(blocks, pool)
@@ -242,8 +243,8 @@ class MultitaskModel(nn.Module):
         return Forecast(*(v[:, 0] for v in forecast)), state
 
 # %% ../nbs/04a_multitask.ipynb #a11ef27c
-def _check_input(model: MultitaskModel, x: Tensor, state: ModelState | None = None) -> None:
-    "A `ValueError` that names the argument, and both shapes or the place; the parts of a state are checked where they are used."
+def _check_input(model: MultitaskModel, x: Tensor) -> None:
+    "A `ValueError` that names the argument, and both shapes or the place."
     n, due = model.cfg.n_features, model.embed.weight.dtype
     if x.dim() != 3 or x.shape[-1] != n or 0 in x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, time, {n})")
@@ -255,8 +256,6 @@ def _check_input(model: MultitaskModel, x: Tensor, state: ModelState | None = No
         row = torch.nonzero(~torch.isfinite(x))[0].tolist()
         value = x[tuple(row)].item()
         raise ValueError(f"x{row} (batch, time, feature) is {value}: scale features and set missing ones to 0 first")
-    if state is not None and (not isinstance(state, ModelState) or len(state.blocks) != len(model.blocks)):
-        raise ValueError(f"state is no ModelState of {len(model.blocks)} blocks: take it from this model")
 
 # %% ../nbs/04a_multitask.ipynb #1d90338d
 class Targets(NamedTuple):
