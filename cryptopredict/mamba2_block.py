@@ -192,15 +192,17 @@ def _import_past(package: str, module: str) -> ModuleType:
 @cache
 def _kernels() -> tuple[Callable | None, str]:
     "The scan of `mamba_ssm`, or None, and why; a broken installation is one warning."
-    try:
-        if find_spec("mamba_ssm") is None: return None, "mamba_ssm is not installed"
-        try: found = import_module("mamba_ssm.ops.triton.ssd_combined")
-        except Exception as broken:  # whatever a half-installed package raises
-            warnings.warn(f"mamba_ssm does not import ({type(broken).__name__}: {broken}); looking for its Triton kernels alone",
-                          RuntimeWarning, stacklevel=2)
-            found = _import_past("mamba_ssm", "ops.triton.ssd_combined")
-        return found.mamba_chunk_scan_combined, "mamba_ssm is installed"
-    except Exception as broken: return None, f"mamba_ssm's kernels do not import ({type(broken).__name__}: {broken})"
+    at = "ops.triton.ssd_combined"
+    try: spec = find_spec("mamba_ssm")
+    except ValueError: spec = None  # a stand-in that somebody has left in `sys.modules`
+    if spec is None: return None, "mamba_ssm is not installed"
+    for whole in (True, False):
+        try:
+            found = import_module(f"mamba_ssm.{at}") if whole else _import_past("mamba_ssm", at)
+            return found.mamba_chunk_scan_combined, "mamba_ssm is installed"
+        except (Exception, SystemExit) as broken: why = f"{type(broken).__name__}: {broken}"  # half-installed, it raises anything
+        if whole: warnings.warn(f"mamba_ssm does not import ({why}); looking for its kernels alone", RuntimeWarning, stacklevel=2)
+    return None, f"mamba_ssm's kernels do not import ({why})"
 
 # %% ../nbs/03_mamba2_block.ipynb #87173bfe
 BACKENDS = ("auto", "torch", "mamba_ssm")
