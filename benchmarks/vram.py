@@ -33,6 +33,7 @@ import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+from cryptopredict.mamba2_block import choose_backend  # noqa: E402
 from cryptopredict.multitask import Targets  # noqa: E402
 from cryptopredict.streams import Chunk, FoldData, Scaler, fold_data, plan_streams  # noqa: E402
 from cryptopredict.tbptt_trainer import (  # noqa: E402
@@ -366,7 +367,9 @@ def start_report(args: argparse.Namespace, data: FoldData, about: dict[str, str]
     """What the numbers were made with and on; file names without their folders."""
     arguments = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k != "work"}
     fold = dict(**about, hours=data.x.shape[0], channels=data.x.shape[1], start=data.start, stop=data.stop)
-    return dict(device=describe_device(args.device), versions=versions(), commit=args.commit,
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp, torch.float32)
+    backend = " because ".join(choose_backend("auto", torch.zeros(1, dtype=kind, device=args.device)))
+    return dict(device=describe_device(args.device), versions=versions(), commit=args.commit, backend=backend,
                 date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", arguments=arguments, fold=fold, how=HOW, complete=False,
                 wall_s=0., sweep=[], training=[])
 

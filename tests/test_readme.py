@@ -91,3 +91,40 @@ def test_commands_and_flags_exist():
     named = set(re.findall(r"cryptopredict ([a-z]+)", README)) | {"fetch", "plan"}
     assert named == set(COMMANDS)
     assert (ROOT / "results" / "report.png").stat().st_size < 200_000
+
+
+def test_the_layer_example_runs(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(from cryptopredict.mamba2_block.*?)```", README, re.S).group(1)
+    stream = [torch.randn(1, n, 256) for n in (3, 5)]
+    made = {"stream": stream, "loss": lambda y: y.square().mean()}
+    exec(code, made)
+    assert made["layer"].in_proj.weight.grad.abs().sum() > 0 and (tmp_path / "stream.safetensors").exists()
+    with torch.no_grad(): whole = made["layer"](torch.cat(stream, 1))[1]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(made["state"], whole))
+
+
+def test_exact_gradient_is_what_was_measured():
+    gpu, cpu = (json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8")) for name in ("exact", "exact_cpu"))
+    text = " ".join(README.split())
+    for sweep in gpu["sweeps"]:
+        peaks = [r["peak_allocated"] / 1e9 for r in sweep["records"]]
+        assert max(peaks) <= 1.05 * min(peaks) and sweep["records"][-1]["steps"] == 2**18
+        assert f"{max(peaks):.1f} GB ({sweep['preset']}" in text, (sweep["preset"], max(peaks))
+    for report, told in ((gpu, "times truncated on the H100"), (cpu, "on two CPU cores")):
+        ratios = [r["ratio"]["median"] for s in report["sweeps"] for r in s["records"] if "ratio" in r]
+        assert max(ratios) <= 1.6 and f"{min(ratios):.2f} to {max(ratios):.2f} {told}" in text, (told, min(ratios), max(ratios))
+
+
+def test_cost_of_truncation_is_what_was_measured():
+    from statistics import median
+
+    cost = json.loads((ROOT / "results" / "truncation.json").read_text(encoding="utf-8"))
+    rows = [r for r in cost["results"] if r["model"] == "mamba2" and r["epochs"] == 4]
+    at = {n: k for k, n in enumerate(cost["lengths"])}
+    told = r"cosine of ([\d.]+) with the exact one at chunks of 256 hours and ([\d.]+) at 2,048"
+    for length, figure in zip((256, 2048), re.search(told, " ".join(README.split())).groups(), strict=True):
+        assert f"{median(r['cosine']['decay and step size'][at[length]] for r in rows):.2f}" == figure
+    assert all(r["cosine"]["all"][at[256]] > .99 for r in rows)
