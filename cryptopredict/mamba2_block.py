@@ -19,6 +19,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from threading import get_ident
 from types import ModuleType
 from typing import NamedTuple
 
@@ -28,9 +29,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['BACKENDS', 'ssd_reference', 'debug', 'check_finite', 'check_reset', 'choose_backend', 'ssd_scan', 'map_state',
-           'detach', 'carried', 'Mamba2State', 'Mamba2Config', 'no_weight_decay', 'RMSNorm', 'causal_conv',
-           'causal_conv_silu', 'Mamba2', 'check_like', 'check_input', 'check_state', 'GatedMLP', 'Mamba2Block']
+__all__ = ['BACKENDS', 'ssd_reference', 'debug', 'check_finite', 'check_tensors', 'check_reset', 'choose_backend', 'ssd_scan',
+           'map_state', 'detach', 'carried', 'Mamba2State', 'Mamba2Config', 'no_weight_decay', 'RMSNorm', 'causal_conv',
+           'causal_conv_silu', 'Mamba2', 'check_like', 'check_input', 'check_step', 'check_state', 'GatedMLP',
+           'Mamba2Block']
 
 # %% ../nbs/03_mamba2_block.ipynb #ae4646bb
 def ssd_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
@@ -150,9 +152,16 @@ def check_finite(name: str, value: Tensor) -> None:
     raise ValueError(f"{name} of shape {tuple(value.shape)} is {value[at].item()} at {at}: look for it where {name} is made")
 
 # %% ../nbs/03_mamba2_block.ipynb #38234762
+def check_tensors(**given) -> None:
+    "A `ValueError` that names the first argument that is neither a tensor nor None."
+    for name, value in given.items():
+        if not isinstance(value, Tensor | None): raise ValueError(f"{name} is {type(value).__name__}; expected a torch.Tensor")
+
+# %% ../nbs/03_mamba2_block.ipynb #34fb2725
 def check_reset(reset: Tensor | None, x: Tensor, name: str) -> None:
     "A `ValueError` where `reset` is not a mask over batch and time of `x`."
     if reset is None: return
+    check_tensors(reset=reset)
     if reset.shape != x.shape[:2]:
         raise ValueError(f"reset has shape {tuple(reset.shape)}; with {name} {tuple(x.shape)} expected {tuple(x.shape[:2])}")
     if reset.dtype != torch.bool or reset.device != x.device:
@@ -161,6 +170,7 @@ def check_reset(reset: Tensor | None, x: Tensor, name: str) -> None:
 # %% ../nbs/03_mamba2_block.ipynb #5e6a4969
 def _check_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor | None) -> None:
     "A `ValueError` that names the argument and both shapes where they do not fit."
+    check_tensors(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=state)
     if x.dim() != 4 or not x.is_floating_point() or 0 in x.shape:
         raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; expected floats (batch, time, head, headdim), none 0")
     b, t, h, p = x.shape
@@ -177,13 +187,14 @@ def _check_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
     wide = torch.promote_types(x.dtype, torch.float32)
     if state is not None and state.dtype != wide:
         raise ValueError(f"initial_state is {state.dtype}; with x {x.dtype} expected {wide}")
-    if not g or h % g: raise ValueError(f"B has {g} groups, which do not divide the {h} heads of x")
+    if not g or not n or h % g:
+        raise ValueError(f"B has shape {tuple(B.shape)}: its groups must divide the {h} heads of x, its states be one at least")
 
 # %% ../nbs/03_mamba2_block.ipynb #fe2e6e85
 def _import_past(package: str, module: str) -> ModuleType:
-    "A submodule, imported without running the package's own `__init__`, which leaves no trace."
+    "A submodule, imported without running the `__init__` of its package, which stays as if it had not been imported."
     stand_in = ModuleType(package)
-    stand_in.__path__ = list(find_spec(package).submodule_search_locations)
+    stand_in.__path__ = list(find_spec(package).submodule_search_locations or ())
     sys.modules[package] = stand_in
     try: return import_module(f"{package}.{module}")
     finally: del sys.modules[package]
@@ -201,7 +212,8 @@ def _kernels() -> tuple[Callable | None, str]:
             found = import_module(f"mamba_ssm.{at}") if whole else _import_past("mamba_ssm", at)
             return found.mamba_chunk_scan_combined, "mamba_ssm is installed"
         except (Exception, SystemExit) as broken: why = f"{type(broken).__name__}: {broken}"  # half-installed, it raises anything
-        if whole: warnings.warn(f"mamba_ssm does not import ({why}); looking for its kernels alone", RuntimeWarning, stacklevel=2)
+        if whole: warnings.warn(f"mamba_ssm does not import whole ({why})", RuntimeWarning, stacklevel=2)
+        if "mamba_ssm" in sys.modules: break  # it imports; what is wrong lies below
     return None, f"mamba_ssm's kernels do not import ({why})"
 
 # %% ../nbs/03_mamba2_block.ipynb #87173bfe
@@ -280,10 +292,13 @@ def detach(state):
 
 # %% ../nbs/03_mamba2_block.ipynb #63ac48fa
 def _to(state, device: str | torch.device | None = None, dtype: torch.dtype | None = None):
-    "The state on another device, its floats in float32 or float64 where asked."
-    if dtype not in (None, torch.float32, torch.float64):
-        raise ValueError(f"dtype is {dtype}: a state is kept in torch.float32 or torch.float64")
-    return map_state(lambda v: v.to(device, dtype if v.is_floating_point() else None), state)
+    "The state on another device, or for a model in another precision: a part is never narrower than `LEAST` of its class says."
+    if isinstance(state, Tensor): return state.to(device, dtype if state.is_floating_point() else None)
+    if dtype is not None and not dtype.is_floating_point: raise ValueError(f"dtype is {dtype}: give one of floats")
+    least, names = getattr(state, "LEAST", {}), getattr(state, "_fields", range(len(state)))
+    wide = lambda name: torch.promote_types(dtype, least.get(name, dtype)) if dtype is not None else None
+    parts = [_to(part, device, wide(name)) for name, part in zip(names, state)]
+    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
 
 # %% ../nbs/03_mamba2_block.ipynb #3e52e995
 _KINDS: dict[str, type] = {}  # the named tuples that states are made of
@@ -310,23 +325,25 @@ def _rebuild(about, tensors: dict[str, Tensor]):
 
 # %% ../nbs/03_mamba2_block.ipynb #07438a7c
 def _digest(about: str, tensors: dict[str, Tensor]) -> str:
-    "A sha256 of a description and of names, types, shapes and bytes of its tensors, which lie on the CPU."
-    digest = hashlib.sha256(about.encode())
-    for name, v in sorted(tensors.items()):
-        digest.update(f"{name} {v.dtype} {tuple(v.shape)} ".encode())
-        if v.numel(): digest.update(memoryview(v.flatten().view(torch.uint8).numpy()))
-    return digest.hexdigest()
+    "A sha256 of a description and of names, types, shapes and bytes of its tensors."
+    from safetensors.torch import save
+    return hashlib.sha256(about.encode() + save(tensors)).hexdigest()
 
 # %% ../nbs/03_mamba2_block.ipynb #315208d3
 def _save(state, path: str | Path) -> None:
     "Write the state to a safetensors file, which is there whole or as it was before."
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     path, tensors = Path(path), {}
     about = json.dumps(_describe(state, "", tensors))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary, {"state": about, "sha256": _digest(about, tensors)})
-    with open(temporary, "rb+") as file: os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}.tmp")
+    try:
+        save_file(tensors, temporary, {"state": about, "sha256": _digest(about, tensors)})
+        with open(temporary, "rb+") as file: os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be written ({error}): give a file in a folder that exists and has room") from None
+    finally: temporary.unlink(missing_ok=True)
 
 def _load(kind: type, path: str | Path, device: str | torch.device = "cpu"):
     "The state in a file of `save`; a `ValueError` names the file and what is wrong with it."
@@ -340,7 +357,9 @@ def _load(kind: type, path: str | Path, device: str | torch.device = "cpu"):
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"{path} holds no state: {error}") from None
     if type(state) is not kind: raise ValueError(f"{path} holds a {type(state).__name__}; expected {kind.__name__}")
-    return _to(state, device)
+    try: return _to(state, device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{path} cannot be loaded to device {str(device)!r} ({error}): give 'cpu'") from None
 
 # %% ../nbs/03_mamba2_block.ipynb #193b7ad3
 def carried(kind: type) -> type:
@@ -355,6 +374,7 @@ class Mamba2State(NamedTuple):
     "What a mixer remembers between chunks."
     conv: Tensor  # last inputs of the convolution (b, d_inner + 2 g n, d_conv - 1)
     ssm: Tensor  # state of the scan (b, h, p, n), at least float32
+    LEAST = {"ssm": torch.float32}
 
 # %% ../nbs/03_mamba2_block.ipynb #07c23672
 @dataclass(frozen=True)
@@ -407,6 +427,16 @@ class RMSNorm(nn.Module):
         return (scaled * self.weight.to(wide.dtype)).to(x.dtype)
 
 # %% ../nbs/03_mamba2_block.ipynb #4c3e328a
+def _check_conv(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor) -> None:
+    "A `ValueError` that names the argument and both shapes where they do not fit."
+    check_tensors(x=x, weight=weight, bias=bias, past=past)
+    if x.dim() != 3 or weight.dim() != 3: raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} need three axes")
+    (b, _, c), width = x.shape, weight.shape[2]
+    for name, value, due in (("weight", weight, (c, 1, width)), ("bias", bias, (c,)), ("past", past, (b, c, width - 1))):
+        if value.shape != due: raise ValueError(f"{name} has shape {tuple(value.shape)}; with x {tuple(x.shape)} expected {due}")
+    check_finite("x", x)
+
+# %% ../nbs/03_mamba2_block.ipynb #83d1e5cb
 def causal_conv(
     x: Tensor,  # inputs (b, t, channels)
     weight: Tensor,  # one filter a channel (channels, 1, width)
@@ -415,6 +445,8 @@ def causal_conv(
     reset: Tensor | None = None,  # True: nothing before this step is seen (b, t)
 ) -> tuple[Tensor, Tensor]:
     "Depthwise causal convolution that continues after `past`; returns outputs and the new past."
+    _check_conv(x, weight, bias, past)
+    check_reset(reset, x, "x")
     joined, t, y = torch.cat([past.transpose(1, 2).to(x.dtype), x], dim=1), x.shape[1], bias  # (b, width - 1 + t, channels)
     if reset is not None: series = F.pad(reset.cumsum(1), (past.shape[2], 0))[..., None]  # which one a step belongs to
     # A product a tap: a few taps of one filter a channel are too little work for a convolution to be worth its change of layout.
@@ -425,7 +457,7 @@ def causal_conv(
             y = torch.addcmul(y, tap, weight[:, 0, k])
     left = joined[:, t:]
     if reset is not None: left = left.masked_fill(series[:, t:] != series[:, -1:], 0)
-    return y.to(x.dtype), left.transpose(1, 2)
+    return y.to(x.dtype), left.transpose(1, 2).clone()  # a view would keep all of `joined` alive
 
 # %% ../nbs/03_mamba2_block.ipynb #abc82e2c
 @cache
@@ -443,7 +475,7 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor, rese
     joined = torch.cat([past.transpose(1, 2).to(x.dtype), x], 1).transpose(1, 2)  # (b, channels, width - 1 + t)
     w = past.shape[2]
     y = _conv_kernel()(joined[..., w:], weight[:, 0], bias, initial_states=joined[..., :w], activation="silu")
-    return y.transpose(1, 2), joined[..., x.shape[1]:]
+    return y.transpose(1, 2), joined[..., x.shape[1]:].clone()
 
 # %% ../nbs/03_mamba2_block.ipynb #efdfd7c7
 def _initial_dt_bias(h: int) -> Tensor:
@@ -479,7 +511,7 @@ class Mamba2(nn.Module):
 
     def step(self, u_t: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
         "One time step: u_t (b, d_model)."
-        y, state = self(u_t[:, None], state)
+        y, state = self(check_step(u_t, self.cfg.d_model), state)
         return y[:, 0], state
 
 # %% ../nbs/03_mamba2_block.ipynb #5cba4ca5
@@ -499,15 +531,25 @@ def check_like(given, due, name: str, u: Tensor):
     return given
 
 # %% ../nbs/03_mamba2_block.ipynb #1fd0a006
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts
+
 def check_input(u: Tensor, weight: Tensor, reset: Tensor | None = None) -> None:
     "A `ValueError` where `u` does not fit a module whose first weight is (out, channels), or `reset` does not fit `u`."
+    check_tensors(u=u)
     if u.dim() != 3 or u.shape[-1] != weight.shape[1] or 0 in u.shape:
         raise ValueError(f"u has shape {tuple(u.shape)}; expected (batch, time, {weight.shape[1]})")
-    mixed = u.is_floating_point() and torch.is_autocast_enabled(weight.device.type)
+    mixed = u.dtype in _NARROW and torch.is_autocast_enabled(weight.device.type)
     if u.device != weight.device or (u.dtype != weight.dtype and not mixed):
         raise ValueError(f"u is {u.dtype} on {u.device}; expected {weight.dtype} on {weight.device}: move it with .to")
     check_reset(reset, u, "u")
     check_finite("u", u)
+
+def check_step(x_t: Tensor, channels: int, name: str = "u_t") -> Tensor:
+    "One time step (b, channels) as a sequence of length one; a `ValueError` that names it where it is none."
+    check_tensors(**{name: x_t})
+    if x_t.dim() != 2 or x_t.shape[1] != channels or 0 in x_t.shape:
+        raise ValueError(f"{name} has shape {tuple(x_t.shape)}; expected (batch, {channels})")
+    return x_t[:, None]
 
 def check_state(m: nn.Module, u: Tensor, state, reset: Tensor | None = None, name: str = "state"):
     "The state of `m` to start from; a `ValueError` names the argument and both shapes where one does not fit."
@@ -529,8 +571,9 @@ def _mix(m: Mamba2, u: Tensor, state: Mamba2State, reset: Tensor | None = None) 
     return m.out_proj(m.norm(rearrange(y, "b t h p -> b t (h p)"), z)), Mamba2State(conv.to(state.conv.dtype), ssm)
 
 # %% ../nbs/03_mamba2_block.ipynb #891fbe71
-def _config_of(weights: Mapping[str, Tensor], ngroups: int = 1) -> Mamba2Config:
-    "The sizes behind a `state_dict` of `mamba_ssm.Mamba2`; `ngroups` cannot be read from it."
+def _config_of(weights: Mapping[str, Tensor], ngroups: int) -> Mamba2Config:
+    "The sizes behind a `state_dict` of `mamba_ssm.Mamba2`; `ngroups` cannot be read from it, nor its options without weights."
+    if type(ngroups) is not int or ngroups < 1: raise ValueError(f"ngroups is {ngroups!r}: give a whole number, at least 1")
     due = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight", "out_proj.weight")
     for name in due:
         if name not in weights: raise ValueError(f"the weights hold no {name!r}: give the state_dict of one mamba_ssm.Mamba2")
@@ -573,6 +616,7 @@ class Mamba2Block(nn.Module):
 
     def forward(self, u: Tensor, state: Mamba2State | None = None, reset: Tensor | None = None) -> tuple[Tensor, Mamba2State]:
         "Residual stream (b, t, d_model) after the block, and the mixer's state."
+        check_input(u, self.mixer.in_proj.weight, reset)  # the norm would broadcast a single channel
         y, state = self.mixer(self.norm1(u), state, reset)
         u = u + self.dropout(y)
         return u + self.dropout(self.mlp(self.norm2(u))), state

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .mamba2_block import (Mamba2Block, Mamba2Config, Mamba2State, RMSNorm, carried, check_like, check_state,
-                                        no_weight_decay)
+from .mamba2_block import (Mamba2Block, Mamba2Config, Mamba2State, RMSNorm, carried, check_input, check_like,
+                                        check_state, check_step, no_weight_decay)
 
 # %% auto #0
 __all__ = ['KERNELS', 'rotate', 'KVCache', 'window_mask', 'MHSAConfig', 'MHSA', 'HybridState', 'HybridBlock']
@@ -120,7 +120,8 @@ def _attend(cfg: MHSAConfig, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, re
     at, series = torch.arange(w + t, device=q.device), None if reset is None else F.pad(reset.cumsum(1), (w, 0))
     turned = rotate(q, at[w:], cfg.base), rotate(keys, at, cfg.base)
     y = _KERNELS[cfg.kernel](*turned, values, w, cache.seen, series)
-    kept, seen = (keys[:, :, t:].to(cache.k.dtype), values[:, :, t:].to(cache.v.dtype)), (cache.seen + t).clamp_max(w)
+    kept = (m[:, :, t:].to(cache.k.dtype).clone() for m in (keys, values))  # a view would keep all of them alive
+    seen = (cache.seen + t).clamp_max(w)
     if series is not None:  # what is of another series is forgotten
         seen = torch.minimum(seen, (series[:, w:] == series[:, -1:]).sum(1) + cache.seen * (series[:, -1] == 0))
         gone = (torch.arange(w, device=q.device) < w - seen[:, None])[:, None, :, None]  # (b, 1, w, 1)
@@ -141,7 +142,7 @@ class MHSA(nn.Module):
         "An empty cache."
         c, w = self.cfg, self.qkv.weight
         empty = w.new_zeros(batch, c.n_heads, c.kv_window, c.d_model // c.n_heads)
-        return KVCache(empty, empty, torch.zeros(batch, dtype=torch.int64, device=w.device))
+        return KVCache(empty, empty.clone(), torch.zeros(batch, dtype=torch.int64, device=w.device))
 
     def forward(self, u: Tensor, cache: KVCache | None = None, reset: Tensor | None = None) -> tuple[Tensor, KVCache]:
         "Outputs (b, t, d_model) for inputs of that shape, and the cache after the last step; `reset` as for `ssd_scan`."
@@ -155,7 +156,7 @@ class MHSA(nn.Module):
 
     def step(self, u_t: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
         "One time step: u_t (b, d_model)."
-        y, cache = self(u_t[:, None], cache)
+        y, cache = self(check_step(u_t, self.cfg.d_model), cache)
         return y[:, 0], cache
 
 # %% ../nbs/04_mhsa.ipynb #530b4e83
@@ -181,6 +182,7 @@ class HybridBlock(nn.Module):
 
     def forward(self, u: Tensor, state: HybridState | None = None, reset: Tensor | None = None) -> tuple[Tensor, HybridState]:
         "Residual stream (b, t, d_model) after the block, and its state."
+        check_input(u, self.base.mixer.in_proj.weight, reset)  # the norm would broadcast a single channel
         fresh = self.init_state(u.shape[0])
         mixer, cache = fresh if state is None else check_like(state, fresh, "state", u)
         looked, cache = self.attention(self.norm(u), cache, reset)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mamba2_block import (Mamba2Block, Mamba2Config, RMSNorm, carried, check_like, check_reset, detach,
-                                        no_weight_decay)
+from .mamba2_block import (Mamba2Block, Mamba2Config, RMSNorm, carried, check_finite, check_like,
+                                        check_reset, check_step, check_tensors, detach, no_weight_decay)
 from .mhsa import MHSA, HybridBlock, MHSAConfig
 
 # %% auto #0
@@ -95,11 +95,13 @@ class MeanState(NamedTuple):
     "Running mean of everything seen."
     total: Tensor  # sum of hidden states, float64 (b, d)
     count: Tensor  # how many, float64 (b, 1)
+    LEAST = {"total": torch.float64, "count": torch.float64}
 
 # %% ../nbs/04a_multitask.ipynb #880f4b6e
 def _running_mean(u: Tensor, state: MeanState, reset: Tensor | None) -> tuple[Tensor, MeanState]:
     "Means (b, t, d) of what a stream has shown since its series began, and the state after the last step."
-    local = u.to(torch.promote_types(u.dtype, torch.float32)).cumsum(1)  # (b, t, d)
+    # A series that begins late is a difference of two long sums: these are then made in float64.
+    local = u.to(torch.promote_types(u.dtype, torch.float32) if reset is None else torch.float64).cumsum(1)  # (b, t, d)
     steps = torch.arange(1., u.shape[1] + 1, device=u.device, dtype=torch.float64).expand(u.shape[:2])
     total, since = state.total[:, None], torch.zeros_like(steps)  # sum and number of steps before the first of `local`
     count = state.count.expand(u.shape[:2])
@@ -131,11 +133,15 @@ class Pooling(nn.Module):
 
     def forward(self, u: Tensor, state, reset: Tensor | None = None) -> tuple[Tensor, MeanState | tuple]:
         "Pooled states and the carried state."
+        if u.dim() != 3 or u.shape[-1] != self.d or 0 in u.shape:
+            raise ValueError(f"u has shape {tuple(u.shape)}; expected (batch, time, {self.d})")
+        check_reset(reset, u, "u")
+        state = check_like(state, self.init_state(u), "state.pool", u)
         if self.kind == "last": return u, ()
         if self.kind == "attention":
             y, state = self.attention(u, state, reset)
             return u + y, state
-        return _running_mean(u, check_like(state, self.init_state(u), "state.pool", u), reset)
+        return _running_mean(u, state, reset)
 
 # %% ../nbs/04a_multitask.ipynb #f44de43f
 class Forecast(NamedTuple):
@@ -175,7 +181,8 @@ class Heads(nn.Module):
         "Forecasts from pooled states (b, t, d) in float32 at least, adding to `anchor` (b, t), a log sigma, where given."
         u = u.to(torch.promote_types(u.dtype, torch.float32))
         with torch.autocast(u.device.type, enabled=False):  # a bias in bfloat16 would be no climatology any more
-            logits, (middle, down, up, log_sigma) = self.classifier(u), self.regressor(u).unbind(-1)
+            through = lambda layer: F.linear(u, layer.weight.to(u.dtype), layer.bias.to(u.dtype))
+            logits, (middle, down, up, log_sigma) = through(self.classifier), through(self.regressor).unbind(-1)
         if anchor is not None: log_sigma = log_sigma + anchor.to(u.dtype)
         return Forecast(logits, middle - F.softplus(down), middle + F.softplus(up), log_sigma.clamp(-6, 3).exp())
 
@@ -239,17 +246,20 @@ class MultitaskModel(nn.Module):
 
     def step(self, x_t: Tensor, state: ModelState) -> tuple[Forecast, ModelState]:
         "One time step: x_t (b, n_features)."
-        forecast, state = self(x_t[:, None], state)
+        forecast, state = self(check_step(x_t, self.cfg.n_features, "x_t"), state)
         return Forecast(*(v[:, 0] for v in forecast)), state
 
 # %% ../nbs/04a_multitask.ipynb #a11ef27c
 def _check_input(model: MultitaskModel, x: Tensor) -> None:
     "A `ValueError` that names the argument, and both shapes or the place."
     n, due = model.cfg.n_features, model.embed.weight.dtype
+    check_tensors(x=x)
+    check_finite("x", x)
     if x.dim() != 3 or x.shape[-1] != n or 0 in x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, time, {n})")
     device = model.embed.weight.device
-    mixed = x.is_floating_point() and torch.is_autocast_enabled(device.type)
+    narrow = torch.float32, torch.bfloat16, torch.float16  # what autocast converts
+    mixed = x.dtype in narrow and torch.is_autocast_enabled(device.type)
     if x.device != device or (x.dtype != due and not mixed):
         raise ValueError(f"x is {x.dtype} on {x.device}; expected {due} on {device}: convert it with .to")
     if not x.is_cuda and not torch.isfinite(x).all():  # on a GPU looking would make the host wait; training stops on the gradient

@@ -195,6 +195,7 @@ def exact_backward(
     device: str = "cpu",  # of the model
 ) -> ModelState:
     "Add the gradients of the sum of all losses to the parameters', through all chunks; returns the last state, detached."
+    if not len(chunks): raise ValueError("chunks is empty: give one at least")
     kept = []
     for chunk in chunks[:-1]:
         kept.append((_to_host(state), _rng(device)))
@@ -218,7 +219,7 @@ def _backward(loss: Tensor | None, end: ModelState, slopes: list[Tensor | None])
     ends: list[Tensor] = []
     map_state(lambda v: ends.append(v) if v.is_floating_point() else None, end)
     pairs = [(v, g) for v, g in zip(ends, slopes) if g is not None and v.requires_grad]
-    if loss is not None: pairs.append((loss, None))
+    if loss is not None and loss.requires_grad: pairs.append((loss, None))
     if pairs: torch.autograd.backward(*zip(*pairs))
 
 # %% ../nbs/05_tbptt_trainer.ipynb #61109848
@@ -282,7 +283,7 @@ def _reduced(config: TrainConfig, data: FoldData) -> str:
 
 # %% ../nbs/05_tbptt_trainer.ipynb #2a6a7ca5
 def steps_per_epoch(config: TrainConfig, data: FoldData) -> int:
-    "Updates in one epoch; a stream's burn-in chunk has none."
+    "Updates in one epoch at most: a stream's burn-in chunk has none, nor has a span without any label."
     if config.dataset == "windows": return sum(1 for _ in _chunks(config, data, 0))
     chunks, through = plan_streams(data.stop - data.start, config.batch, config.tbptt_len).chunks, reach(config.bptt)
     return chunks - 1 if through == 1 else math.ceil(chunks / (through or chunks))
