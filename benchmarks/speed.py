@@ -48,7 +48,8 @@ HOW = dict(
           "einsums, input padded to whole chunks; `sizes` are the inputs'; the two in turn; ratio is plain / ours, pair by pair; "
           "`difference` is the largest of outputs and final state, with D and an initial state, relative to the largest value; "
           "without opt_einsum an einsum contracts from left to right",
-    plain_training="as training, ours and the same model with plain_ssd in its mixers, same weights, chunks and dropout, "
+    plain_training="as training, ours and the same model with plain_ssd in its mixers (`scan`), or with plain_ssd and PyTorch's "
+                   "depthwise convolution (`mixer`), same weights, chunks and dropout, "
                    "steps in turn; ratio is plain / ours; `loss_difference` is the largest relative one over all steps",
     tail="as scan, chunk 64, the lengths in turn; seconds a token relative to length 1024, of the same round",
     step="MultitaskModel.step, 60 channels, batch 1, no gradient, evaluation mode, carried state, after 20 steps of warm-up; "
@@ -167,8 +168,18 @@ def training(steps: int, folder: Path) -> dict:
                 parameters=sum(p.numel() for p in run.model.parameters()))
 
 
-def plain_training(steps: int, folder: Path) -> dict:
-    """Seconds of a training step with either scan, in turn."""
+def plain_conv(x, weight, bias, past, reset=None):
+    """The causal convolution by PyTorch's own, channels before time."""
+    joined = torch.cat([past.to(x.dtype), x.transpose(1, 2)], -1)
+    y = torch.nn.functional.conv1d(joined, weight, bias, groups=weight.shape[0]).transpose(1, 2)
+    return y, joined[..., x.shape[1]:].clone()
+
+
+PLAIN = dict(scan=dict(ssd_scan=plain_ssd), mixer=dict(ssd_scan=plain_ssd, causal_conv=plain_conv))
+
+
+def plain_training(steps: int, folder: Path, plain: dict) -> dict:
+    """Seconds of a training step as it is and with some functions of the mixer replaced by plain ones, in turn."""
     config, pairs = train_preset("tiny", 60), []
     chunks = list(wrapped_chunks(random_fold(60_000), config.batch, config.tbptt_len, steps + 3))
     ours, other = (timed_steps(Run(config, folder), chunks) for _ in range(2))
@@ -176,7 +187,7 @@ def plain_training(steps: int, folder: Path) -> dict:
         torch.manual_seed(k)  # of dropout
         mine = next(ours)
         torch.manual_seed(k)
-        with mock.patch("cryptopredict.mamba2_block.ssd_scan", plain_ssd): pairs.append((next(other), mine))
+        with mock.patch.multiple("cryptopredict.mamba2_block", **plain): pairs.append((next(other), mine))
     off = max(abs(a / b - 1) for (_, a), (_, b) in pairs)
     if not off < 1e-2: raise ValueError(f"losses of both trainings are {off:.2g} apart: plain_ssd is not the same")
     plain, ours = zip(*((a, b) for (a, _), (b, _) in pairs[3:]))
@@ -238,7 +249,8 @@ def report(args: argparse.Namespace) -> dict:
     """All measurements."""
     with tempfile.TemporaryDirectory() as folder:
         measured = dict(scan=scan(args.repeats), plain=plain(args.pairs), tail=tail(args.pairs),
-                        training=training(args.steps, Path(folder)), plain_training=plain_training(args.steps, Path(folder)))
+                        training=training(args.steps, Path(folder)))
+        measured["plain_training"] = {name: plain_training(args.steps, Path(folder), plain) for name, plain in PLAIN.items()}
     measured["step"] = {name: step_of(name, args.hours, args.history) for name in ("baseline", "mhsa")}
     measured["memory"] = memory(tuple(args.counts), args.threads)
     return dict(device=describe_device("cpu"), versions=versions(), commit=args.commit,
@@ -251,8 +263,8 @@ def table(made: dict) -> str:
     of = lambda r: f"{span(r['ratio'], '.2f')}   {1000 * r['ours_s']['median']:.1f} ms to {1000 * r['plain_s']['median']:.1f} ms"
     rows = [("loop / scan", span(made["scan"]["ratio"], ".1f"))]
     rows += [(f"plain / scan, {name}", of(made["plain"][name])) for name in SIZES]
-    rows += [("plain / scan, training of tiny", of(made["plain_training"])),
-             ("tokens/s, training of tiny", span(made["training"]["tokens_per_s"], ",.0f"))]
+    rows += [(f"plain {name} / ours, training of tiny", of(measured)) for name, measured in made["plain_training"].items()]
+    rows += [("tokens/s, training of tiny", span(made["training"]["tokens_per_s"], ",.0f"))]
     rows += [(f"a token at length {n} / {TAILS[0]}", span(q, ".2f")) for n, q in made["tail"].items()]
     for name, measured in made["step"].items():
         for n in (1, 2):

@@ -437,6 +437,26 @@ def _check_conv(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor) -> None:
     check_finite("x", x)
 
 # %% ../nbs/03_mamba2_block.ipynb #83d1e5cb
+class _Taps(torch.autograd.Function):
+    "Depthwise convolution of (b, width - 1 + t, channels) as a product a tap, summed in place, both ways."
+
+    @staticmethod
+    def forward(ctx, joined: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(joined, weight)
+        t = joined.shape[1] - weight.shape[2] + 1
+        y = torch.addcmul(bias, joined[:, :t], weight[:, 0, 0])
+        for k in range(1, weight.shape[2]): y.addcmul_(joined[:, k:k + t], weight[:, 0, k])
+        return y
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (joined, weight), t = ctx.saved_tensors, slope.shape[1]
+        back = torch.zeros_like(joined, dtype=slope.dtype)
+        for k in range(weight.shape[2]): back[:, k:k + t].addcmul_(slope, weight[:, 0, k])
+        taps = [(slope * joined[:, k:k + t]).sum((0, 1)) for k in range(weight.shape[2])]
+        return back.to(joined.dtype), torch.stack(taps, -1)[:, None], slope.sum((0, 1))
+
+# %% ../nbs/03_mamba2_block.ipynb #db5be136
 def causal_conv(
     x: Tensor,  # inputs (b, t, channels)
     weight: Tensor,  # one filter a channel (channels, 1, width)
@@ -447,17 +467,21 @@ def causal_conv(
     "Depthwise causal convolution that continues after `past`; returns outputs and the new past."
     _check_conv(x, weight, bias, past)
     check_reset(reset, x, "x")
-    joined, t, y = torch.cat([past.transpose(1, 2).to(x.dtype), x], dim=1), x.shape[1], bias  # (b, width - 1 + t, channels)
-    if reset is not None: series = F.pad(reset.cumsum(1), (past.shape[2], 0))[..., None]  # which one a step belongs to
-    # A product a tap: a few taps of one filter a channel are too little work for a convolution to be worth its change of layout.
-    with torch.autocast(x.device.type, enabled=False):  # summed in the weights' type; autocast would keep a wide copy a tap
-        for k in range(weight.shape[2]):
-            tap = joined[:, k:k + t]
-            if reset is not None: tap = tap.masked_fill(series[:, k:k + t] != series[:, past.shape[2]:], 0)
-            y = torch.addcmul(y, tap, weight[:, 0, k])
-    left = joined[:, t:]
-    if reset is not None: left = left.masked_fill(series[:, t:] != series[:, -1:], 0)
+    joined, t = torch.cat([past.transpose(1, 2).to(x.dtype), x], dim=1), x.shape[1]  # (b, width - 1 + t, channels)
+    with torch.autocast(x.device.type, enabled=False):  # summed in the weights' type
+        if reset is None: y, left = _Taps.apply(joined, weight, bias), joined[:, t:]
+        else: y, left = _taps_of_series(joined, weight, bias, reset)
     return y.to(x.dtype), left.transpose(1, 2).clone()  # a view would keep all of `joined` alive
+
+# %% ../nbs/03_mamba2_block.ipynb #51b65688
+def _taps_of_series(joined: Tensor, weight: Tensor, bias: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:
+    "The same where other series begin inside: outputs, and the last inputs, 0 where they are of an older series."
+    t, width, y = reset.shape[1], weight.shape[2], bias
+    series = F.pad(reset.cumsum(1), (width - 1, 0))[..., None]  # which one a step belongs to
+    for k in range(width):
+        tap = joined[:, k:k + t].masked_fill(series[:, k:k + t] != series[:, width - 1:], 0)
+        y = torch.addcmul(y, tap, weight[:, 0, k])
+    return y, joined[:, t:].masked_fill(series[:, t:] != series[:, -1:], 0)
 
 # %% ../nbs/03_mamba2_block.ipynb #abc82e2c
 @cache
