@@ -48,8 +48,8 @@ HOW = dict(
           "einsums, input padded to whole chunks; `sizes` are the inputs'; the two in turn; ratio is plain / ours, pair by pair; "
           "`difference` is the largest of outputs and final state, with D and an initial state, relative to the largest value; "
           "without opt_einsum an einsum contracts from left to right",
-    plain_training="as training, ours and the same model with plain_ssd in its mixers (`scan`), or with plain_ssd and PyTorch's "
-                   "depthwise convolution (`mixer`), same weights, chunks and dropout, "
+    plain_training="as training, ours and the same model with plain_ssd in its mixers (`scan`), or with plain_ssd, PyTorch's "
+                   "depthwise convolution and a norm of single operations (`mixer`), same weights, chunks and dropout, "
                    "steps in turn; ratio is plain / ours; `loss_difference` is the largest relative one over all steps",
     tail="as scan, chunk 64, the lengths in turn; seconds a token relative to length 1024, of the same round",
     step="MultitaskModel.step, 60 channels, batch 1, no gradient, evaluation mode, carried state, after 20 steps of warm-up; "
@@ -175,7 +175,14 @@ def plain_conv(x, weight, bias, past, reset=None):
     return y, joined[..., x.shape[1]:].clone()
 
 
-PLAIN = dict(scan=dict(ssd_scan=plain_ssd), mixer=dict(ssd_scan=plain_ssd, causal_conv=plain_conv))
+class PlainNorm:
+    """The norm of the mixer and the blocks, operation by operation."""
+
+    @staticmethod
+    def apply(x, weight, eps): return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+PLAIN = dict(scan=dict(ssd_scan=plain_ssd), mixer=dict(ssd_scan=plain_ssd, causal_conv=plain_conv, _Norm=PlainNorm))
 
 
 def plain_training(steps: int, folder: Path, plain: dict) -> dict:

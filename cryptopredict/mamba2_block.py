@@ -412,6 +412,28 @@ def no_weight_decay(parameter: nn.Parameter) -> nn.Parameter:
     return parameter
 
 # %% ../nbs/03_mamba2_block.ipynb #552c4143
+class _Norm(torch.autograd.Function):
+    "x (..., groups, c) over the root of its mean square, times a weight (groups, c); keeps nothing but these two."
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return x * _Norm.scale(x, eps) * weight
+
+    @staticmethod
+    def scale(x: Tensor, eps: float) -> Tensor:
+        return torch.rsqrt(torch.linalg.vecdot(x, x)[..., None] / x.shape[-1] + eps)
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        scale = _Norm.scale(x, ctx.eps)
+        unit, through = x * scale, slope * weight
+        along = torch.linalg.vecdot(through, unit)[..., None] / x.shape[-1]
+        return (through - unit * along) * scale, (slope * unit).flatten(0, -3).sum(0), None
+
+# %% ../nbs/03_mamba2_block.ipynb #f914f29a
 class RMSNorm(nn.Module):
     "Root-mean-square norm, in float32 at least, of each of some groups of channels; with a gate, of x * silu(z)."
 
@@ -422,9 +444,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if z is not None: wide = wide * F.silu(z.to(wide.dtype))
-        power = wide.unflatten(-1, (self.groups, -1)).square().mean(-1, keepdim=True)  # (..., groups, 1)
-        scaled = (wide.unflatten(-1, (self.groups, -1)) * torch.rsqrt(power + self.eps)).flatten(-2)
-        return (scaled * self.weight.to(wide.dtype)).to(x.dtype)
+        split = lambda v: v.unflatten(-1, (self.groups, -1))
+        return _Norm.apply(split(wide), split(self.weight.to(wide.dtype)), self.eps).flatten(-2).to(x.dtype)
 
 # %% ../nbs/03_mamba2_block.ipynb #4c3e328a
 def _check_conv(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor) -> None:
