@@ -31,7 +31,7 @@ from torch import Tensor, nn
 # %% auto #0
 __all__ = ['BACKENDS', 'ssd_reference', 'debug', 'check_finite', 'check_tensors', 'check_reset', 'choose_backend', 'ssd_scan',
            'map_state', 'detach', 'carried', 'Mamba2State', 'Mamba2Config', 'no_weight_decay', 'RMSNorm', 'causal_conv',
-           'causal_conv_silu', 'Mamba2', 'check_like', 'check_input', 'check_step', 'check_state', 'GatedMLP',
+           'causal_conv_silu', 'Mamba2', 'check_like', 'check_step', 'check_input', 'check_state', 'GatedMLP',
            'Mamba2Block']
 
 # %% ../nbs/03_mamba2_block.ipynb #ae4646bb
@@ -423,14 +423,14 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def scale(x: Tensor, eps: float) -> Tensor:
-        return torch.rsqrt(torch.linalg.vecdot(x, x)[..., None] / x.shape[-1] + eps)
+        return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)  # no inner product: autocast would make it in bfloat16
 
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         scale = _Norm.scale(x, ctx.eps)
         unit, through = x * scale, slope * weight
-        along = torch.linalg.vecdot(through, unit)[..., None] / x.shape[-1]
+        along = (through * unit).mean(-1, keepdim=True)
         return (through - unit * along) * scale, (slope * unit).flatten(0, -3).sum(0), None
 
 # %% ../nbs/03_mamba2_block.ipynb #f914f29a
@@ -576,6 +576,14 @@ def check_like(given, due, name: str, u: Tensor):
     return given
 
 # %% ../nbs/03_mamba2_block.ipynb #1fd0a006
+def check_step(x_t: Tensor, channels: int, name: str = "u_t") -> Tensor:
+    "One time step (b, channels) as a sequence of length one; a `ValueError` that names it where it is none."
+    check_tensors(**{name: x_t})
+    if x_t.dim() != 2 or x_t.shape[1] != channels or 0 in x_t.shape:
+        raise ValueError(f"{name} has shape {tuple(x_t.shape)}; expected (batch, {channels})")
+    return x_t[:, None]
+
+# %% ../nbs/03_mamba2_block.ipynb #87fa65ea
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts
 
 def check_input(u: Tensor, weight: Tensor, reset: Tensor | None = None) -> None:
@@ -588,13 +596,6 @@ def check_input(u: Tensor, weight: Tensor, reset: Tensor | None = None) -> None:
         raise ValueError(f"u is {u.dtype} on {u.device}; expected {weight.dtype} on {weight.device}: move it with .to")
     check_reset(reset, u, "u")
     check_finite("u", u)
-
-def check_step(x_t: Tensor, channels: int, name: str = "u_t") -> Tensor:
-    "One time step (b, channels) as a sequence of length one; a `ValueError` that names it where it is none."
-    check_tensors(**{name: x_t})
-    if x_t.dim() != 2 or x_t.shape[1] != channels or 0 in x_t.shape:
-        raise ValueError(f"{name} has shape {tuple(x_t.shape)}; expected (batch, {channels})")
-    return x_t[:, None]
 
 def check_state(m: nn.Module, u: Tensor, state, reset: Tensor | None = None, name: str = "state"):
     "The state of `m` to start from; a `ValueError` names the argument and both shapes where one does not fit."
