@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -87,30 +88,30 @@ def measure(args: argparse.Namespace, run: Run, steps: int, repeats: int, both: 
     return record
 
 
-def sweep(args: argparse.Namespace, name: str) -> dict:
-    """All lengths for one preset."""
+def sweep(args: argparse.Namespace, name: str) -> Iterator[dict]:
+    """One preset, again after each length: what a run that is cut off has measured is written."""
     gpu = args.device == "cuda"
     sizes = dict(batch=args.batch or train_preset(name).batch, amp="bf16" if gpu else "off", device=args.device)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(train_preset(name, 60, **sizes), folder)
         warm = chunks_of(4 * run.config.tbptt_len, run.config.batch, run.config.tbptt_len, 60, gpu)
         for exact in (True, False): timed(run, warm, exact)
-        records = []
+        made = dict(preset=name, batch=run.config.batch, tbptt_len=run.config.tbptt_len, amp=run.config.amp,
+                    state_bytes=state_bytes(run, run.config.batch), records=[])
         for steps in args.steps:
-            records.append(measure(args, run, steps, args.repeats if steps <= args.compare else 1, steps <= args.compare))
-            r = records[-1]
+            r = measure(args, run, steps, args.repeats if steps <= args.compare else 1, steps <= args.compare)
+            made["records"].append(r)
             gib = f"{r['peak_allocated'] / 2**30:.3f} GiB on the device, " if gpu else ""
             ratio = f", {r['ratio']['median']:.2f}x truncated" if "ratio" in r else ""
             print(f"{name} {steps:>7} steps: {gib}{r['boundary_states'] / 2**20:.0f} MiB of states, "
                   f"{r['exact_tokens_per_s']['median']:,.0f} tokens/s{ratio}", flush=True)
-    return dict(preset=name, batch=run.config.batch, tbptt_len=run.config.tbptt_len, amp=run.config.amp,
-                state_bytes=state_bytes(run, run.config.batch), records=records)
+            yield made
 
 
 def main() -> int:
     """Measure and write."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--out", type=Path, help="JSON report, written after each preset; none: printed only")
+    p.add_argument("--out", type=Path, help="JSON report, written after each length; none: printed only")
     p.add_argument("--commit", default="", help="version of the code, for the report")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to run")
     p.add_argument("--threads", type=int, default=2, help="of torch on a CPU")
@@ -127,9 +128,12 @@ def main() -> int:
     args.steps = args.steps or ([2**n for n in range(13, 19)] if gpu else [1024, 2048, 4096, 8192])
     report = dict(device=describe_device(args.device), versions=versions(), commit=args.commit,
                   date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", how=HOW, sweeps=[])
+    done = report["sweeps"]
     for name in args.presets:
-        report["sweeps"].append(sweep(args, name))
-        if args.out: write_atomic(args.out, report)
+        for made in sweep(args, name):
+            report["sweeps"] = [*done, made]
+            if args.out: write_atomic(args.out, report)
+        done = report["sweeps"]
     if not args.out: print(json.dumps(report["sweeps"], indent=1))
     return 0 if all(r["losses_finite"] for s in report["sweeps"] for r in s["records"]) else 1
 
