@@ -49,6 +49,11 @@ def chunks_of(steps: int, batch: int, length: int, features: int, pin: bool) -> 
     return [Chunk(hold(torch.randn(batch, length, features)), draw(), False) for _ in range(steps // length)]
 
 
+def now() -> str:
+    """UTC."""
+    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
 def state_bytes(run: Run, batch: int) -> int:
     """Bytes of the state of one boundary."""
     total = []
@@ -81,11 +86,29 @@ def measure(args: argparse.Namespace, run: Run, steps: int, repeats: int, both: 
         if both: clear(args.device)
     tokens, inputs = steps * c.batch, sum(chunk.x.numel() * chunk.x.element_size() for chunk in chunks)
     record = dict(steps=steps, chunks=len(chunks), peak_allocated=memory["peak_allocated"], peak_reserved=memory["peak_reserved"],
-                  boundary_states=(len(chunks) - 1) * state_bytes(run, c.batch), inputs=inputs,
+                  commit=args.commit, date=now(), boundary_states=(len(chunks) - 1) * state_bytes(run, c.batch), inputs=inputs,
                   exact_tokens_per_s=quantiles([tokens / a for a, _ in pairs]), losses_finite=all(map(math.isfinite, losses)))
     if not both: return record
     record |= dict(truncated_tokens_per_s=quantiles([tokens / b for _, b in pairs]), ratio=quantiles([a / b for a, b in pairs]))
     return record
+
+
+def started(path: Path | None, report: dict) -> list[dict]:
+    """Sweeps of an earlier report of the same device and versions, which is gone on with."""
+    if path is None or not path.is_file(): return []
+    before = json.loads(path.read_text())
+    for key in ("device", "versions"):
+        if before[key] != report[key]: raise SystemExit(f"{path} is of another {key} ({before[key]}): give another --out")
+    return before["sweeps"]
+
+
+def joined(sweeps: list[dict], made: dict) -> list[dict]:
+    """With another sweep; lengths it did not measure are kept where everything else is the same."""
+    about = lambda sweep: {k: v for k, v in sweep.items() if k != "records"}
+    measured = {r["steps"] for r in made["records"]}
+    old = [r for s in sweeps if about(s) == about(made) for r in s["records"] if r["steps"] not in measured]
+    made = made | dict(records=sorted(old + made["records"], key=lambda r: r["steps"]))
+    return [*(s for s in sweeps if s["preset"] != made["preset"]), made]
 
 
 def sweep(args: argparse.Namespace, name: str) -> Iterator[dict]:
@@ -111,7 +134,7 @@ def sweep(args: argparse.Namespace, name: str) -> Iterator[dict]:
 def main() -> int:
     """Measure and write."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--out", type=Path, help="JSON report, written after each length; none: printed only")
+    p.add_argument("--out", type=Path, help="JSON report, also of a run cut off; goes on with one that is there")
     p.add_argument("--commit", default="", help="version of the code, for the report")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to run")
     p.add_argument("--threads", type=int, default=2, help="of torch on a CPU")
@@ -126,14 +149,13 @@ def main() -> int:
     if not gpu: torch.set_num_threads(args.threads)
     args.presets = args.presets or (["baseline", "mhsa"] if gpu else ["tiny"])
     args.steps = args.steps or ([2**n for n in range(13, 19)] if gpu else [1024, 2048, 4096, 8192])
-    report = dict(device=describe_device(args.device), versions=versions(), commit=args.commit,
-                  date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", how=HOW, sweeps=[])
-    done = report["sweeps"]
+    report = dict(device=describe_device(args.device), versions=versions(), commit=args.commit, date=now(), how=HOW,
+                  sweeps=[])
+    report["sweeps"] = started(args.out, report)
     for name in args.presets:
         for made in sweep(args, name):
-            report["sweeps"] = [*done, made]
+            report["sweeps"] = joined(report["sweeps"], made)
             if args.out: write_atomic(args.out, report)
-        done = report["sweeps"]
     if not args.out: print(json.dumps(report["sweeps"], indent=1))
     return 0 if all(r["losses_finite"] for s in report["sweeps"] for r in s["records"]) else 1
 
