@@ -122,6 +122,8 @@ def test_exact_gradient_is_what_was_measured():
         assert max(peaks) <= 1.05 * min(peaks) and sweep["records"][-1]["steps"] == 2**18
         assert f"{max(peaks):.1f} GB ({sweep['preset']}" in text, (sweep["preset"], max(peaks))
         assert max(peaks) <= 1.002 * min(peaks), "README says: flat within 0.2 %"
+    states = [f"{s['records'][-1]['boundary_states'] / 1e9:.1f}" for s in gpu["sweeps"]]
+    assert f"{' and '.join(states)} GB at the longest" in text, states
     for report, told in ((gpu, "times truncated on the H100"), (cpu, "on two CPU cores")):
         ratios = [r["ratio"]["median"] for s in report["sweeps"] for r in s["records"] if "ratio" in r]
         assert max(ratios) <= 1.6 and f"{min(ratios):.2f} to {max(ratios):.2f} {told}" in text, (told, min(ratios), max(ratios))
