@@ -8,16 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
+import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['flatten', 'unflatten', 'write_atomic', 'to_toml', 'CheckpointError', 'save', 'load', 'newest']
+__all__ = ['VERSION', 'FILES', 'flatten', 'unflatten', 'write_atomic', 'to_toml', 'CheckpointError', 'NewerVersion',
+           'checkpoints', 'save', 'verify', 'load', 'newest', 'prune', 'sweep']
 
 # %% ../nbs/04c_checkpoint.ipynb #f7eccf81
 def flatten(
@@ -27,14 +33,15 @@ def flatten(
     "Tensors by path, and the same nesting with paths in their place (`{\"$tensor\": path}`), fit for JSON."
     if isinstance(value, Tensor):  # a copy: two names may share memory, which safetensors refuses
         return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)}, {"$tensor": name}
-    if isinstance(value, dict):
-        parts = {k: flatten(v, f"{name}/{k}" if name else str(k)) for k, v in value.items()}
-        named = [[k, parts[k][1]] for k in value]  # pairs: JSON keys are texts, an optimiser's are numbers
-        return {n: t for tensors, _ in parts.values() for n, t in tensors.items()}, {"$dict": named}
-    if isinstance(value, (list, tuple)):
-        parts = [flatten(v, f"{name}/{i}") for i, v in enumerate(value)]
-        return {n: t for tensors, _ in parts for n, t in tensors.items()}, [rest for _, rest in parts]
-    return {}, value
+    if not isinstance(value, (dict, list, tuple)): return {}, value
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    parts = [(k, *flatten(v, f"{name}/{k}" if name else str(k))) for k, v in items]
+    tensors: dict[str, Tensor] = {}
+    for _, inner, _ in parts:
+        if twice := tensors.keys() & inner.keys(): raise ValueError(f"two tensors would be named {min(twice)!r}: rename a key")
+        tensors |= inner
+    if isinstance(value, dict): return tensors, {"$dict": [[k, rest] for k, _, rest in parts]}  # JSON keys would become texts
+    return tensors, [rest for _, _, rest in parts]
 
 # %% ../nbs/04c_checkpoint.ipynb #456d044c
 def unflatten(shape, tensors: dict[str, Tensor]):
@@ -45,13 +52,20 @@ def unflatten(shape, tensors: dict[str, Tensor]):
     return [unflatten(v, tensors) for v in shape] if isinstance(shape, list) else shape
 
 # %% ../nbs/04c_checkpoint.ipynb #7976a8f3
-def _write(path: Path, data: bytes) -> str:
-    "Write and flush a file; returns its sha256."
+def _write(path: Path, data: bytes) -> dict[str, int | str]:
+    "Write and flush a file; returns its size and sha256."
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return hashlib.sha256(data).hexdigest()
+    return dict(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+def _flush_folder(path: Path) -> None:
+    "Names in a folder reach the disk."
+    if os.name == "nt": return  # it cannot open folders
+    handle = os.open(path, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
 
 # %% ../nbs/04c_checkpoint.ipynb #8da2e533
 def write_atomic(
@@ -63,6 +77,7 @@ def write_atomic(
     try:
         _write(temporary, data.encode() if isinstance(data, str) else data)
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     finally: temporary.unlink(missing_ok=True)
 
 # %% ../nbs/04c_checkpoint.ipynb #ab2176cc
@@ -85,51 +100,161 @@ def to_toml(
 class CheckpointError(ValueError):
     "A checkpoint that is not whole or not what its manifest says."
 
+class NewerVersion(CheckpointError):
+    "A whole checkpoint of a version of this package that is not known here: it is neither skipped nor removed."
+
 # %% ../nbs/04c_checkpoint.ipynb #306d8623
-def save(
-    path: str | Path,  # folder to be made; an existing one is never overwritten
-    content: dict,  # nested dicts, lists, tensors and JSON values
-) -> Path:
-    "Write a checkpoint folder: `tensors.safetensors`, `rest.json`, and last `manifest.json` with their sha256."
-    path = Path(path)
-    if path.exists(): raise CheckpointError(f"{path} exists: checkpoints are never overwritten; remove it or save another step")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        tensors, shape = flatten(content)
-        parts = {"tensors.safetensors": save_tensors(tensors), "rest.json": json.dumps(shape).encode()}
-        hashes = {name: _write(temporary / name, data) for name, data in parts.items()}
-        _write(temporary / "manifest.json", json.dumps({"version": 1, "sha256": hashes}).encode())
-        os.rename(temporary, path)
-    finally: shutil.rmtree(temporary, ignore_errors=True)
-    return path
+_STEP = re.compile(r"step-(\d{1,18})(?:\.(\d{1,9}))?")  # number of the step, how often it was saved before
+
+def checkpoints(
+    folder: str | Path,  # of a run's checkpoints; there may be none
+) -> list[Path]:
+    "Checkpoints by step, newest first; of a step saved twice the later one first."
+    found = [(m, p) for p in Path(folder).glob("step-*") if (m := _STEP.fullmatch(p.name))]
+    return [p for _, p in sorted(found, key=lambda pair: tuple(int(v or 0) for v in pair[0].groups()), reverse=True)]
 
 # %% ../nbs/04c_checkpoint.ipynb #da661b5d
+VERSION = 1
+FILES = {"tensors.safetensors": 2**36, "rest.json": 2**28}  # of a checkpoint, and how large they may be, bytes
+
+def _manifest(files: dict[str, dict]) -> bytes:
+    "The manifest of some files, with its own sha256."
+    body = dict(version=VERSION, files=files)
+    return json.dumps(dict(body, sha256=hashlib.sha256(json.dumps(body).encode()).hexdigest())).encode()
+
+# %% ../nbs/04c_checkpoint.ipynb #8806aa6a
+def _place(path: Path) -> Path:
+    "Where a checkpoint goes: its path, or where the step was saved before, behind the last of these."
+    number = lambda p: tuple(int(v or 0) for v in _STEP.fullmatch(p.name).groups())
+    before = [number(p)[1] for p in checkpoints(path.parent) if number(p)[0] == number(path)[0]]
+    return path.with_name(f"{path.name}.{max(before) + 1}") if before else path
+
+def save(
+    path: str | Path,  # folder `step-<number>`; where the step was saved before, another is made beside it
+    content: dict,  # nested dicts, lists, tensors and JSON values
+) -> Path:
+    "Write a checkpoint, all or nothing, over no other; a `CheckpointError` says how many bytes it needs. Returns where it is."
+    path = Path(path)
+    if not re.fullmatch(r"step-\d{1,18}", path.name): raise CheckpointError(f"{path}: name a checkpoint step-<number>")
+    tensors, shape = flatten(content)
+    parts = dict(zip(FILES, (save_tensors(tensors), json.dumps(shape).encode())))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write(temporary / "manifest.json", _manifest({name: _write(temporary / name, data) for name, data in parts.items()}))
+        _flush_folder(temporary)
+        place = _place(path)
+        os.rename(temporary, place)
+        _flush_folder(place.parent)
+    except OSError as error:
+        need = sum(map(len, parts.values()))
+        raise CheckpointError(f"{path} cannot be written ({error.strerror or error}): it needs {need:,} bytes; those before it "
+                              "are as they were") from error
+    finally: shutil.rmtree(temporary, ignore_errors=True)
+    return place
+
+# %% ../nbs/04c_checkpoint.ipynb #472975c8
+def _read(path: Path, most: int) -> bytes:
+    "A plain file of at most so many bytes."
+    about = os.lstat(path)
+    if not stat.S_ISREG(about.st_mode): raise CheckpointError(f"{path} is no plain file: use an earlier checkpoint")
+    if about.st_size > most: raise CheckpointError(f"{path} has {about.st_size:,} bytes, above {most:,}: use an earlier one")
+    return path.read_bytes()
+
+# %% ../nbs/04c_checkpoint.ipynb #52604813
+def _read_manifest(path: Path) -> dict[str, dict]:
+    "Sizes and hashes of a checkpoint's files."
+    content = json.loads(_read(path / "manifest.json", 2**16))
+    claimed = content.pop("sha256")
+    if hashlib.sha256(json.dumps(content).encode()).hexdigest() != claimed:
+        raise CheckpointError(f"{path / 'manifest.json'} is damaged (sha256): use an earlier checkpoint")
+    if (version := content["version"]) != VERSION:
+        raise NewerVersion(f"{path}: version {version} is not known here: load it with the cryptopredict that wrote it")
+    if content["files"].keys() != FILES.keys():
+        raise CheckpointError(f"{path / 'manifest.json'} names other files than {', '.join(FILES)}: use an earlier checkpoint")
+    return content["files"]
+
+# %% ../nbs/04c_checkpoint.ipynb #3c90f28c
+def verify(
+    path: str | Path,  # checkpoint folder
+) -> dict[str, bytes]:
+    "The files of a checkpoint as their manifest says; a `CheckpointError` says what does not fit."
+    path, data = Path(path), {}
+    try:
+        for name, about in _read_manifest(path).items():
+            data[name] = _read(path / name, FILES[name])
+            if len(data[name]) != about["size"] or hashlib.sha256(data[name]).hexdigest() != about["sha256"]:
+                raise CheckpointError(f"{path / name} is damaged (sha256): use an earlier checkpoint")
+    except CheckpointError: raise
+    except PermissionError as error: raise CheckpointError(f"{error.filename} may not be read: change its permissions") from error
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no whole checkpoint ({error}): use an earlier one") from error
+    return data
+
+# %% ../nbs/04c_checkpoint.ipynb #4c4095e5
 def load(
     path: str | Path,  # checkpoint folder
 ) -> dict:
-    "The content of a checkpoint whose files have the hashes of its manifest; a `CheckpointError` says what does not fit."
-    path, data = Path(path), {}
-    try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
-        if (version := manifest["version"]) != 1:
-            raise CheckpointError(f"{path}: version {version} is not known here: load it with the version that wrote it")
-        for name in ("tensors.safetensors", "rest.json"):
-            data[name] = (path / name).read_bytes()
-            if hashlib.sha256(data[name]).hexdigest() != manifest["sha256"][name]:
-                raise CheckpointError(f"{path / name} is damaged (sha256): use an earlier checkpoint")
-        return unflatten(json.loads(data["rest.json"]), load_tensors(data["tensors.safetensors"]))
-    except CheckpointError: raise
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is no whole checkpoint ({error}): use an earlier one") from error
+    "The content of a checkpoint that verifies; a `CheckpointError` says what is wrong."
+    data = verify(path)
+    try: return unflatten(json.loads(data["rest.json"]), load_tensors(data["tensors.safetensors"]))
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} holds no checkpoint ({error}): use an earlier one") from error
 
-# %% ../nbs/04c_checkpoint.ipynb #8806aa6a
+# %% ../nbs/04c_checkpoint.ipynb #f788f9f9
 def newest(
     folder: str | Path,  # holds `step-*` checkpoints
 ) -> tuple[dict, Path] | None:
-    "The newest checkpoint that verifies, and where; None when there is none. Damaged ones are skipped."
-    for path in sorted(Path(folder).glob("step-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
+    "The newest checkpoint that verifies, and where, or None. A damaged one is a warning, one of a newer version an error."
+    for path in checkpoints(folder):
         try: return load(path), path
-        except CheckpointError: continue
+        except NewerVersion: raise
+        except CheckpointError as error: warnings.warn(f"passed over: {error}", RuntimeWarning, stacklevel=2)
     return None
+
+# %% ../nbs/04c_checkpoint.ipynb #a01d9995
+def _remove(path: Path) -> None:
+    "Remove a checkpoint: first its name, then its files."
+    hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+def _is_whole(path: Path) -> bool:
+    "Whether a checkpoint verifies."
+    try: return bool(verify(path))
+    except CheckpointError: return False
+
+def prune(
+    folder: str | Path,  # holds `step-*` checkpoints
+    keep: int = 3,  # steps to be kept, of those that verify
+    also: Collection[int] = (),  # further steps to be kept
+) -> list[Path]:
+    "Remove older checkpoints, of a step saved twice the earlier, but none that does not verify. Returns what went."
+    if keep < 1: raise ValueError(f"keep is {keep}: give at least 1")
+    kept: set[int] = set()
+    gone: list[Path] = []
+    for path in checkpoints(folder):
+        step = int(_STEP.fullmatch(path.name)[1])
+        if not _is_whole(path): continue
+        if step in kept or len(kept - set(also)) >= keep and step not in also: gone.append(path)
+        else: kept.add(step)
+    for path in gone: _remove(path)
+    return gone
+
+# %% ../nbs/04c_checkpoint.ipynb #63578f60
+def _is_alive(pid: int) -> bool:
+    "Whether another process of that number runs."
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except (PermissionError, OverflowError): return True
+    return pid != os.getpid()
+
+def sweep(
+    folder: str | Path,  # of a run or its checkpoints
+) -> list[Path]:
+    "Remove what processes that are no more have left half written; returns what went."
+    gone = [p for p in Path(folder).glob("*.tmp") if (m := re.search(r"\.(\d+)\.tmp$", p.name)) and not _is_alive(int(m[1]))]
+    for path in gone: shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return gone
