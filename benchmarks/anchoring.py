@@ -24,7 +24,7 @@ import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
 import cryptopredict.evaluate as ev  # noqa: E402
-from cryptopredict.checkpoint import load, write_atomic  # noqa: E402
+from cryptopredict.checkpoint import write_atomic  # noqa: E402
 from cryptopredict.features import build_features  # noqa: E402
 from cryptopredict.labels import make_labels  # noqa: E402
 from cryptopredict.simulate import simulate_market  # noqa: E402
@@ -53,7 +53,7 @@ def one_fold(model, panel, features, labels, fold, folder: Path) -> dict:
     best, pairs = best_epoch(*(run.out for run, _ in trials)), []
     if not best: return dict(best_epoch=0)
     for f, (run, prepared) in zip(folds, trials):
-        run.restore(load(sorted((run.out / "checkpoints").glob("step-*"))[best]))
+        run.at_epoch(best)
         pairs.append(forecasts(run, prepared, panel, features, ev.origins(panel.index, f.valid)))
     prepared = ev._prepare(model, panel, features, labels, fold.refit, None)
     refit = train(ev._train_config(model, prepared.data, 0), prepared.data, folder / "refit", prepared.start, until=best)

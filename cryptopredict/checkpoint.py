@@ -23,7 +23,7 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['VERSION', 'FILES', 'flatten', 'unflatten', 'write_atomic', 'to_toml', 'CheckpointError', 'NewerVersion',
-           'checkpoints', 'save', 'verify', 'load', 'newest', 'prune', 'sweep']
+           'checkpoints', 'save', 'verify', 'load', 'newest', 'prune', 'remove_orphans']
 
 # %% ../nbs/04c_checkpoint.ipynb #f7eccf81
 def flatten(
@@ -251,7 +251,7 @@ def _is_alive(pid: int) -> bool:
     except (PermissionError, OverflowError): return True
     return pid != os.getpid()
 
-def sweep(
+def remove_orphans(
     folder: str | Path,  # of a run or its checkpoints
 ) -> list[Path]:
     "Remove what processes that are no more have left half written; returns what went."

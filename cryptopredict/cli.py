@@ -368,6 +368,6 @@ def main(
         print(f"cryptopredict: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, _Terminated) as stop:
-        print("cryptopredict: interrupted; the same --out goes on from the last finished part", file=sys.stderr)
+        print("cryptopredict: interrupted; the same --out goes on where it stopped", file=sys.stderr)
         return 143 if isinstance(stop, _Terminated) else 130
     finally: before()

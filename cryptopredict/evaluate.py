@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from . import __version__, leakage
 from .baselines import BASELINES
 from .calibration import reliability
-from .checkpoint import load, to_toml, write_atomic
+from .checkpoint import to_toml, write_atomic
 from .features import build_features
 from .labels import make_labels
 from .leakage import (Fold, LeakReport, audit, audit_availability, audit_folds, audit_labels, audit_model,
@@ -432,8 +432,7 @@ def _choose(model: Network, panel: pd.DataFrame, features: pd.DataFrame, labels:
     spans = [[str(panel.index[f.valid[k]]) for k in (0, -1)] for f in folds]
     if not best: return dict(epochs=0, heads=[], best_epoch=0, spans=spans)
     for f, (run, prepared) in zip(folds, trials):
-        # The first checkpoint is the untrained model; the one after it ends the first epoch.
-        run.restore(load(sorted((run.out / "checkpoints").glob("step-*"))[best]))
+        run.at_epoch(best)
         rows = origins(panel.index, f.valid)
         anchor = _anchor_forecast(prepared.anchor, panel, rows)
         pairs.append((combine(anchor, _network_forecast(run.model, prepared, panel, features, rows), list(HEAD_COLUMNS)), anchor))

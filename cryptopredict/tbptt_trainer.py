@@ -5,26 +5,33 @@
 # %% ../nbs/05_tbptt_trainer.ipynb #8c6d5733
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, load, newest, save, to_toml, write_atomic
+from . import __version__
+from .checkpoint import checkpoints, load, newest, prune, remove_orphans, save, to_toml, write_atomic
 from .mamba2_block import map_state
 from .multitask import (Forecast, ModelConfig, ModelState, MultitaskModel, Targets, detach, multitask_loss,
                                      preset, read_preset, task_losses)
 from .streams import Chunk, FoldData, plan_streams, stream_chunks, warm_forecast, windows
 
 # %% auto #0
-__all__ = ['BOUNDS', 'CHOICES', 'reach', 'TrainConfig', 'train_preset', 'lr_factor', 'decay_groups', 'Run', 'exact_backward',
-           'train_step', 'steps_per_epoch', 'burn_in', 'settle', 'validation_loss', 'peak_bytes', 'train_epoch',
-           'train', 'best_epoch']
+__all__ = ['BOUNDS', 'CHOICES', 'reach', 'TrainConfig', 'train_preset', 'lr_factor', 'decay_groups', 'Stop', 'Run',
+           'exact_backward', 'train_step', 'steps_per_epoch', 'burn_in', 'settle', 'validation_loss', 'peak_bytes',
+           'checkpoint', 'train_epoch', 'train', 'best_epoch']
 
 # %% ../nbs/05_tbptt_trainer.ipynb #c21d68c2
 def reach(
@@ -38,7 +45,7 @@ def reach(
 
 # %% ../nbs/05_tbptt_trainer.ipynb #27c30965
 BOUNDS = dict(batch=(1, 4096), tbptt_len=(2, 10**6), epochs=(0, 10_000), lr=(0., 1.), weight_decay=(0., 1.), warmup=(0., .5),
-              clip=(1e-6, 1e6), first_len=(0, 10**6), seed=(0, 2**31))
+              clip=(1e-6, 1e6), first_len=(0, 10**6), save_every=(0, 10**9), keep=(0, 10_000), seed=(0, 2**31))
 CHOICES = dict(dataset=("streams", "windows"), target=("terminal", "path"), amp=("off", "bf16", "fp16"), device=("cpu", "cuda"))
 
 def _check_train(cfg: TrainConfig) -> None:
@@ -68,6 +75,8 @@ class TrainConfig:
     target: str = "terminal"  # "terminal" or "path" quantiles
     first_len: int = 0  # chunk of a short first pass in which the allocator settles, without a step; 0: none
     amp: str = "off"  # "off", "bf16" or "fp16" (with a gradient scaler)
+    save_every: int = 500  # updates between checkpoints inside an epoch; 0: at ends of epochs only
+    keep: int = 0  # ends of epochs kept, beside the best; 0: all
     seed: int = 0  # of weights, dropout and offsets
     device: str = "cpu"  # "cpu" or "cuda"
 
@@ -112,11 +121,40 @@ def _rng(device: str, saved: dict | None = None) -> dict[str, list[Tensor]]:
     return dict(cpu=[torch.get_rng_state()], cuda=torch.cuda.get_rng_state_all() if device == "cuda" else [])
 
 # %% ../nbs/05_tbptt_trainer.ipynb #bb08219c
+class Stop:
+    "Within it, in the main thread, the first SIGINT or SIGTERM is only noted, in `asked`; `obey` does what it asks for."
+
+    def __init__(self): self.asked, self.before = None, {}
+
+    def note(self, number: int, frame) -> None:
+        "Remember it; the next one is not kept."
+        self.asked = number
+        self.__exit__()
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is not threading.main_thread(): return self
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None): self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        while self.before: signal.signal(*self.before.popitem())
+
+    def obey(self) -> None:
+        "Raise the signal that was noted, if one was."
+        number, self.asked = self.asked, None
+        if number is not None: signal.raise_signal(number)
+
+# %% ../nbs/05_tbptt_trainer.ipynb #9dc956e8
 class Run:
-    "A model in training: weights, optimiser, position, and the folder that holds its history."
+    "A model in training: weights, optimiser, position, carried state, and the folder that holds its history."
 
     def __init__(self, config: TrainConfig, out: str | Path):
         self.config, self.out, self.step, self.epoch = config, Path(out), 0, 0
+        self.cursor, self.carried = 0, None  # spans of this epoch that were read, the streams' state after them
+        self.history: list[dict] = []  # validation after each epoch
+        self.about: dict = {}  # what it is trained on: a hash of the data, the scaler of its features
+        self.stop = Stop()
         torch.manual_seed(config.seed)
         self.model = MultitaskModel(config.model).to(config.device)
         groups = decay_groups(self.model, config.weight_decay)
@@ -126,19 +164,43 @@ class Run:
     def content(self) -> dict:
         "What a checkpoint holds."
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimiser", "scaler")}
-        return dict(**parts, step=self.step, epoch=self.epoch, rng=_rng(self.config.device), config=asdict(self.config))
+        position = {name: getattr(self, name) for name in ("step", "epoch", "cursor", "carried", "history", "about")}
+        return dict(**parts, **position, rng=_rng(self.config.device), config=asdict(self.config), version=__version__)
 
     def restore(self, content: dict) -> None:
         "Go on from a checkpoint's content."
         for name in ("model", "optimiser", "scaler"):
             if content[name]: getattr(self, name).load_state_dict(content[name])
-        self.step, self.epoch = content["step"], content["epoch"]
+        for name in ("step", "epoch", "cursor", "history", "about"): setattr(self, name, content[name])
+        self.carried = _as_state(content["carried"], self.model, self.config.device)
         _rng(self.config.device, content["rng"])
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
         "The run in a folder, at its newest checkpoint that verifies."
         return _load(cls, path)
+
+    def at_epoch(self, epoch: int) -> Run:
+        "The same run as it was after that epoch."
+        self.restore(load(_end_of_epoch(self.out, epoch)))
+        return self
+
+# %% ../nbs/05_tbptt_trainer.ipynb #a39a8419
+def _as_state(saved: list | None, model: MultitaskModel, device: str) -> ModelState | None:
+    "A carried state from a checkpoint, which knows lists only, in the model's own structure."
+    def like(kind, value):
+        if isinstance(kind, Tensor): return value.to(device)
+        parts = [like(k, v) for k, v in zip(kind, value, strict=True)]
+        return type(kind)(*parts) if hasattr(kind, "_fields") else tuple(parts)
+    return None if saved is None else like(model.init_state(1), saved)
+
+def _end_of_epoch(out: str | Path, epoch: int) -> Path:
+    "The checkpoint at the end of an epoch."
+    for record in map(json.loads, (Path(out) / "validation.jsonl").read_text().splitlines()):
+        if record["epoch"] == epoch:
+            steps = [p for p in checkpoints(Path(out) / "checkpoints") if int(p.name[5:].split(".")[0]) == record["step"]]
+            if steps: return steps[0]
+    raise ValueError(f"{out} holds no checkpoint of epoch {epoch}: train it again with another --out")
 
 # %% ../nbs/05_tbptt_trainer.ipynb #057f400d
 def _load(kind: type[Run], path: str | Path) -> Run:
@@ -332,6 +394,17 @@ def peak_bytes(
     return dict(**peak, peak_allocated=torch.cuda.max_memory_allocated(), peak_reserved=torch.cuda.max_memory_reserved())
 
 # %% ../nbs/05_tbptt_trainer.ipynb #69f21368
+def checkpoint(run: Run) -> Path:
+    "Save the run as it is; kept are the two newest, the best end of an epoch and so many others as the configuration says."
+    for name in ("metrics", "validation"):
+        if (path := run.out / f"{name}.jsonl").exists():
+            with open(path, "rb") as file: os.fsync(file.fileno())  # the lines up to here must not be lost where this is not
+    made, ends = save(run.out / "checkpoints" / f"step-{run.step:08d}", run.content()), run.history
+    best = sorted(ends, key=lambda r: r["total"] if math.isfinite(r["total"]) else math.inf)[:1]
+    prune(run.out / "checkpoints", 2, also={r["step"] for r in best + ends[-run.config.keep:]})
+    return made
+
+# %% ../nbs/05_tbptt_trainer.ipynb #035ad101
 def train_epoch(
     run: Run,  # goes on with its next epoch
     data: FoldData,  # tensors of the fold
@@ -339,26 +412,32 @@ def train_epoch(
     progress: Callable[[Run, dict], None],  # called after each update with its record, `steps`, `tokens_per_s` and peak memory
 ) -> None:
     "One pass over the training hours: detach, hand on, step, a span of chunks at a time."
-    state, tokens, started = None, 0, time.perf_counter()
+    tokens, started = 0, time.perf_counter()
     speed = lambda: tokens / (time.perf_counter() - started)
     run.model.train()
-    for span in _spans(_chunks(run.config, data, run.epoch), reach(run.config.bptt)):
-        before = None if span[0].fresh else detach(state)
-        if not any(_learns(run, chunk) for chunk in span):
-            state = burn_in(run, span, before)
-            continue
-        state, record = train_step(run, span, before, steps)
-        _append(run.out / "metrics.jsonl", dict(step=run.step, epoch=run.epoch, **record))
-        tokens += sum(chunk.x.shape[0] * chunk.x.shape[1] for chunk in span)
-        progress(run, dict(record, steps=steps, tokens_per_s=speed(), **peak_bytes(run.config.device)))
-    run.epoch += 1
+    spans = _spans(_chunks(run.config, data, run.epoch), reach(run.config.bptt))
+    for span in islice(spans, run.cursor, None):
+        before, learns = None if span[0].fresh else detach(run.carried), any(_learns(run, chunk) for chunk in span)
+        if learns:
+            run.carried, record = train_step(run, span, before, steps)
+            _append(run.out / "metrics.jsonl", dict(step=run.step, epoch=run.epoch, **record))
+            tokens += sum(chunk.x.shape[0] * chunk.x.shape[1] for chunk in span)
+            progress(run, dict(record, steps=steps, tokens_per_s=speed(), **peak_bytes(run.config.device)))
+        else: run.carried = burn_in(run, span, before)
+        run.cursor += 1
+        every = run.config.save_every
+        if run.stop.asked is not None or every and learns and run.step % every == 0: checkpoint(run)
+        run.stop.obey()
+    run.epoch, run.cursor, run.carried = run.epoch + 1, 0, None
     record = dict(epoch=run.epoch, tokens_per_s=speed(), plan=_reduced(run.config, data), **peak_bytes(run.config.device))
     _append(run.out / "timings.jsonl", record)
 
 # %% ../nbs/05_tbptt_trainer.ipynb #31789a02
 def _forget_after(run: Run, new: bool) -> None:
     "Drop what was written after the checkpoint that is gone on from, all of it for a new run: it will be written again."
-    for name, key, last in (("metrics", "step", run.step), ("timings", "epoch", run.epoch), ("validation", "epoch", run.epoch)):
+    if run.history or (run.out / "validation.jsonl").exists():
+        write_atomic(run.out / "validation.jsonl", "".join(json.dumps(record) + "\n" for record in run.history))
+    for name, key, last in (("metrics", "step", run.step), ("timings", "epoch", run.epoch)):
         path = run.out / f"{name}.jsonl"
         if not path.exists(): continue
         whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a write cut short leaves no whole line
@@ -368,32 +447,63 @@ def _forget_after(run: Run, new: bool) -> None:
 # %% ../nbs/05_tbptt_trainer.ipynb #a018e468
 def _close_epoch(run: Run, data: FoldData) -> None:
     "Validation and checkpoint after an epoch; before the first one too, so that a run of no epoch can be loaded."
-    checkpoint = run.out / "checkpoints" / f"step-{run.step:08d}"
-    if checkpoint.exists():
-        try: return load(checkpoint) and None
-        except CheckpointError: checkpoint.rename(checkpoint.with_name(f"damaged-{checkpoint.name}-{time.time_ns()}"))
     if data.valid is not None:
-        losses = validation_loss(run.model, data, run.config.target)
-        _append(run.out / "validation.jsonl", dict(epoch=run.epoch, **losses))
-    save(checkpoint, run.content())
+        run.history.append(dict(epoch=run.epoch, step=run.step, **validation_loss(run.model, data, run.config.target)))
+        _append(run.out / "validation.jsonl", run.history[-1])
+    checkpoint(run)
+    run.stop.obey()
 
 # %% ../nbs/05_tbptt_trainer.ipynb #17c968ed
-def _open(config: TrainConfig, out: str | Path, climatology: tuple | None) -> Run:
-    "A new run, or the one in the folder where it stopped; a folder of another configuration is refused."
+def _about(data: FoldData, climatology: tuple | None) -> dict:
+    "What tells trainings on different data apart, and what scales the features of new hours."
+    digest = hashlib.sha256(repr((data.start, data.stop)).encode())
+    start = [torch.as_tensor(v) for v in climatology or ()]
+    for tensor in (data.x, *data.fit, *(data.valid or ()), *start): digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return dict(data=digest.hexdigest(), scaler=None if data.scaler is None else json.loads(json.dumps(asdict(data.scaler))))
+
+def _refuse_other(found: dict, run: Run) -> None:
+    "A `ValueError` where a checkpoint is of another configuration or of other data."
+    mine = json.loads(json.dumps(dict(asdict(run.config), data=run.about["data"])))
+    theirs = dict(found["config"], data=found["about"]["data"])
+    short = lambda key, value: value[:12] if key == "data" else value  # a hash
+    for key, value in mine.items():
+        if theirs.get(key) == value: continue
+        there, here = short(key, theirs.get(key)), short(key, value)
+        raise ValueError(f"{run.out} holds another run ({key}: {there} there, {here} here): choose another --out")
+
+# %% ../nbs/05_tbptt_trainer.ipynb #8d10fbc7
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    "Within it, no other process trains into the folder; a `ValueError` where one does."
+    try: import fcntl
+    except ImportError:  # Windows has no such locks
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder.parent} is in use by another process: wait for it, or choose another --out") from None
+        yield
+    finally: os.close(handle)
+
+# %% ../nbs/05_tbptt_trainer.ipynb #117224d2
+def _open(config: TrainConfig, data: FoldData, out: str | Path, climatology: tuple | None) -> tuple[Run, bool]:
+    "The run in the folder where it stopped, or a new one, and whether it is; one of another configuration or data is refused."
     run, found = Run(config, out), newest(Path(out) / "checkpoints")
-    run.out.mkdir(parents=True, exist_ok=True)
+    run.about = _about(data, climatology)
     if climatology is not None: run.model.heads.set_climatology(*climatology)
     if found is not None:
-        theirs, mine = found[0]["config"], json.loads(json.dumps(asdict(config)))
-        if differ := [k for k in mine if theirs.get(k) != mine[k]]:
-            key = differ[0]
-            raise ValueError(f"{out} holds another run ({key}: {theirs.get(key)} there, {mine[key]} here): choose another --out")
+        _refuse_other(found[0], run)
         run.restore(found[0])
+    elif checkpoints(run.out / "checkpoints"):
+        raise ValueError(f"no checkpoint in {out} verifies: choose another --out, or remove this folder to train anew")
+    for path in (run.out, run.out / "checkpoints"): remove_orphans(path)
     _forget_after(run, new=found is None)
     write_atomic(run.out / "config.toml", to_toml(asdict(config)))
-    return run
+    return run, found is None
 
-# %% ../nbs/05_tbptt_trainer.ipynb #5e4d3989
+# %% ../nbs/05_tbptt_trainer.ipynb #86fba9f7
 def train(
     config: TrainConfig,  # what is trained, and how
     data: FoldData,  # tensors of one fold
@@ -402,17 +512,20 @@ def train(
     until: int | None = None,  # stop after so many epochs of the schedule; None: all
     progress: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update, as by `train_epoch`
 ) -> Run:
-    "Fit one model on one fold; `config.toml`, metrics, timings and validation as `.jsonl`, and checkpoints in the run folder."
+    "Fit one model on one fold; `config.toml`, `.jsonl` histories and checkpoints. Signals to end are obeyed when one stands."
     if config.device == "cuda":
         if not torch.cuda.is_available(): raise ValueError("device is 'cuda', and there is none here: use 'cpu'")
         torch.cuda.reset_peak_memory_stats()  # of this training alone
-    run = _open(config, out, climatology)
-    steps = config.epochs * steps_per_epoch(config, data)
-    settle(run, data)
-    if not run.epoch: _close_epoch(run, data)
-    while run.epoch < (config.epochs if until is None else until):
-        train_epoch(run, data, steps, progress)
-        _close_epoch(run, data)
+    (Path(out) / "checkpoints").mkdir(parents=True, exist_ok=True)
+    with _alone(Path(out) / "checkpoints"):
+        run, new = _open(config, data, out, climatology)
+        steps = config.epochs * steps_per_epoch(config, data)
+        settle(run, data)
+        with run.stop:
+            if new: _close_epoch(run, data)
+            while run.epoch < (config.epochs if until is None else until):
+                train_epoch(run, data, steps, progress)
+                _close_epoch(run, data)
     return run
 
 # %% ../nbs/05_tbptt_trainer.ipynb #7985635d

@@ -84,3 +84,14 @@ def small_run(small, tmp_path_factory) -> Path:
     done = shell("run", "--out", "out", "--n-cuts", "4", *small, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "out"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: longer checks of the same kind, run by `pytest -m slow` only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("-m"): return
+    chosen = [item for item in items if item.get_closest_marker("slow") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen

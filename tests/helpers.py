@@ -5,9 +5,11 @@ import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +26,25 @@ begin = time.monotonic()
 rc = subprocess.call(sys.argv[2:])
 peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 json.dump(dict(rc=rc, seconds=time.monotonic() - begin, peak=peak), open(sys.argv[1], "w"))"""
+
+
+def in_child(work: Callable[[], object], timeout: float = 240) -> int:
+    "Exit status of a fork that does `work`: 0, 70 for an exception, less than 0 for a signal."
+    pid = os.fork()
+    if not pid:
+        status = 70
+        try:
+            work()
+            status = 0
+        finally: os._exit(status)
+    until = time.monotonic() + timeout
+    while time.monotonic() < until:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended: return os.waitstatus_to_exitcode(status)
+        time.sleep(.002)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise AssertionError(f"still running after {timeout} s")
 
 
 def command() -> str:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import in_child
 
 from cryptopredict import checkpoint
-from cryptopredict.checkpoint import CheckpointError, checkpoints, load, newest, prune, save, sweep
+from cryptopredict.checkpoint import CheckpointError, checkpoints, load, newest, prune, remove_orphans, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:passed over", "ignore:.*fork")
 OPERATIONS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
@@ -63,18 +64,6 @@ def _deadly(place):
     checkpoint.open = lambda *args: _Torn(plain(*args), here)  # found before the builtin
 
 
-def in_child(work):
-    """Exit status of a fork that does `work`."""
-    pid = os.fork()
-    if not pid:
-        status = 70
-        try:
-            work()
-            status = 0
-        finally: os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def crash_points(tmp_path, prepare, work):
     """For each point at which a process can end within `work`: the folder it leaves, freshly prepared before."""
     for place in range(1000):
@@ -104,7 +93,7 @@ def test_a_save_that_dies_leaves_the_last_one_or_its_own(tmp_path, step, before)
         assert kept["step"] in (before, step) and torch.equal(kept["model"]["w"], content(kept["step"])["model"]["w"])
         ours += "new" in kept
         assert all(load(p) for p in checkpoints(folder)), "what has its name is whole"
-        sweep(folder)
+        remove_orphans(folder)
         assert all(p.name.startswith("step-") for p in folder.iterdir()), "nothing half written is left"
         again = save(folder / f"step-{step}", content(step))
         assert newest(folder)[1] == again, "and it goes on"
@@ -121,7 +110,7 @@ def test_a_removal_that_dies_leaves_whole_checkpoints(tmp_path):
         points += 1
         left = [load(p)["step"] for p in checkpoints(folder)]
         assert left[:2] == [4, 3] and left[-1] == 0
-        sweep(folder)
+        remove_orphans(folder)
         assert not list(folder.glob(".*"))
     assert points >= 12
 

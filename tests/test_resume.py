@@ -1,0 +1,258 @@
+"""Trainings that are killed, asked to end, left without room: what is gone on with is what would have been."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import in_child
+
+from cryptopredict import checkpoint, tbptt_trainer
+from cryptopredict.checkpoint import CheckpointError, checkpoints, newest
+from cryptopredict.multitask import Targets
+from cryptopredict.streams import FoldData, Scaler
+from cryptopredict.tbptt_trainer import Run, TrainConfig, train, train_preset
+
+pytestmark = pytest.mark.filterwarnings("ignore:passed over", "ignore:.*fork")
+SIZES = dict(batch=3, tbptt_len=40, epochs=2, d_model=16, headdim=8, mlp=24, dropout=.2, attention_every=2, n_heads=2,
+             kv_window=50, pooling="mean", lr=3e-3, save_every=3)
+
+
+def config(**changes) -> TrainConfig:
+    """A model with every kind of state: convolution, scan, attention cache, running mean; and dropout."""
+    return train_preset("tiny", 6, **{**SIZES, **changes})
+
+
+def data() -> FoldData:
+    """A thousand hours, a third of the targets missing, validation after them."""
+    r = torch.Generator().manual_seed(5)
+    hours = torch.arange(1100.)
+    inside = lambda v, where: torch.where(where & (torch.rand(1100, generator=r) < .7), v, torch.nan)
+    draw = lambda where: Targets(inside(hours % 3, where), *(inside(torch.randn(1100, generator=r), where) for _ in range(2)),
+                                 inside(torch.rand(1100, generator=r) + .1, where))
+    scaler = Scaler(tuple("abcdef"), (0.,) * 6, (1.,) * 6, ())
+    return FoldData(torch.randn(1100, 6, generator=r), draw(hours < 1000), draw(hours > 1000), scaler, 0, 1000)
+
+
+def outcome(out: Path) -> dict[str, bytes]:
+    """All that must be the same to the bit: histories, and everything in the newest checkpoint."""
+    path = newest(out / "checkpoints")[1]
+    kept = {name: (path / name).read_bytes() for name in checkpoint.FILES}
+    return kept | {name: (out / name).read_bytes() for name in ("metrics.jsonl", "validation.jsonl", "config.toml")}
+
+
+def differences(out: Path, other: dict[str, bytes]) -> list[str]:
+    mine = outcome(out)
+    return [name for name in other if mine[name] != other[name]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted training."""
+    out = tmp_path_factory.mktemp("whole")
+    assert train(config(), data(), out).step > 12
+    return out
+
+
+def die_at(step):
+    """A progress callback that kills its process."""
+    def progress(run, record):
+        if run.step == step: os.kill(os.getpid(), signal.SIGKILL)
+    return progress
+
+
+def killed(out: Path, seed: int, steps: int) -> list[int]:
+    """Train into a folder, killed at a random step or operation on the disk again and again, to the end; the exit statuses."""
+    draw, statuses = random.Random(seed), []
+    while not statuses or statuses[-1]:
+        def work():
+            if draw.random() < .5: return train(config(), data(), out, progress=die_at(draw.randrange(1, steps + 1)))
+            left = [draw.randrange(1, 50)]
+            for name in ("fsync", "rename", "replace", "unlink"):
+                def deadly(*args, plain=getattr(os, name), **kwargs):
+                    left[0] -= 1
+                    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)
+                    return plain(*args, **kwargs)
+                setattr(os, name, deadly)
+            train(config(), data(), out)
+        statuses.append(in_child(work) if len(statuses) < 6 else in_child(lambda: train(config(), data(), out)))
+        draw.random()  # a child's draws are its own: go on with others
+        assert statuses[-1] in (0, -signal.SIGKILL), statuses
+    return statuses
+
+
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(k, marks=pytest.mark.slow) for k in range(4, 24))])
+def test_killed_and_gone_on_with_is_the_same_to_the_bit(whole, tmp_path, seed):
+    statuses = killed(tmp_path / "out", seed, Run.load(whole).step)
+    assert not differences(tmp_path / "out", outcome(whole))
+    assert not list((tmp_path / "out").rglob("*.tmp")), statuses
+    print(f"{len(statuses) - 1} kills")
+
+
+def test_forecasts_after_a_kill_are_the_same(whole, tmp_path):
+    assert in_child(lambda: train(config(), data(), tmp_path / "out", progress=die_at(7))) == -signal.SIGKILL
+    x = torch.randn(2, 30, 6)
+    one, other = (run.model.eval()(x)[0] for run in (Run.load(whole), train(config(), data(), tmp_path / "out")))
+    assert all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+PARTS = {"model", "optimiser", "scaler", "step", "epoch", "cursor", "carried", "history", "about", "rng"}
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """A training with fp16's scaler, killed within its second epoch, and what it would have become."""
+    changes = dict(amp="fp16", lr=1e-3)
+    out, whole_ = tmp_path_factory.mktemp("half"), tmp_path_factory.mktemp("fp16")
+    at = train(config(**changes), data(), whole_).step - 1
+    assert in_child(lambda: train(config(**changes), data(), out, progress=die_at(at))) == -signal.SIGKILL
+    found = newest(out / "checkpoints")[0]
+    assert found["epoch"] == 1 and found["cursor"] > 0 and PARTS < set(found), "in the middle of everything"
+    return changes, out, outcome(whole_)
+
+
+@pytest.mark.parametrize("part", ["", *sorted(PARTS)])
+def test_every_part_of_a_checkpoint_is_needed(halves, tmp_path, part, monkeypatch):
+    """Negative controls: with any one part left as a new training has it, the outcome is another."""
+    changes, out, due = halves
+    plain = Run.restore
+
+    def restore(run, content):
+        new = Run(run.config, run.out)
+        content = dict(content)
+        if part in ("model", "optimiser", "scaler"): content[part] = getattr(new, part).state_dict()
+        elif part == "rng": content[part] = tbptt_trainer._rng("cpu")
+        elif part == "carried": content[part] = run.model.init_state(SIZES["batch"])  # nothing seen
+        elif part: content[part] = getattr(new, part)
+        plain(run, content)
+
+    monkeypatch.setattr(Run, "restore", restore)
+    shutil.copytree(out, tmp_path / "out")
+    train(config(**changes), data(), tmp_path / "out")
+    differ = differences(tmp_path / "out", due)
+    assert bool(differ) == bool(part), differ
+
+
+SCRIPT = """import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+print("ready", flush=True)
+from test_resume import config, data, train
+def progress(run, record): print(run.step, flush=True)
+train(config(), data(), sys.argv[1], progress=progress)
+print("done", flush=True)
+"""
+
+
+def asked(out: Path, how: int, wait: float, times: int = 1) -> tuple[int, list[str]]:
+    """Exit status of a training that gets a signal some time after its first update, and what it printed."""
+    script = SCRIPT.format(tests=str(Path(__file__).parent))
+    process = subprocess.Popen([sys.executable, "-c", script, out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    seen = []
+    for line in process.stdout:
+        seen.append(line.strip())
+        if line.strip() == "1": break
+    time.sleep(wait)
+    for _ in range(times): process.send_signal(how)
+    rest, _ = process.communicate(timeout=120)
+    return process.returncode, seen + rest.split()
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("wait", [0., pytest.param(.05), *(pytest.param(k / 40, marks=pytest.mark.slow) for k in range(1, 11))])
+def test_a_signal_is_obeyed_after_a_save(whole, tmp_path, how, wait):
+    out, number = tmp_path / "out", getattr(signal, how)
+    status, seen = asked(out, number, wait)
+    if "done" not in seen:
+        assert status == -number, "as the signal would have ended it: 128 + its number in a shell"
+        assert newest(out / "checkpoints")[0]["step"] == int(seen[-1]), "nothing of what was computed is lost"
+    assert in_child(lambda: train(config(), data(), out)) == 0
+    path, other = newest(out / "checkpoints")[1], newest(whole / "checkpoints")[1]
+    assert all((path / n).read_bytes() == (other / n).read_bytes() for n in checkpoint.FILES)
+    assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_a_second_signal_is_obeyed_at_once(tmp_path, monkeypatch):
+    """Two in one update: the first is kept, the second does what it does without a training around it."""
+    told = []
+
+    def progress(run, record):
+        if run.step != 2: return
+        signal.raise_signal(signal.SIGINT)
+        told.append("kept")
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt): train(config(), data(), tmp_path, progress=progress)
+    assert told == ["kept"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert newest(tmp_path / "checkpoints")[0]["step"] == 0, "it did not save first"
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    out = tmp_path / "out"
+
+    def meet(run, record):
+        if run.step != 2: return
+        before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        with pytest.raises(ValueError, match="out is in use by another process"): train(config(), data(), out)
+        assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError): train(config(), data(), out, progress=meet)
+    train(config(), data(), out)
+
+
+@pytest.mark.parametrize("changes, said", [(dict(lr=.5), "lr: 0.003 there, 0.5 here"), (dict(d_model=32), "model: "),
+                                           (dict(), "data: ")])
+def test_another_run_is_refused_and_nothing_changed(whole, changes, said):
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in whole.rglob("*") if p.is_file()}
+    fold = data() if changes else data()._replace(stop=999)
+    with pytest.raises(ValueError, match=said): train(config(**changes), fold, whole)
+    assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in whole.rglob("*") if p.is_file()}
+
+
+def test_a_folder_of_damaged_checkpoints_only_is_refused(tmp_path):
+    with pytest.raises(InterruptedError):
+        def stop(run, record): raise InterruptedError
+        train(config(), data(), tmp_path, progress=stop)
+    for path in checkpoints(tmp_path / "checkpoints"): (path / "rest.json").write_text("{}")
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="no checkpoint in .* verifies"): train(config(), data(), tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_full_disk_stops_the_training_and_keeps_the_last(tmp_path):
+    out, told = tmp_path / "out", tmp_path / "told"
+    report = os.open(told, os.O_WRONLY | os.O_CREAT)
+
+    def fill():
+        def progress(run, record):  # room for a line of metrics, none for a checkpoint
+            if run.step == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        try: train(config(), data(), out, progress=progress)
+        except CheckpointError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+            os.write(report, str(error).encode())
+    assert in_child(fill) == 0
+    os.close(report)
+    assert "step-00000006 cannot be written" in told.read_text() and "it needs" in told.read_text()
+    assert newest(out / "checkpoints")[0]["step"] == 3 and not list(out.rglob("*.tmp"))
+    assert train(config(), data(), out).step > 6
+
+
+def test_old_checkpoints_go_and_the_best_stays(tmp_path):
+    run = train(replace(config(epochs=6, save_every=2), keep=1), data(), tmp_path)
+    left = [int(p.name[5:].split(".")[0]) for p in checkpoints(tmp_path / "checkpoints")]
+    records = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    best = min(records, key=lambda r: r["total"])["step"]
+    assert best in left and records[-1]["step"] in left and len(left) <= 4 and left[0] == run.step
+    assert Run.load(tmp_path).at_epoch(6).epoch == 6
