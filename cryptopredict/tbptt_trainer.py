@@ -10,6 +10,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,12 +18,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .checkpoint import checkpoints, load, newest, prune, remove_orphans, save, to_toml, write_atomic
+from .checkpoint import checkpoints, flatten, load, newest, prune, remove_orphans, save, to_toml, write_atomic
 from .mamba2_block import map_state
 from .multitask import (Forecast, ModelConfig, ModelState, MultitaskModel, Targets, detach, multitask_loss,
                                      preset, read_preset, task_losses)
@@ -45,7 +47,7 @@ def reach(
 
 # %% ../nbs/05_tbptt_trainer.ipynb #27c30965
 BOUNDS = dict(batch=(1, 4096), tbptt_len=(2, 10**6), epochs=(0, 10_000), lr=(0., 1.), weight_decay=(0., 1.), warmup=(0., .5),
-              clip=(1e-6, 1e6), first_len=(0, 10**6), save_every=(0, 10**9), keep=(0, 10_000), seed=(0, 2**31))
+              clip=(1e-6, 1e6), first_len=(0, 10**6), spike=(0., 1e9), save_every=(0, 10**9), keep=(0, 10_000), seed=(0, 2**31))
 CHOICES = dict(dataset=("streams", "windows"), target=("terminal", "path"), amp=("off", "bf16", "fp16"), device=("cpu", "cuda"))
 
 def _check_train(cfg: TrainConfig) -> None:
@@ -75,6 +77,7 @@ class TrainConfig:
     target: str = "terminal"  # "terminal" or "path" quantiles
     first_len: int = 0  # chunk of a short first pass in which the allocator settles, without a step; 0: none
     amp: str = "off"  # "off", "bf16" or "fp16" (with a gradient scaler)
+    spike: float = 20.  # a loss so many interquartile ranges of the last ones above their median is taken back; 0: none is
     save_every: int = 500  # updates between checkpoints inside an epoch; 0: at ends of epochs only
     keep: int = 0  # ends of epochs kept, beside the best; 0: all
     seed: int = 0  # of weights, dropout and offsets
@@ -153,6 +156,9 @@ class Run:
         self.config, self.out, self.step, self.epoch = config, Path(out), 0, 0
         self.cursor, self.carried = 0, None  # spans of this epoch that were read, the streams' state after them
         self.history: list[dict] = []  # validation after each epoch
+        # Updates left out in a row; rewinds; what they left of the learning rate; streams at a time (0: all) and pieces of a
+        # chunk that fit into memory; recent losses, to tell a spike.
+        self.guard: dict = dict(skipped=0, rewinds=0, lr_scale=1., rows=0, pieces=1, recent=[])
         self.about: dict = {}  # what it is trained on: a hash of the data, the scaler of its features
         self.stop = Stop()
         torch.manual_seed(config.seed)
@@ -164,14 +170,14 @@ class Run:
     def content(self) -> dict:
         "What a checkpoint holds."
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimiser", "scaler")}
-        position = {name: getattr(self, name) for name in ("step", "epoch", "cursor", "carried", "history", "about")}
+        position = {name: getattr(self, name) for name in ("step", "epoch", "cursor", "carried", "history", "guard", "about")}
         return dict(**parts, **position, rng=_rng(self.config.device), config=asdict(self.config), version=__version__)
 
     def restore(self, content: dict) -> None:
         "Go on from a checkpoint's content."
         for name in ("model", "optimiser", "scaler"):
             if content[name]: getattr(self, name).load_state_dict(content[name])
-        for name in ("step", "epoch", "cursor", "history", "about"): setattr(self, name, content[name])
+        for name in ("step", "epoch", "cursor", "history", "guard", "about"): setattr(self, name, content[name])
         self.carried = _as_state(content["carried"], self.model, self.config.device)
         _rng(self.config.device, content["rng"])
 
@@ -220,16 +226,16 @@ def _forecast(run: Run, x: Tensor, state: ModelState | None) -> tuple[Forecast, 
         return run.model(x.to(run.config.device), state)
 
 # %% ../nbs/05_tbptt_trainer.ipynb #04d42263
-def _update(run: Run) -> Tensor:
-    "Clip, step; returns the gradient's norm. One that is not finite is an error, or a step the fp16 scaler skips."
+def _update(run: Run, loss: Tensor) -> tuple[Tensor, Tensor]:
+    "Clip, step; returns the gradient's norm, and whether the step was left out: where it or the loss is not finite."
     run.scaler.unscale_(run.optimiser)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip)
-    if not run.scaler.is_enabled() and not torch.isfinite(norm):
-        raise ValueError(f"the gradient's norm is {norm.item()} at step {run.step}: lower lr, or look for wild inputs or labels")
-    run.scaler.step(run.optimiser)
+    bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
+    if norm.is_cuda and not run.scaler.is_enabled(): run.optimiser.found_inf = bad.float()  # read by the fused step
+    if norm.is_cuda or not bad: run.scaler.step(run.optimiser)
     run.scaler.update()
     run.step += 1
-    return norm
+    return norm, bad
 
 # %% ../nbs/05_tbptt_trainer.ipynb #d4df39fa
 def _to_host(state: ModelState | None) -> ModelState | None:
@@ -291,13 +297,84 @@ def _learns(run: Run, chunk: Chunk) -> bool:
     return not burn and any(torch.isfinite(v).any() for v in chunk.targets)
 
 # %% ../nbs/05_tbptt_trainer.ipynb #db879aef
-def _losses(run: Run, chunk: Chunk, forecast: Forecast) -> dict[str, Tensor]:
-    "The loss of a chunk and its parts."
-    c, m = run.config, run.model
-    parts = task_losses(forecast, Targets(*(v.to(c.device) for v in chunk.targets)), c.target)
-    return dict(loss=multitask_loss(parts, m.log_var_cls, m.log_var_reg), **parts)
+class _Piece(NamedTuple):
+    "A chunk, or some hours of some of its streams where the whole does not fit into memory."
+    x: Tensor  # (b, t, channels)
+    targets: Targets
+    learned: bool  # whether the chunk is learned from
+    share: tuple[float, ...] | None = None  # of the chunk's labels, by target; None: all
+    part: float = 1.  # one over the number of the chunk's pieces
 
-# %% ../nbs/05_tbptt_trainer.ipynb #55b09a69
+def _pieces(run: Run, chunk: Chunk, rows: slice, streams: int) -> list[_Piece]:
+    "The pieces of a chunk in order of time, for some of its streams."
+    count = min(run.guard["pieces"], chunk.x.shape[1])
+    if count == 1 and streams == chunk.x.shape[0]: return [_Piece(chunk.x, chunk.targets, _learns(run, chunk))]
+    length, counted = math.ceil(chunk.x.shape[1] / count), lambda v: torch.isfinite(v).sum().item()
+    cut, whole = lambda v: v[rows].split(length, 1), [counted(v) for v in chunk.targets]
+    parts = list(zip(cut(chunk.x), *map(cut, chunk.targets)))
+    share = lambda targets: tuple(counted(v) / max(n, 1) for v, n in zip(targets, whole))
+    groups = math.ceil(chunk.x.shape[0] / streams)
+    return [_Piece(x, Targets(*t), _learns(run, chunk), share(t), 1 / (len(parts) * groups)) for x, *t in parts]
+
+# %% ../nbs/05_tbptt_trainer.ipynb #3f1c700b
+def _losses(run: Run, piece: _Piece, forecast: Forecast) -> dict[str, Tensor]:
+    "The loss of a piece and its parts; those of all pieces of a chunk sum to the chunk's."
+    c, m = run.config, run.model
+    parts = task_losses(forecast, Targets(*(v.to(c.device) for v in piece.targets)), c.target)
+    if piece.share is None: return dict(loss=multitask_loss(parts, m.log_var_cls, m.log_var_reg), **parts)
+    parts = {name: value * share for (name, value), share in zip(parts.items(), piece.share)}
+    grown = {name: value / piece.part for name, value in parts.items()}  # the log-variances enter once a chunk
+    return dict(loss=multitask_loss(grown, m.log_var_cls, m.log_var_reg) * piece.part, **parts)
+
+# %% ../nbs/05_tbptt_trainer.ipynb #076037b1
+def _gradients(run: Run, span: Sequence[Chunk], state: ModelState | None) -> tuple[ModelState, dict[str, Tensor]]:
+    "Add up the gradients of a span; returns the state after it and the mean losses."
+    c, batch, learned = run.config, span[0].x.shape[0], sum(_learns(run, chunk) for chunk in span)
+    streams, ends, parts = run.guard["rows"] or batch, [], []
+
+    def loss(forecast: Forecast, piece: _Piece) -> Tensor | None:
+        if not piece.learned: return None
+        losses = {name: value / learned for name, value in _losses(run, piece, forecast).items()}
+        parts.append(detach(tuple(losses.values())))  # a part left on the graph would keep it
+        return run.scaler.scale(losses["loss"])
+
+    run.optimiser.zero_grad(set_to_none=True)
+    for rows in (slice(k, k + streams) for k in range(0, batch, streams)):
+        pieces = [piece for chunk in span for piece in _pieces(run, chunk, rows, streams)]
+        start = None if state is None else map_state(lambda v, rows=rows: v[rows], state)
+        ends.append(exact_backward(lambda piece, state: _forecast(run, piece.x, state), loss, pieces, start, c.device))
+    return _beside(ends), dict(zip(("loss", "cls", "p10", "p90", "vol"), (sum(values) for values in zip(*parts))))
+
+def _beside(states: list[ModelState]) -> ModelState:
+    "The states of some streams each as one of all of them."
+    if len(states) == 1: return states[0]
+    if isinstance(states[0], Tensor): return torch.cat(states)
+    parts = [_beside(list(p)) for p in zip(*states)]
+    return type(states[0])(*parts) if hasattr(states[0], "_fields") else tuple(parts)
+
+# %% ../nbs/05_tbptt_trainer.ipynb #575b56af
+def _give_way(run: Run, span: Sequence[Chunk]) -> None:
+    "Half as many streams at a time, or with one left, half as long pieces; an error where nothing is left to halve."
+    guard, (batch, length) = run.guard, span[0].x.shape[:2]
+    run.optimiser.zero_grad(set_to_none=True)
+    if run.config.device == "cuda": torch.cuda.empty_cache()
+    streams = guard["rows"] or batch
+    if streams > 1: guard["rows"] = math.ceil(streams / 2)
+    elif guard["pieces"] * 2 <= length: guard["pieces"] *= 2
+    else: raise ValueError("out of memory with one stream and one hour at a time: take a smaller model")
+    _event(run, "out of memory", streams=guard["rows"], pieces=guard["pieces"])
+
+def _event(run: Run, what: str, **more) -> None:
+    "A line in `events.jsonl`."
+    _append(run.out / "events.jsonl", dict(step=run.step, epoch=run.epoch, event=what, **more))
+
+# %% ../nbs/05_tbptt_trainer.ipynb #edf84f7d
+def _append(path: Path, record: dict) -> None:
+    "One line of JSON at the end of a file."
+    line = json.dumps({k: v.item() if isinstance(v, Tensor) else v for k, v in record.items()})
+    with open(path, "a", encoding="utf-8") as file: file.write(line + "\n")
+
+# %% ../nbs/05_tbptt_trainer.ipynb #2ece4b68
 def train_step(
     run: Run,  # model, optimiser, configuration
     span: Sequence[Chunk],  # chunks in a row: gradients reach through all of them
@@ -305,21 +382,25 @@ def train_step(
     steps: int,  # of the whole schedule
 ) -> tuple[ModelState, dict[str, float | Tensor]]:
     "One update, on the mean of the losses of the chunks that are learned from; returns the state, detached, and what happened."
-    c, model, parts = run.config, run.model, []
-    rate, learned = c.lr * lr_factor(run.step, steps, c.warmup), sum(_learns(run, chunk) for chunk in span)
+    c, model, rng = run.config, run.model, _rng(run.config.device)
+    rate = c.lr * run.guard["lr_scale"] * lr_factor(run.step, steps, c.warmup)
     for group in run.optimiser.param_groups: group["lr"] = rate
-
-    def loss(forecast: Forecast, chunk: Chunk) -> Tensor | None:
-        if not _learns(run, chunk): return None
-        losses = {name: value / learned for name, value in _losses(run, chunk, forecast).items()}
-        parts.append(detach(tuple(losses.values())))  # a part left on the graph would keep it
-        return run.scaler.scale(losses["loss"])
-
-    run.optimiser.zero_grad(set_to_none=True)
-    state = exact_backward(lambda chunk, state: _forecast(run, chunk.x, state), loss, span, state, c.device)
-    means = dict(zip(("loss", "cls", "p10", "p90", "vol"), (sum(values) for values in zip(*parts))))
+    while True:
+        try: end, means = _gradients(run, span, state)
+        except torch.OutOfMemoryError: pass  # what it holds is free only after this
+        else: break
+        _give_way(run, span)
+        _rng(c.device, rng)
     weights = dict(log_var_cls=model.log_var_cls.detach().clone(), log_var_reg=model.log_var_reg.detach().clone())
-    return state, dict(**means, **weights, lr=rate, grad_norm=_update(run))
+    norm, bad = _update(run, means["loss"])
+    before = map_state(torch.zeros_like, end) if state is None else state
+    return _choose(bad, before, end), dict(**means, **weights, lr=rate, grad_norm=norm, skipped=bad)
+
+def _choose(first: Tensor, one: ModelState, other: ModelState) -> ModelState:
+    "One of two states, chosen on the device."
+    if isinstance(one, Tensor): return torch.where(first, one, other)
+    parts = [_choose(first, *pair) for pair in zip(one, other)]
+    return type(one)(*parts) if hasattr(one, "_fields") else tuple(parts)
 
 # %% ../nbs/05_tbptt_trainer.ipynb #09d49a6d
 def _chunks(config: TrainConfig, data: FoldData, epoch: int) -> Iterator[Chunk]:
@@ -377,12 +458,6 @@ def validation_loss(model: MultitaskModel, data: FoldData, target: str = "termin
     losses = {k: v.item() for k, v in losses.items()}
     return {**losses, "total": losses["cls"] + 10 * (losses["p10"] + losses["p90"]) + losses["vol"]}
 
-# %% ../nbs/05_tbptt_trainer.ipynb #edf84f7d
-def _append(path: Path, record: dict) -> None:
-    "One line of JSON at the end of a file."
-    line = json.dumps({k: v.item() if isinstance(v, Tensor) else v for k, v in record.items()})
-    with open(path, "a", encoding="utf-8") as file: file.write(line + "\n")
-
 # %% ../nbs/05_tbptt_trainer.ipynb #6d215c31
 def peak_bytes(
     device: str,  # "cpu" or "cuda"
@@ -394,17 +469,61 @@ def peak_bytes(
     return dict(**peak, peak_allocated=torch.cuda.max_memory_allocated(), peak_reserved=torch.cuda.max_memory_reserved())
 
 # %% ../nbs/05_tbptt_trainer.ipynb #69f21368
+def _check_finite(run: Run) -> None:
+    "A `ValueError` where a weight, a moment or the carried state is not finite: such a run is not saved."
+    kept = flatten([run.model.state_dict(), run.optimiser.state_dict()["state"], run.carried])[0]
+    if bad := [name for name, v in kept.items() if v.is_floating_point() and not torch.isfinite(v).all()]:
+        raise ValueError(f"{len(bad)} tensors at step {run.step} are not finite and were not saved: the last checkpoint stands")
+
+# %% ../nbs/05_tbptt_trainer.ipynb #aa11dddd
 def checkpoint(run: Run) -> Path:
     "Save the run as it is; kept are the two newest, the best end of an epoch and so many others as the configuration says."
     for name in ("metrics", "validation"):
         if (path := run.out / f"{name}.jsonl").exists():
             with open(path, "rb") as file: os.fsync(file.fileno())  # the lines up to here must not be lost where this is not
+    _check_finite(run)
     made, ends = save(run.out / "checkpoints" / f"step-{run.step:08d}", run.content()), run.history
     best = sorted(ends, key=lambda r: r["total"] if math.isfinite(r["total"]) else math.inf)[:1]
     prune(run.out / "checkpoints", 2, also={r["step"] for r in best + ends[-run.config.keep:]})
     return made
 
-# %% ../nbs/05_tbptt_trainer.ipynb #035ad101
+# %% ../nbs/05_tbptt_trainer.ipynb #c7bc8c9a
+class _Spike(Exception):
+    "A loss far above those before it."
+
+def _is_spike(loss: float, recent: list[float], bound: float) -> bool:
+    "Whether a loss lies so many interquartile ranges above the median of at least 20 others; a range counts .05 at least."
+    if not bound or len(recent) < 20: return False
+    low, middle, high = statistics.quantiles(recent, n=4)
+    return loss > middle + bound * max(high - low, .05)
+
+# %% ../nbs/05_tbptt_trainer.ipynb #340bd204
+def _watch(run: Run, record: dict) -> None:
+    "Count updates left out in a row, and look for a spike of the loss."
+    guard, most = run.guard, 20 if run.scaler.is_enabled() else 5  # the fp16 scaler finds its scale by such steps
+    if record["skipped"]:
+        guard["skipped"] += 1
+        _event(run, "skipped", loss=str(record["loss"].item()), grad_norm=str(record["grad_norm"].item()))
+        if guard["skipped"] < most: return
+        raise ValueError(f"{most} updates in a row had a loss or gradient that is not finite, the last at step {run.step}: lower "
+                         "lr, or a tighter clip, or the attention left out (attention_every = 0) first; or look for wild inputs")
+    guard["skipped"], loss = 0, float(record["loss"])
+    if _is_spike(loss, guard["recent"], run.config.spike):
+        if guard["rewinds"] < 3: raise _Spike(loss)
+        _event(run, "spike", loss=loss)
+    guard["recent"] = [*guard["recent"][-99:], loss]
+
+# %% ../nbs/05_tbptt_trainer.ipynb #ef766e78
+def _rewind(run: Run, loss: float) -> None:
+    "Back to the last checkpoint, with half the learning rate."
+    at, guard = run.step, run.guard
+    run.restore(newest(run.out / "checkpoints")[0])
+    run.guard |= dict(rewinds=guard["rewinds"] + 1, lr_scale=guard["lr_scale"] / 2)
+    _forget_after(run, new=False)
+    _event(run, "rewind", loss=loss, at=at, lr_scale=run.guard["lr_scale"])
+    checkpoint(run)
+
+# %% ../nbs/05_tbptt_trainer.ipynb #0dd259c3
 def train_epoch(
     run: Run,  # goes on with its next epoch
     data: FoldData,  # tensors of the fold
@@ -423,6 +542,7 @@ def train_epoch(
             _append(run.out / "metrics.jsonl", dict(step=run.step, epoch=run.epoch, **record))
             tokens += sum(chunk.x.shape[0] * chunk.x.shape[1] for chunk in span)
             progress(run, dict(record, steps=steps, tokens_per_s=speed(), **peak_bytes(run.config.device)))
+            _watch(run, record)
         else: run.carried = burn_in(run, span, before)
         run.cursor += 1
         every = run.config.save_every
@@ -437,7 +557,7 @@ def _forget_after(run: Run, new: bool) -> None:
     "Drop what was written after the checkpoint that is gone on from, all of it for a new run: it will be written again."
     if run.history or (run.out / "validation.jsonl").exists():
         write_atomic(run.out / "validation.jsonl", "".join(json.dumps(record) + "\n" for record in run.history))
-    for name, key, last in (("metrics", "step", run.step), ("timings", "epoch", run.epoch)):
+    for name, key, last in (("metrics", "step", run.step), ("events", "step", run.step), ("timings", "epoch", run.epoch)):
         path = run.out / f"{name}.jsonl"
         if not path.exists(): continue
         whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a write cut short leaves no whole line
@@ -524,8 +644,9 @@ def train(
         with run.stop:
             if new: _close_epoch(run, data)
             while run.epoch < (config.epochs if until is None else until):
-                train_epoch(run, data, steps, progress)
-                _close_epoch(run, data)
+                try: train_epoch(run, data, steps, progress)
+                except _Spike as spike: _rewind(run, *spike.args)
+                else: _close_epoch(run, data)
     return run
 
 # %% ../nbs/05_tbptt_trainer.ipynb #7985635d

@@ -1,0 +1,169 @@
+"""Losses and gradients that are not finite, spikes of the loss, memory that does not suffice."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import in_child
+from test_resume import config, data, differences, outcome
+
+from cryptopredict import tbptt_trainer
+from cryptopredict.checkpoint import checkpoints, newest
+from cryptopredict.tbptt_trainer import Run, train, train_preset, train_step
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork")
+
+
+def lines(out: Path, name: str) -> list[dict]:
+    path = out / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def all_finite(run: Run) -> bool:
+    kept = [*run.model.state_dict().values(), *(v for s in run.optimiser.state.values() for v in s.values())]
+    return all(torch.isfinite(v).all() for v in kept)
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Let the loss of some steps be multiplied; how often a step is spoilt may be bounded."""
+    def do(steps, factor, times=10**9):
+        plain, left = tbptt_trainer._losses, {step: times for step in steps}
+
+        def losses(run, piece, forecast):
+            made = plain(run, piece, forecast)
+            if left.get(run.step, 0) <= 0: return made
+            left[run.step] -= 1
+            return dict(made, loss=made["loss"] * factor)
+        monkeypatch.setattr(tbptt_trainer, "_losses", losses)
+    return do
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_step_that_is_not_finite_touches_nothing(spoil, tmp_path, factor, amp):
+    spoil({2}, factor)
+    run, seen = Run(config(amp=amp, lr=1e-3), tmp_path), []
+    fold = data()
+    state, chunks = None, list(tbptt_trainer._chunks(run.config, fold, 0))
+    for chunk in chunks[1:5]:
+        before = [v.clone() for v in run.model.state_dict().values()], repr(run.optimiser.state_dict()["state"]), state
+        state, record = train_step(run, [chunk], state, 10)
+        same = all(torch.equal(a, b) for a, b in zip(before[0], run.model.state_dict().values()))
+        kept = before[2] is not None and torch.equal(state.blocks[0].ssm, before[2].blocks[0].ssm)
+        seen.append((bool(record["skipped"]), same, before[1] == repr(run.optimiser.state_dict()["state"]), kept))
+    assert seen == [(False,) * 4] * 2 + [(True,) * 4] + [(False,) * 4]
+
+
+def test_steps_left_out_are_told_and_gone_on_with_exactly(spoil, tmp_path):
+    spoil({2, 3, 7, 12}, math.nan)
+    run = train(config(), data(), tmp_path / "whole")
+    assert all_finite(run) and [e["step"] for e in lines(tmp_path / "whole", "events")] == [3, 4, 8, 13]
+    assert sum(m["skipped"] for m in lines(tmp_path / "whole", "metrics")) == 4
+
+    def kill(run, record):
+        if run.step == 8: os.kill(os.getpid(), signal.SIGKILL)
+    assert in_child(lambda: train(config(), data(), tmp_path / "out", progress=kill)) == -signal.SIGKILL
+    train(config(), data(), tmp_path / "out")
+    assert not differences(tmp_path / "out", outcome(tmp_path / "whole"))
+    assert lines(tmp_path / "out", "events") == lines(tmp_path / "whole", "events")
+
+
+def test_five_in_a_row_end_it_with_advice(spoil, tmp_path):
+    spoil(range(7, 100), math.nan)
+    with pytest.raises(ValueError, match="5 updates in a row .* lower lr, or a tighter clip, or the attention left out"):
+        train(config(), data(), tmp_path)
+    found = newest(tmp_path / "checkpoints")[0]
+    assert found["step"] <= 11 and all(torch.isfinite(v).all() for v in found["model"].values())
+
+
+@pytest.mark.parametrize("times, rewinds", [(1, 1), (2, 2), (9, 3)])
+def test_a_spike_is_taken_back_three_times_at_most(spoil, tmp_path, times, rewinds):
+    spoil({28}, 1e5, times)
+    c = config(epochs=6)
+    run = train(c, data(), tmp_path)
+    events, metrics = lines(tmp_path, "events"), lines(tmp_path, "metrics")
+    assert [e["event"] for e in events] == ["rewind"] * rewinds + ["spike"] * (times > 3)
+    assert [e["lr_scale"] for e in events if e["event"] == "rewind"] == [2.**-k for k in range(1, rewinds + 1)]
+    assert [m["step"] for m in metrics] == list(range(1, run.step + 1)), "no step is missing or there twice"
+    assert run.guard["lr_scale"] == 2.**-rewinds and metrics[-1]["lr"] < c.lr * 2.**-rewinds
+    assert max(m["loss"] for m in metrics) < 1e3 or times > 3
+
+
+def test_a_spike_taken_back_and_a_kill_give_the_same(spoil, tmp_path):
+    spoil({28}, 1e5, 1)
+    train(config(epochs=6), data(), tmp_path / "whole")
+
+    def work():
+        def kill(run, record):
+            if run.step == 30: os.kill(os.getpid(), signal.SIGKILL)
+        spoil({28}, 1e5, 1)
+        train(config(epochs=6), data(), tmp_path / "out", progress=kill)
+    assert in_child(work) == -signal.SIGKILL
+    train(config(epochs=6), data(), tmp_path / "out")
+    assert not differences(tmp_path / "out", outcome(tmp_path / "whole"))
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """Let a forward of more than so many hours of streams raise what a full GPU raises."""
+    def do(most):
+        plain = tbptt_trainer._forecast
+
+        def forecast(run, x, state):
+            if torch.is_grad_enabled() and x.shape[0] * x.shape[1] > most: raise torch.OutOfMemoryError("CUDA out of memory.")
+            return plain(run, x, state)
+        monkeypatch.setattr(tbptt_trainer, "_forecast", forecast)
+    return do
+
+
+# 3 streams of 40 hours: 2 at a time, one, and one in 2, 4 and 8 pieces
+@pytest.mark.parametrize("most, rows, pieces", [(119, 2, 1), (79, 1, 1), (39, 1, 2), (10, 1, 4), (5, 1, 8)])
+@pytest.mark.parametrize("bptt", ["truncated", "span:3", "exact"])
+def test_without_memory_the_update_is_the_same(little_memory, tmp_path, most, rows, pieces, bptt):
+    c = config(dropout=0., bptt=bptt, epochs=1)
+    whole = train(c, data(), tmp_path / "whole")
+    little_memory(most)
+    run = train(c, data(), tmp_path / "out")
+    assert (run.guard["rows"], run.guard["pieces"], run.step) == (rows, pieces, whole.step)
+    assert {e["event"] for e in lines(tmp_path / "out", "events")} == {"out of memory"}
+    for one, other in zip(lines(tmp_path / "whole", "metrics"), lines(tmp_path / "out", "metrics")):
+        assert all(math.isclose(one[k], other[k], rel_tol=1e-3, abs_tol=1e-5) for k in ("loss", "cls", "p10", "p90", "vol", "lr"))
+
+
+@pytest.mark.parametrize("rows, pieces", [(2, 1), (1, 1), (0, 2), (1, 3), (1, 7)])
+def test_accumulated_gradients_are_those_of_the_whole(tmp_path, rows, pieces):
+    chunk, grads = None, []
+    for guard in (dict(), dict(rows=rows, pieces=pieces)):
+        run = Run(config(dropout=0.), tmp_path)
+        run.model.double()
+        run.guard.update(guard)
+        chunk = chunk or list(tbptt_trainer._chunks(run.config, data(), 0))[2]
+        wide = chunk._replace(x=chunk.x.double(), targets=type(chunk.targets)(*(v.double() for v in chunk.targets)))
+        state, means = tbptt_trainer._gradients(run, [wide], None)
+        grads.append(([p.grad for p in run.model.parameters() if p.grad is not None], state.blocks[0].ssm, means["loss"]))
+    (one, s, a), (other, t, b) = grads
+    gap = lambda u, v: ((u - v).norm() / u.norm().clamp_min(1e-300)).item()
+    assert len(one) == len(other) and max(map(gap, one, other)) < 1e-10 and gap(s, t) < 1e-10 and gap(a, b) < 1e-12
+
+
+def test_no_memory_at_all_is_an_error(little_memory, tmp_path):
+    little_memory(0)
+    with pytest.raises(ValueError, match="out of memory with one stream and one hour at a time"):
+        train(config(), data(), tmp_path)
+    assert newest(tmp_path / "checkpoints")[0]["step"] == 0 and len(checkpoints(tmp_path / "checkpoints")) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lr", [1e-3, 3e-3, 1e-2])
+def test_twenty_seeds_of_tiny_stay_finite(tmp_path, lr):
+    for seed in range(20):
+        run = train(train_preset("tiny", 6, lr=lr, seed=seed, batch=4, tbptt_len=40, epochs=4), data(), tmp_path / str(seed))
+        assert all_finite(run) and not lines(tmp_path / str(seed), "events")
+        for m in lines(tmp_path / str(seed), "metrics"):
+            bound = lambda s: math.log(100) * math.tanh(s / math.log(100))
+            assert all(1e-2 <= math.exp(-bound(m[k])) <= 1e2 for k in ("log_var_cls", "log_var_reg"))
