@@ -234,18 +234,21 @@ def timed_steps(run: Run, chunks: list[Chunk]) -> Iterator[tuple[float, float]]:
         synchronize(device)
         seconds, loss = time.perf_counter() - began, record["loss"].item()
         del record
+        if run.guard["rows"] or run.guard["pieces"] > 1: raise torch.OutOfMemoryError("the batch fits in parts only")
         yield seconds, loss
 
 
 def measure(args: argparse.Namespace, name: str, data: FoldData, length: int, deadline: float) -> dict:
     """Peak memory and tokens/s of one preset at one length."""
     config = config_for(args, name, data, batch=args.batch, tbptt_len=length)
-    run, peak_by_step, seconds, losses = Run(config, "unused"), [], [], []
-    for took, loss in timed_steps(run, list(wrapped_chunks(data, args.batch, length, args.warmup + args.steps))):
-        seconds.append(took)
-        losses.append(loss)
-        peak_by_step.append(peaks(args.device)["peak_allocated"])
-        if time.monotonic() > deadline: break
+    peak_by_step, seconds, losses, chunks = [], [], [], list(wrapped_chunks(data, args.batch, length, args.warmup + args.steps))
+    with tempfile.TemporaryDirectory() as folder:  # of events
+        run = Run(config, folder)
+        for took, loss in timed_steps(run, chunks):
+            seconds.append(took)
+            losses.append(loss)
+            peak_by_step.append(peaks(args.device)["peak_allocated"])
+            if time.monotonic() > deadline: break
     tokens, whole = args.batch * length, len(seconds) == args.warmup + args.steps
     return dict(status="ok" if whole else "stopped at the budget", parameters=sum(p.numel() for p in run.model.parameters()),
                 **peaks(args.device), peak_allocated_by_step=peak_by_step, tokens_per_step=tokens, step_s=seconds,
