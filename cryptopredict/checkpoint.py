@@ -22,8 +22,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['VERSION', 'FILES', 'flatten', 'unflatten', 'write_atomic', 'to_toml', 'CheckpointError', 'NewerVersion',
-           'checkpoints', 'save', 'verify', 'load', 'newest', 'prune', 'remove_orphans']
+__all__ = ['VERSION', 'FILES', 'flatten', 'unflatten', 'write_atomic', 'to_toml', 'CheckpointError', 'NewerVersion', 'step_of',
+           'checkpoints', 'save', 'verify', 'load', 'newest', 'remove', 'prune', 'remove_orphans']
 
 # %% ../nbs/04c_checkpoint.ipynb #f7eccf81
 def flatten(
@@ -106,6 +106,12 @@ class NewerVersion(CheckpointError):
 # %% ../nbs/04c_checkpoint.ipynb #306d8623
 _STEP = re.compile(r"step-(\d{1,18})(?:\.(\d{1,9}))?")  # number of the step, how often it was saved before
 
+def step_of(
+    path: Path,  # checkpoint folder
+) -> int:
+    "The step in a checkpoint's name."
+    return int(_STEP.fullmatch(path.name)[1])
+
 def checkpoints(
     folder: str | Path,  # of a run's checkpoints; there may be none
 ) -> list[Path]:
@@ -183,12 +189,12 @@ def verify(
     path, data = Path(path), {}
     try:
         for name, about in _read_manifest(path).items():
-            data[name] = _read(path / name, FILES[name])
+            data[name] = _read(path / name, min(about["size"], FILES[name]))  # a file that has grown is not read at all
             if len(data[name]) != about["size"] or hashlib.sha256(data[name]).hexdigest() != about["sha256"]:
                 raise CheckpointError(f"{path / name} is damaged (sha256): use an earlier checkpoint")
     except CheckpointError: raise
     except PermissionError as error: raise CheckpointError(f"{error.filename} may not be read: change its permissions") from error
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{path} is no whole checkpoint ({error}): use an earlier one") from error
     return data
 
@@ -210,11 +216,15 @@ def newest(
     for path in checkpoints(folder):
         try: return load(path), path
         except NewerVersion: raise
-        except CheckpointError as error: warnings.warn(f"passed over: {error}", RuntimeWarning, stacklevel=2)
+        except CheckpointError as error:
+            if isinstance(error.__cause__, PermissionError): raise  # it may well be whole
+            warnings.warn(f"passed over: {error}", RuntimeWarning, stacklevel=2)
     return None
 
 # %% ../nbs/04c_checkpoint.ipynb #a01d9995
-def _remove(path: Path) -> None:
+def remove(
+    path: Path,  # checkpoint folder
+) -> None:
     "Remove a checkpoint: first its name, then its files."
     hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
@@ -228,24 +238,27 @@ def _is_whole(path: Path) -> bool:
 
 def prune(
     folder: str | Path,  # holds `step-*` checkpoints
-    keep: int = 3,  # steps to be kept, of those that verify
+    keep: int = 3,  # newest steps to be kept, of those that verify
     also: Collection[int] = (),  # further steps to be kept
 ) -> list[Path]:
     "Remove older checkpoints, of a step saved twice the earlier, but none that does not verify. Returns what went."
     if keep < 1: raise ValueError(f"keep is {keep}: give at least 1")
-    kept: set[int] = set()
+    kept: dict[int, Path] = {}
     gone: list[Path] = []
     for path in checkpoints(folder):
-        step = int(_STEP.fullmatch(path.name)[1])
-        if not _is_whole(path): continue
-        if step in kept or len(kept - set(also)) >= keep and step not in also: gone.append(path)
-        else: kept.add(step)
-    for path in gone: _remove(path)
+        step = step_of(path)
+        again, enough = step in kept, len(kept) >= keep
+        if enough and step in also and not again: kept[step] = path  # need not be read each time
+        elif not _is_whole(path) or again and not _is_whole(kept[step]): continue
+        elif again or enough: gone.append(path)
+        else: kept[step] = path
+    for path in gone: remove(path)
     return gone
 
 # %% ../nbs/04c_checkpoint.ipynb #63578f60
 def _is_alive(pid: int) -> bool:
     "Whether another process of that number runs."
+    if os.name == "nt": return True  # there a signal 0 is Ctrl-C
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
     except (PermissionError, OverflowError): return True
@@ -255,6 +268,8 @@ def remove_orphans(
     folder: str | Path,  # of a run or its checkpoints
 ) -> list[Path]:
     "Remove what processes that are no more have left half written; returns what went."
-    gone = [p for p in Path(folder).glob("*.tmp") if (m := re.search(r"\.(\d+)\.tmp$", p.name)) and not _is_alive(int(m[1]))]
+    own = re.compile(r"\.step-\d+(?:\.\d+)?\.(\d+)\.tmp|\w+\.(?:json|jsonl|toml)\.(\d+)\.tmp")  # nobody else's names
+    found = [(m, p) for p in Path(folder).glob("*.tmp") if (m := own.fullmatch(p.name))]
+    gone = [p for m, p in found if not _is_alive(int(m[1] or m[2]))]
     for path in gone: shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return gone

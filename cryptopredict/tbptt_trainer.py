@@ -24,14 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .checkpoint import checkpoints, flatten, load, newest, prune, remove_orphans, save, to_toml, write_atomic
+from .checkpoint import (checkpoints, flatten, load, newest, prune, remove, remove_orphans, save, step_of,
+                                      to_toml, write_atomic)
 from .mamba2_block import map_state
 from .multitask import (Forecast, ModelConfig, ModelState, MultitaskModel, Targets, detach, multitask_loss,
                                      preset, read_preset, task_losses)
 from .streams import Chunk, FoldData, plan_streams, stream_chunks, warm_forecast, windows
 
 # %% auto #0
-__all__ = ['BOUNDS', 'CHOICES', 'reach', 'TrainConfig', 'train_preset', 'lr_factor', 'decay_groups', 'Stop', 'Run',
+__all__ = ['BOUNDS', 'CHOICES', 'HISTORIES', 'reach', 'TrainConfig', 'train_preset', 'lr_factor', 'decay_groups', 'Stop', 'Run',
            'exact_backward', 'train_step', 'steps_per_epoch', 'burn_in', 'settle', 'validation_loss', 'peak_bytes',
            'checkpoint', 'train_epoch', 'train', 'best_epoch']
 
@@ -149,13 +150,15 @@ class Stop:
         if number is not None: signal.raise_signal(number)
 
 # %% ../nbs/05_tbptt_trainer.ipynb #9dc956e8
+HISTORIES = ("metrics.jsonl", "validation.jsonl", "events.jsonl")  # a checkpoint knows how long they were
+
 class Run:
     "A model in training: weights, optimiser, position, carried state, and the folder that holds its history."
 
     def __init__(self, config: TrainConfig, out: str | Path):
         self.config, self.out, self.step, self.epoch = config, Path(out), 0, 0
         self.cursor, self.carried = 0, None  # spans of this epoch that were read, the streams' state after them
-        self.history: list[dict] = []  # validation after each epoch
+        self.history: list[dict] = []  # ends of epochs: epoch, step, losses on the validation rows if there are any
         # Updates left out in a row; rewinds; what they left of the learning rate; streams at a time (0: all) and pieces of a
         # chunk that fit into memory; recent losses, to tell a spike.
         self.guard: dict = dict(skipped=0, rewinds=0, lr_scale=1., rows=0, pieces=1, recent=[])
@@ -171,10 +174,14 @@ class Run:
         "What a checkpoint holds."
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimiser", "scaler")}
         position = {name: getattr(self, name) for name in ("step", "epoch", "cursor", "carried", "history", "guard", "about")}
-        return dict(**parts, **position, rng=_rng(self.config.device), config=asdict(self.config), version=__version__)
+        lengths = {name: path.stat().st_size if (path := self.out / name).exists() else 0 for name in HISTORIES}
+        return dict(**parts, **position, lengths=lengths, rng=_rng(self.config.device), config=asdict(self.config),
+                    version=__version__)
 
     def restore(self, content: dict) -> None:
         "Go on from a checkpoint's content."
+        if lacks := sorted(self.content().keys() - content.keys()):
+            raise ValueError(f"a checkpoint in {self.out} lacks {', '.join(lacks)}: go on with the version that wrote it")
         for name in ("model", "optimiser", "scaler"):
             if content[name]: getattr(self, name).load_state_dict(content[name])
         for name in ("step", "epoch", "cursor", "history", "guard", "about"): setattr(self, name, content[name])
@@ -188,7 +195,7 @@ class Run:
 
     def at_epoch(self, epoch: int) -> Run:
         "The same run as it was after that epoch."
-        self.restore(load(_end_of_epoch(self.out, epoch)))
+        self.restore(load(_end_of_epoch(self, epoch)))
         return self
 
 # %% ../nbs/05_tbptt_trainer.ipynb #a39a8419
@@ -200,19 +207,20 @@ def _as_state(saved: list | None, model: MultitaskModel, device: str) -> ModelSt
         return type(kind)(*parts) if hasattr(kind, "_fields") else tuple(parts)
     return None if saved is None else like(model.init_state(1), saved)
 
-def _end_of_epoch(out: str | Path, epoch: int) -> Path:
+def _end_of_epoch(run: Run, epoch: int) -> Path:
     "The checkpoint at the end of an epoch."
-    for record in map(json.loads, (Path(out) / "validation.jsonl").read_text().splitlines()):
-        if record["epoch"] == epoch:
-            steps = [p for p in checkpoints(Path(out) / "checkpoints") if int(p.name[5:].split(".")[0]) == record["step"]]
-            if steps: return steps[0]
-    raise ValueError(f"{out} holds no checkpoint of epoch {epoch}: train it again with another --out")
+    ends = {record["step"] for record in run.history if record["epoch"] == epoch}
+    found = [path for path in checkpoints(run.out / "checkpoints") if step_of(path) in ends]
+    if found: return found[0]
+    raise ValueError(f"{run.out} holds no checkpoint of epoch {epoch} (keep is {run.config.keep}; 0 keeps all): train it again "
+                     "with another --out")
 
 # %% ../nbs/05_tbptt_trainer.ipynb #057f400d
 def _load(kind: type[Run], path: str | Path) -> Run:
     "A run made of the newest checkpoint of a folder."
     found = newest(Path(path) / "checkpoints")
     if found is None: raise ValueError(f"{path} holds no checkpoint that verifies: train it again with another --out")
+    if "config" not in found[0]: raise ValueError(f"{found[1]} is no checkpoint of a training")
     config = found[0]["config"]
     run = kind(TrainConfig(**{**config, "model": ModelConfig(**config["model"])}), path)
     run.restore(found[0])
@@ -231,8 +239,9 @@ def _update(run: Run, loss: Tensor) -> tuple[Tensor, Tensor]:
     run.scaler.unscale_(run.optimiser)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip)
     bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
-    if norm.is_cuda and not run.scaler.is_enabled(): run.optimiser.found_inf = bad.float()  # read by the fused step
-    if norm.is_cuda or not bad: run.scaler.step(run.optimiser)
+    on_device = norm.is_cuda and not run.scaler.is_enabled()
+    if on_device: run.optimiser.found_inf = bad.float()  # read by the fused step
+    if on_device or not bad: run.scaler.step(run.optimiser)
     run.scaler.update()
     run.step += 1
     return norm, bad
@@ -327,10 +336,18 @@ def _losses(run: Run, piece: _Piece, forecast: Forecast) -> dict[str, Tensor]:
     return dict(loss=multitask_loss(grown, m.log_var_cls, m.log_var_reg) * piece.part, **parts)
 
 # %% ../nbs/05_tbptt_trainer.ipynb #076037b1
+def _by_rows(run: Run, span: Sequence[Chunk], state: ModelState | None) -> Iterator[tuple[list[_Piece], ModelState | None]]:
+    "Pieces of a span and the state before them, for some streams at a time."
+    batch = span[0].x.shape[0]
+    streams = min(run.guard["rows"] or batch, batch)
+    for rows in (slice(k, k + streams) for k in range(0, batch, streams)):
+        start = None if state is None else map_state(lambda v, rows=rows: v[rows], state)
+        yield [piece for chunk in span for piece in _pieces(run, chunk, rows, streams)], start
+
+# %% ../nbs/05_tbptt_trainer.ipynb #9f5a3a73
 def _gradients(run: Run, span: Sequence[Chunk], state: ModelState | None) -> tuple[ModelState, dict[str, Tensor]]:
     "Add up the gradients of a span; returns the state after it and the mean losses."
-    c, batch, learned = run.config, span[0].x.shape[0], sum(_learns(run, chunk) for chunk in span)
-    streams, ends, parts = run.guard["rows"] or batch, [], []
+    learned, ends, parts = sum(_learns(run, chunk) for chunk in span), [], []
 
     def loss(forecast: Forecast, piece: _Piece) -> Tensor | None:
         if not piece.learned: return None
@@ -339,10 +356,9 @@ def _gradients(run: Run, span: Sequence[Chunk], state: ModelState | None) -> tup
         return run.scaler.scale(losses["loss"])
 
     run.optimiser.zero_grad(set_to_none=True)
-    for rows in (slice(k, k + streams) for k in range(0, batch, streams)):
-        pieces = [piece for chunk in span for piece in _pieces(run, chunk, rows, streams)]
-        start = None if state is None else map_state(lambda v, rows=rows: v[rows], state)
-        ends.append(exact_backward(lambda piece, state: _forecast(run, piece.x, state), loss, pieces, start, c.device))
+    forward = lambda piece, state: _forecast(run, piece.x, state)
+    for pieces, start in _by_rows(run, span, state):
+        ends.append(exact_backward(forward, loss, pieces, start, run.config.device))
     return _beside(ends), dict(zip(("loss", "cls", "p10", "p90", "vol"), (sum(values) for values in zip(*parts))))
 
 def _beside(states: list[ModelState]) -> ModelState:
@@ -435,8 +451,20 @@ def steps_per_epoch(config: TrainConfig, data: FoldData) -> int:
 @torch.no_grad()
 def burn_in(run: Run, span: Sequence[Chunk], state: ModelState | None = None) -> ModelState:
     "The state after chunks that are not learned from."
-    for chunk in span: _, state = _forecast(run, chunk.x, state)
-    return state
+    rng = _rng(run.config.device)
+    while True:
+        try: return _read(run, span, state)
+        except torch.OutOfMemoryError: pass  # what it holds is free only after this
+        _give_way(run, span)
+        _rng(run.config.device, rng)
+
+def _read(run: Run, span: Sequence[Chunk], state: ModelState | None) -> ModelState:
+    "The state after some chunks."
+    ends = []
+    for pieces, end in _by_rows(run, span, state):
+        for piece in pieces: _, end = _forecast(run, piece.x, end)
+        ends.append(end)
+    return _beside(ends)
 
 # %% ../nbs/05_tbptt_trainer.ipynb #5a095dba
 def settle(run: Run, data: FoldData) -> None:
@@ -444,8 +472,8 @@ def settle(run: Run, data: FoldData) -> None:
     if not run.config.first_len: return
     x = data.x[data.start:data.start + run.config.first_len][None].expand(run.config.batch, -1, -1)
     rng = _rng(run.config.device)  # a resumed run settles again: it must not draw other dropout for that
-    forecast, _ = _forecast(run, x, None)
-    sum(v.sum() for v in forecast).backward()
+    try: sum(v.sum() for v in _forecast(run, x, None)[0]).backward()
+    except torch.OutOfMemoryError: pass  # then the training finds out what fits
     run.optimiser.zero_grad(set_to_none=True)
     _rng(run.config.device, rng)
 
@@ -477,13 +505,13 @@ def _check_finite(run: Run) -> None:
 
 # %% ../nbs/05_tbptt_trainer.ipynb #aa11dddd
 def checkpoint(run: Run) -> Path:
-    "Save the run as it is; kept are the two newest, the best end of an epoch and so many others as the configuration says."
-    for name in ("metrics", "validation"):
-        if (path := run.out / f"{name}.jsonl").exists():
+    "Save the run as it is; kept are the two newest, the best end of an epoch and the last ones, as many as `keep` says."
+    for path in (run.out / name for name in HISTORIES):
+        if path.exists():
             with open(path, "rb") as file: os.fsync(file.fileno())  # the lines up to here must not be lost where this is not
     _check_finite(run)
     made, ends = save(run.out / "checkpoints" / f"step-{run.step:08d}", run.content()), run.history
-    best = sorted(ends, key=lambda r: r["total"] if math.isfinite(r["total"]) else math.inf)[:1]
+    best = sorted((r for r in ends if math.isfinite(r.get("total", math.nan))), key=lambda r: r["total"])[:1]
     prune(run.out / "checkpoints", 2, also={r["step"] for r in best + ends[-run.config.keep:]})
     return made
 
@@ -509,19 +537,27 @@ def _watch(run: Run, record: dict) -> None:
                          "lr, or a tighter clip, or the attention left out (attention_every = 0) first; or look for wild inputs")
     guard["skipped"], loss = 0, float(record["loss"])
     if _is_spike(loss, guard["recent"], run.config.spike):
-        if guard["rewinds"] < 3: raise _Spike(loss)
+        before = len(checkpoints(run.out / "checkpoints")) > len(_since(run))
+        if guard["rewinds"] < 3 and before: raise _Spike(loss)
         _event(run, "spike", loss=loss)
     guard["recent"] = [*guard["recent"][-99:], loss]
 
 # %% ../nbs/05_tbptt_trainer.ipynb #ef766e78
 def _rewind(run: Run, loss: float) -> None:
-    "Back to the last checkpoint, with half the learning rate."
+    "Back to the last checkpoint before the update that led to this loss, with half the learning rate."
     at, guard = run.step, run.guard
-    run.restore(newest(run.out / "checkpoints")[0])
+    for path in _since(run): remove(path)
+    found = newest(run.out / "checkpoints")
+    if found is None: raise ValueError(f"{run.out} holds no checkpoint that verifies: train it again with another --out")
+    run.restore(found[0])
     run.guard |= dict(rewinds=guard["rewinds"] + 1, lr_scale=guard["lr_scale"] / 2)
-    _forget_after(run, new=False)
+    _forget_after(run, found[0]["lengths"])
     _event(run, "rewind", loss=loss, at=at, lr_scale=run.guard["lr_scale"])
     checkpoint(run)
+
+def _since(run: Run) -> list[Path]:
+    "Checkpoints that hold the update before the last one, whose loss is known only now."
+    return [path for path in checkpoints(run.out / "checkpoints") if step_of(path) >= run.step - 1]
 
 # %% ../nbs/05_tbptt_trainer.ipynb #0dd259c3
 def train_epoch(
@@ -553,23 +589,27 @@ def train_epoch(
     _append(run.out / "timings.jsonl", record)
 
 # %% ../nbs/05_tbptt_trainer.ipynb #31789a02
-def _forget_after(run: Run, new: bool) -> None:
-    "Drop what was written after the checkpoint that is gone on from, all of it for a new run: it will be written again."
-    if run.history or (run.out / "validation.jsonl").exists():
-        write_atomic(run.out / "validation.jsonl", "".join(json.dumps(record) + "\n" for record in run.history))
-    for name, key, last in (("metrics", "step", run.step), ("events", "step", run.step), ("timings", "epoch", run.epoch)):
-        path = run.out / f"{name}.jsonl"
-        if not path.exists(): continue
-        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a write cut short leaves no whole line
-        lines = [] if new else [line for line in whole if json.loads(line)[key] <= last]
-        write_atomic(path, "".join(line + "\n" for line in lines))
+def _forget_after(run: Run, lengths: dict[str, int]) -> None:
+    "Cut the histories to where they were at the checkpoint that is gone on from: what came after will be written again."
+    for path in (run.out / name for name in HISTORIES):
+        size, due = path.stat().st_size if path.exists() else 0, lengths[path.name]
+        if size < due: raise ValueError(f"{path} is shorter than at the last checkpoint: bring it back, or choose another --out")
+        if size > due: os.truncate(path, due)
+    timings = run.out / "timings.jsonl"
+    kept = [line for line in _lines(timings) if json.loads(line)["epoch"] <= run.epoch]
+    if timings.exists(): write_atomic(timings, "".join(line + "\n" for line in kept))
+
+def _lines(path: Path) -> list[str]:
+    "Whole lines of a history; a write cut short leaves none."
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return text[:text.rfind("\n") + 1].splitlines()
 
 # %% ../nbs/05_tbptt_trainer.ipynb #a018e468
 def _close_epoch(run: Run, data: FoldData) -> None:
     "Validation and checkpoint after an epoch; before the first one too, so that a run of no epoch can be loaded."
-    if data.valid is not None:
-        run.history.append(dict(epoch=run.epoch, step=run.step, **validation_loss(run.model, data, run.config.target)))
-        _append(run.out / "validation.jsonl", run.history[-1])
+    losses = {} if data.valid is None else validation_loss(run.model, data, run.config.target)
+    run.history.append(dict(epoch=run.epoch, step=run.step, **losses))
+    if losses: _append(run.out / "validation.jsonl", run.history[-1])
     checkpoint(run)
     run.stop.obey()
 
@@ -583,8 +623,12 @@ def _about(data: FoldData, climatology: tuple | None) -> dict:
 
 def _refuse_other(found: dict, run: Run) -> None:
     "A `ValueError` where a checkpoint is of another configuration or of other data."
-    mine = json.loads(json.dumps(dict(asdict(run.config), data=run.about["data"])))
-    theirs = dict(found["config"], data=found["about"]["data"])
+    def flat(config: dict, about: dict) -> dict:
+        rest = {k: v for k, v in config.items() if k != "model"}
+        return rest | {f"model.{k}": v for k, v in config["model"].items()} | dict(data=about["data"])
+    if "config" not in found or "about" not in found: raise ValueError(f"{run.out} holds checkpoints of something else")
+    mine = flat(json.loads(json.dumps(asdict(run.config))), run.about)
+    theirs = flat(found["config"], found["about"])
     short = lambda key, value: value[:12] if key == "data" else value  # a hash
     for key, value in mine.items():
         if theirs.get(key) == value: continue
@@ -618,8 +662,10 @@ def _open(config: TrainConfig, data: FoldData, out: str | Path, climatology: tup
         run.restore(found[0])
     elif checkpoints(run.out / "checkpoints"):
         raise ValueError(f"no checkpoint in {out} verifies: choose another --out, or remove this folder to train anew")
+    elif _lines(run.out / "metrics.jsonl"):
+        raise ValueError(f"{out} holds the history of a training without its checkpoints: choose another --out")
     for path in (run.out, run.out / "checkpoints"): remove_orphans(path)
-    _forget_after(run, new=found is None)
+    _forget_after(run, dict.fromkeys(HISTORIES, 0) if found is None else found[0]["lengths"])
     write_atomic(run.out / "config.toml", to_toml(asdict(config)))
     return run, found is None
 
@@ -636,17 +682,19 @@ def train(
     if config.device == "cuda":
         if not torch.cuda.is_available(): raise ValueError("device is 'cuda', and there is none here: use 'cpu'")
         torch.cuda.reset_peak_memory_stats()  # of this training alone
+    last, steps = config.epochs if until is None else until, config.epochs * steps_per_epoch(config, data)
+    if not 0 <= last <= config.epochs: raise ValueError(f"until is {until}: give 0 to epochs = {config.epochs}")
     (Path(out) / "checkpoints").mkdir(parents=True, exist_ok=True)
     with _alone(Path(out) / "checkpoints"):
         run, new = _open(config, data, out, climatology)
-        steps = config.epochs * steps_per_epoch(config, data)
         settle(run, data)
         with run.stop:
             if new: _close_epoch(run, data)
-            while run.epoch < (config.epochs if until is None else until):
+            while run.epoch < last:
                 try: train_epoch(run, data, steps, progress)
                 except _Spike as spike: _rewind(run, *spike.args)
                 else: _close_epoch(run, data)
+    run.stop.obey()  # one that came at the very end
     return run
 
 # %% ../nbs/05_tbptt_trainer.ipynb #7985635d
@@ -654,7 +702,8 @@ def best_epoch(*outs: str | Path) -> int:
     "The epoch with the lowest validation loss, the mean of several runs; 0 means that training never helped."
     totals: dict[int, list[float]] = {}
     for out in outs:
-        for record in map(json.loads, (Path(out) / "validation.jsonl").read_text().splitlines()):
+        for record in map(json.loads, _lines(Path(out) / "validation.jsonl")):
             totals.setdefault(record["epoch"], []).append(record["total"])
+    if not totals: raise ValueError(f"{', '.join(map(str, outs))}: no validation was made, nothing to choose by")
     mean = {epoch: sum(values) for epoch, values in totals.items() if len(values) == len(outs)}
     return min(mean, key=lambda epoch: mean[epoch] if math.isfinite(mean[epoch]) else math.inf)

@@ -175,6 +175,10 @@ def test_sizes_are_looked_at_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", lambda self, plain=Path.read_bytes: read.append(self.name) or plain(self))
     with pytest.raises(CheckpointError, match="rest.json has 268,435,457 bytes, above"): load(path)
     assert "rest.json" not in read
+    read.clear()
+    with open(path / "tensors.safetensors", "ab") as file: file.truncate(2**34)  # within the bound, not what was written
+    with pytest.raises(CheckpointError, match="tensors.safetensors has 17,179,869,184 bytes, above"): load(path)
+    assert "tensors.safetensors" not in read
     shutil.rmtree(path)
     path = save(tmp_path / "step-1", content(1))
     (path / "rest.json").rename(tmp_path / "elsewhere")

