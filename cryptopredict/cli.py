@@ -18,7 +18,7 @@ from pathlib import Path
 import tyro
 
 # %% auto #0
-__all__ = ['DESCRIPTION', 'COMMANDS', 'Evaluate', 'Run', 'Audit', 'Prepare', 'Forecast', 'Train', 'Fetch', 'Plan', 'main']
+__all__ = ['DESCRIPTION', 'COMMANDS', 'Evaluate', 'Run', 'Audit', 'Prepare', 'Forecast', 'Train', 'Runs', 'Fetch', 'Plan', 'main']
 
 # %% ../nbs/06a_cli.ipynb #003ba86d
 def _say(text: str = "") -> None:
@@ -321,6 +321,54 @@ class Train(_Walk):
         _say(f"{newest_table(made, config.horizon, config.vol_window).to_string()}\nkept in {out}")
         return 0
 
+# %% ../nbs/06a_cli.ipynb #1d03c250
+def _walk_state(folder: Path) -> tuple[str, str]:
+    "State and best score of a walk-forward."
+    if not (folder / "scores.json").exists(): return f"stopped, {len(list((folder / 'parts').glob('*.parquet')))} parts", ""
+    summary = json.loads((folder / "scores.json").read_text())["summary"]
+    best = min((r for r in summary if r["score"] == "log_loss"), key=lambda r: r["mean"])
+    return "finished", f"log loss {best['mean']:.3f} ({best['model']})"
+
+def _trainings_state(folder: Path) -> tuple[str, str]:
+    "State and best validation loss of the trainings in a folder."
+    from cryptopredict.checkpoint import checkpoints, step_of
+    kept = [checkpoints(path) for path in folder.glob("**/checkpoints")]
+    lines = [line for path in folder.glob("**/validation.jsonl") for line in path.read_text().splitlines()]
+    losses = [json.loads(line)["total"] for line in lines if line.endswith("}")]
+    state = f"{len(kept)} training{'s' * (len(kept) != 1)}, {sum(step_of(c[0]) for c in kept if c)} updates"
+    return state, f"validation loss {min(losses):.3f}" if losses else ""
+
+# %% ../nbs/06a_cli.ipynb #0a176752
+def _age(seconds: float) -> str:
+    "A duration in its largest unit."
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size: return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+def _run_row(place: Path) -> dict | None:
+    "What is said of a folder; None where it holds neither a walk-forward nor a training."
+    if not place.is_dir(): return None
+    if (place / "run.json").exists(): kind, (state, best) = "walk-forward", _walk_state(place)
+    elif any(place.glob("**/checkpoints")): kind, (state, best) = "training", _trainings_state(place)
+    else: return None
+    age = time.time() - max(p.stat().st_mtime for p in (place, *place.glob("**/*")))
+    return dict(run=place, kind=kind, state=state, best=best, age=_age(age),
+                resume="" if state == "finished" else f"the same command with --out {place}")
+
+# %% ../nbs/06a_cli.ipynb #3b2b514a
+@dataclass
+class Runs:
+    "The runs and trainings in a folder: state, best score, age, and how to go on with those that stopped."
+    folder: tyro.conf.Positional[Path] = Path("runs")  # Folder that holds run folders, or one of them.
+
+    def __call__(self) -> int:
+        import pandas as pd
+        if not self.folder.is_dir(): raise ValueError(f"{self.folder} is no folder: name the one that holds the runs")
+        itself = (self.folder / "run.json").exists() or (self.folder / "checkpoints").exists()
+        rows = [row for place in ([self.folder] if itself else sorted(self.folder.iterdir())) if (row := _run_row(place))]
+        _say(pd.DataFrame(rows).to_string(index=False) if rows else f"{self.folder} holds no run")
+        return 0
+
 # %% ../nbs/06a_cli.ipynb #5108cc8a
 @dataclass
 class _Missing:
@@ -353,7 +401,7 @@ DESCRIPTION = """Long-horizon Bitcoin forecasting that can be believed.
 First steps:  cryptopredict run                     the whole path on the built-in market
               cryptopredict run --data DIR          ... on real files
               cryptopredict audit my.py:fn          does my own feature code see the future?"""
-COMMANDS = {c.__name__.lower(): c for c in (Run, Prepare, Audit, Evaluate, Forecast, Train, Fetch, Plan)}
+COMMANDS = {c.__name__.lower(): c for c in (Run, Prepare, Audit, Evaluate, Forecast, Train, Runs, Fetch, Plan)}
 
 def main(
     args: list[str] | None = None,  # command line without the program's name; None: the process's own

@@ -68,6 +68,7 @@ FAULTS = {  # command -> words its one line must hold
     "function file with an error": ("audit --data {}/good --fn {}/syntax.py:f", "syntax.py"),
     "function file with a missing import": ("audit --data {}/good --fn {}/imports.py:f", "module_that_is_not_there"),
     "truth for another horizon": ("evaluate --models climatology truth --horizon 30D", "truth 90D"),
+    "runs in a folder that is not there": ("runs nowhere", "nowhere folder"),
     "not there yet: fetch": ("fetch", "fetch not there yet"),
     "not there yet: plan": ("plan", "plan not there yet"),
 }
@@ -88,7 +89,7 @@ MISSPELT = {"no command": "", "no such command": "nonsense", "no such flag": "ru
 AUDITED = {"honest": None, "centred": "smooth", "scaled": "z", "filled": "load"}  # function -> its leaky column
 WALK = "--data --years --seed --repair --config --seeds --models --first-test --step --horizon"
 HELP = {"run": f"{WALK} --out --n-cuts", "audit": f"{WALK} --n-cuts --fn --out", "evaluate": f"{WALK} --out",
-        "forecast": f"{WALK} --out", "train": f"{WALK} --preset --epochs --out", "fetch": "", "plan": "",
+        "forecast": f"{WALK} --out", "train": f"{WALK} --preset --epochs --out", "fetch": "", "plan": "", "runs": "[PATH]",
         "prepare": "--data --years --seed --repair --out"}
 # Cases that get a process of their own; the others are called within this one, where a command takes a tenth of the time.
 OWN = {"missing directory", "empty file", "unknown format", "unknown config key", "too little history", "no label in a fold",
