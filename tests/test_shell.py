@@ -272,15 +272,15 @@ def uninterrupted(many_parts, tmp_path_factory) -> Path:
     return folder / "out"
 
 
-def _stopped(words: list[str], cwd: Path, how: int) -> tuple[int, str]:
-    "Send a signal to a walk-forward as soon as its first part stands; exit code and stderr."
+def _stopped(words: list[str], cwd: Path, how: int, sign: str = "out/parts/*.parquet") -> tuple[int, str]:
+    "Send a signal to a command as soon as a file stands, the first part of a walk-forward; exit code and stderr."
     # A shell that runs tests in the background may have SIGINT ignored, which a child would inherit.
     process = subprocess.Popen(
         [command(), *words], cwd=cwd, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     deadline = time.monotonic() + 120
-    while not list(cwd.glob("out/parts/*.parquet")):
-        assert process.poll() is None and time.monotonic() < deadline, "no part was written"
+    while not list(cwd.glob(sign)):
+        assert process.poll() is None and time.monotonic() < deadline, f"no {sign} was written"
         time.sleep(.002)
     process.send_signal(how)
     _, stderr = process.communicate(timeout=60)
@@ -300,6 +300,28 @@ def test_stopped_half_way_and_started_again(many_parts, uninterrupted, tmp_path,
     assert again.returncode == 0, again.stderr
     differ = {p for p, entry in snapshot(uninterrupted, times=False).items() if snapshot(out, times=False).get(p) != entry}
     assert not differ, f"not those of an uninterrupted run: {differ}"
+
+
+@pytest.mark.parametrize("how, code", [("SIGKILL", -9), ("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_training_stopped_and_started_again(tmp_path, trained, how, code):
+    words, whole = trained
+    ended, stderr = _stopped(words, tmp_path, getattr(signal, how), "out/choice-0/metrics.jsonl")
+    assert ended == code and not (tmp_path / "out" / "choice.json").exists(), "stopped in the middle"
+    if how != "SIGKILL": assert len(stderr.splitlines()) == 1 and not list(tmp_path.rglob("*.tmp")), stderr
+    listed = shell("runs", "out", cwd=tmp_path).stdout
+    assert "training" in listed and "the same command with --out out" in listed
+    assert shell(*words, cwd=tmp_path).returncode == 0
+    for name in ("metrics.jsonl", "validation.jsonl", "*/*.safetensors", "choice.json"):
+        files = sorted(whole.glob(f"**/{name}"))
+        assert files and all(f.read_bytes() == (tmp_path / "out" / f.relative_to(whole)).read_bytes() for f in files), name
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[list[str], Path]:
+    "The words of a training, and its folder when nothing stops it."
+    folder, words = tmp_path_factory.mktemp("trained"), "train --years 4 --epochs 3 --horizon 30D --out out".split()
+    assert shell(*words, cwd=folder).returncode == 0
+    return words, folder / "out"
 
 
 def test_lost_parts_are_made_again(small, small_run, tmp_path):
