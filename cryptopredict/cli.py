@@ -58,7 +58,8 @@ def _training_line(record: dict) -> str:
 
 # %% ../nbs/06a_cli.ipynb #c629118b
 class _Progress:
-    "A rich progress bar on a terminal, nothing elsewhere; called as `progress(done, total, what)`, `watch` during training."
+    "A rich progress bar on a terminal, a line a minute elsewhere; called as `progress(done, total, what)`, `watch` in training."
+    interval = 60.  # between lines, seconds
 
     def __enter__(self):
         from rich.console import Console
@@ -67,15 +68,21 @@ class _Progress:
                    TimeElapsedColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
         self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal).__enter__()
-        self.task, self.training, self.shown = self.bar.add_task("", total=None), None, 0.
+        self.task, self.training, self.what = self.bar.add_task("", total=None), None, ""
+        self.shown = time.monotonic() if self.bar.disable else 0.
         return self
 
     def __call__(self, done: int, total: int, what: str) -> None:
         self.bar.update(self.task, completed=done, total=total, description=what)
+        self.what = f"{done} of {total}, {what}"
 
     def watch(self, run, record: dict) -> None:
         "Twice a second at most: reading a loss makes a GPU wait."
-        if self.bar.disable or time.monotonic() - self.shown < .5: return
+        if time.monotonic() - self.shown < (self.interval if self.bar.disable else .5): return
+        if self.bar.disable:
+            self.shown = time.monotonic()
+            print(f"{self.what}: update {run.step} of {record['steps']}  {_training_line(record)}", file=sys.stderr, flush=True)
+            return
         if self.training is None: self.training = self.bar.add_task("", total=None)
         self.shown = time.monotonic()
         line = dict(completed=run.step, total=record["steps"], description=_training_line(record))
