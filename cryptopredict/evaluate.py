@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from . import __version__, leakage
 from .baselines import BASELINES
 from .calibration import reliability
-from .checkpoint import to_toml, write_atomic
+from .checkpoint import remove_orphans, to_toml, write_atomic
 from .features import build_features
 from .labels import make_labels
 from .leakage import (Fold, LeakReport, audit, audit_availability, audit_folds, audit_labels, audit_model,
@@ -496,6 +496,7 @@ class Network:
         "Choose on validation spans before the test (once a folder, for all seeds), then fit on `fold.refit`."
         self.prepared, kept = _prepare(self, panel, features, labels, fold.refit, None), self.folder / "choice.json"
         identity = _training_identity(self, self.prepared.data)
+        remove_orphans(self.folder)
         if not kept.exists():
             write_atomic(kept, json.dumps(dict(_choose(self, panel, features, labels, fold, seed), identity=identity)))
         choice = _kept_choice(kept, identity)

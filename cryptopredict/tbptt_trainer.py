@@ -648,6 +648,8 @@ def _alone(folder: Path) -> Iterator[None]:
         try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{folder.parent} is in use by another process: wait for it, or choose another --out") from None
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be locked ({error.strerror}): choose an --out on a local disk") from error
         yield
     finally: os.close(handle)
 

@@ -106,7 +106,7 @@ def test_forecasts_after_a_kill_are_the_same(whole, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one, other))
 
 
-PARTS = {"model", "optimiser", "scaler", "step", "epoch", "cursor", "carried", "history", "about", "rng"}
+PARTS = {"model", "optimiser", "scaler", "step", "epoch", "cursor", "carried", "history", "guard", "about", "rng"}
 
 
 @pytest.fixture(scope="module")
