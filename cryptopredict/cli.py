@@ -13,7 +13,9 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -102,9 +104,40 @@ class _Source:
 
     def _load(self) -> tuple:
         if self.data is None and self.repair: raise ValueError("--repair needs --data: the built-in market has nothing to repair")
-        return _built_in(self.years, self.seed or 0) if self.data is None else _files(self.data, self.repair)
+        return _built_in(self.years, self._market_seed()) if self.data is None else _files(self.data, self.repair)
+
+    def _market_seed(self) -> int: return self.seed or 0
 
 # %% ../nbs/06a_cli.ipynb #b8547593
+def _flags(table: str) -> type:
+    "A dataclass with the fields of a preset's table, none of them given: flags that tell meaning, bounds and unit."
+    from dataclasses import make_dataclass
+    from typing import get_type_hints
+
+    from fastcore.docments import docments
+
+    from cryptopredict.multitask import DERIVED, Bound, ModelConfig, bounds
+    from cryptopredict.tbptt_trainer import TrainSettings
+    kind = dict(model=ModelConfig, train=TrainSettings)[table]
+    hints, limits, made = get_type_hints(kind), bounds(kind), []
+    for name, text in docments(kind).items():
+        if not text or name in DERIVED: continue
+        bound, numbers = limits.get(name, ()), isinstance(limits.get(name), Bound)
+        shown = f"{{{','.join(bound)}}}" if bound and not numbers else hints[name].__name__.upper()
+        told = f"{text[:1].upper()}{text[1:]}{f'; {bound}' * numbers}."
+        argument = tyro.conf.arg(help=told, metavar=shown, help_behavior_hint="(default: the preset's)")
+        made.append((name, Annotated[hints[name] | None, argument], None))
+    return make_dataclass(f"{table}_flags", made)
+
+# %% ../nbs/06a_cli.ipynb #28104d06
+# The flags are made, and torch is imported for them, when a command is asked for that has them.
+_MODEL, _TRAIN = (Annotated[object, tyro.conf.arg(constructor_factory=partial(_flags, table))] for table in ("model", "train"))
+
+def _given(flags) -> dict | None:
+    "Those of a table's flags that were given; None: none."
+    return {name: value for name, value in vars(flags).items() if value is not None} or None if flags else None
+
+# %% ../nbs/06a_cli.ipynb #36c5587d
 @dataclass
 class _Walk(_Source):
     "Which forecasters, and how the walk-forward goes."
@@ -116,11 +149,16 @@ class _Walk(_Source):
     first_test: str | None = None  # First test time, UTC. Default: the first 1 January at least four years after the data begin.
     step: str | None = None  # Length of a test span, for example YS or 365D.
     horizon: str | None = None  # Span of the return that is forecast, for example 90D.
+    model: _MODEL = None
+    train: _TRAIN = None
+
+    def _market_seed(self) -> int: return self._config().seed
 
     def _config(self):
         from cryptopredict.evaluate import load_config
         flags = ("seed", "seeds", "models", "preset", "epochs", "first_test", "step", "horizon")
-        config = load_config(self.config, **{name: getattr(self, name) for name in flags})
+        tables = dict(model=_given(self.model), train=_given(self.train))
+        config = load_config(self.config, **{name: getattr(self, name) for name in flags}, **tables)
         usual = (config.horizon, config.vol_window, config.threshold) == ("90D", "30D", .05)
         if self.data is not None or "models" in config.model_fields_set or not usual: return config
         return config.model_copy(update=dict(models=(*config.models, "truth")))  # the built-in market knows its own
@@ -310,17 +348,44 @@ class Forecast(_Walk):
         return 0
 
 # %% ../nbs/06a_cli.ipynb #ba168897
+def _age(seconds: float) -> str:
+    "A duration in its largest unit."
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size: return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+# %% ../nbs/06a_cli.ipynb #59f18df5
+def _say_expected(config, panel) -> int:
+    "What the trainings of a newest forecast would take."
+    from cryptopredict.evaluate import expected_trainings
+    made = expected_trainings(config, panel)
+    one, t = made.iloc[-1], config.train
+    seconds, last = made["seconds"].sum(), made["share"].min()
+    network = f"{one['parameters']:,} parameters on {t.device}, amp {t.amp}"
+    _say(f"{network}; {t.batch} streams x {t.tbptt_len} hours, gradients {t.bptt}")
+    shown = made.assign(time=made["seconds"].map(_age), memory=(made["memory"] / 2**20).map("{:.0f} MiB".format))
+    _say(shown[["training", "learned", "judged", "hours", "updates", "time", "memory"]].to_string(index=False))
+    _say(f"in all {made['updates'].sum():,} updates, about {_age(seconds)} and {made['memory'].max() / 2**20:.0f} MiB at most "
+         f"(continued from updates on {100 * last:.0f} % of a chunk or more)")
+    return 0
+
+# %% ../nbs/06a_cli.ipynb #073268b4
 @dataclass
 class Train(_Walk):
     "Fit the network on all labels that have matured; checkpoints and curves in a folder."
     out: Path | None = None  # Folder of the training; the same one is gone on with. Default: a new folder under runs/.
+    # Only say what would be trained: data, trainings, parameters, updates, and the time and memory that are expected.
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
 
     def __call__(self) -> int:
-        from cryptopredict.evaluate import newest_forecast
+        from cryptopredict.evaluate import newest_forecast, write_config
         from cryptopredict.results import newest_table
         config, out = self._config().model_copy(update=dict(models=("mamba2",))), self.out or _new_folder("train")
         panel, _, _, name = self._load()
-        _say(f"{name}: {len(panel)} hours; preset {config.preset}, at most {config.epochs} epochs")
+        _say(f"{name}: {len(panel)} hours, {panel.index[0]:%Y-%m-%d} to {panel.index[-1]:%Y-%m-%d}")
+        _say(f"preset {config.preset}, at most {config.epochs} epochs")
+        if self.dry_run: return _say_expected(config, panel)
+        write_config(out, config, name)
         with _Progress() as progress: made = newest_forecast(config, panel, progress, out, progress.watch)
         choice = json.loads((out / "choice.json").read_text())
         heads = ", ".join(choice["heads"]) or "none: it repeats its anchors"
@@ -346,12 +411,6 @@ def _trainings_state(folder: Path) -> tuple[str, str]:
     return state, f"validation loss {min(losses):.3f}" if losses else ""
 
 # %% ../nbs/06a_cli.ipynb #0a176752
-def _age(seconds: float) -> str:
-    "A duration in its largest unit."
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size: return f"{seconds / size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
-
 def _run_row(place: Path) -> dict | None:
     "What is said of a folder; None where it holds neither a walk-forward nor a training."
     if not place.is_dir(): return None

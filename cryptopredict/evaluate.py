@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import tomllib
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from inspect import signature
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,18 +31,18 @@ from .features import build_features
 from .labels import make_labels
 from .leakage import (Fold, LeakReport, audit, audit_availability, audit_folds, audit_labels, audit_model,
                                    audit_pipeline, live_fold, walk_forward)
-from .multitask import MultitaskModel, preset, read_preset
+from .multitask import DERIVED, PRESETS, Bound, ModelConfig, MultitaskModel, read_preset
 from .scores import SCHEMA, compare, dm_test, loss_table, summarise
 from .simulate import conditional_law
 from .streams import FoldData, fold_data, warm_forecast
-from .tbptt_trainer import Run, TrainConfig, best_epoch, train, train_preset
+from .tbptt_trainer import Run, TrainConfig, TrainSettings, best_epoch, estimate, train
 
 # %% auto #0
 __all__ = ['FORECAST_COLUMNS', 'FORECASTERS', 'HEAD_LOSSES', 'HEAD_COLUMNS', 'LEVEL', 'SHORT', 'HOURS', 'AUDITS', 'Truth',
            'ConfigError', 'EvaluateConfig', 'load_config', 'default_first_test', 'origins', 'make_folds',
-           'audit_inputs', 'panel_hash', 'provenance_of', 'open_run', 'fit_predict', 'Anchor', 'combine',
-           'head_evidence', 'Prepared', 'choice_folds', 'Network', 'audit_network', 'certificate', 'predict_folds',
-           'score_run', 'newest_forecast', 'training_summary', 'walk_forward_run']
+           'audit_inputs', 'panel_hash', 'provenance_of', 'write_config', 'open_run', 'fit_predict', 'Anchor',
+           'combine', 'head_evidence', 'Prepared', 'choice_folds', 'Network', 'expected_trainings', 'audit_network',
+           'certificate', 'predict_folds', 'score_run', 'newest_forecast', 'training_summary', 'walk_forward_run']
 
 # %% ../nbs/05f_evaluate.ipynb #719566b7
 FORECAST_COLUMNS = SCHEMA[4:]  # p_down p_flat p_up p10 p90 sigma
@@ -77,31 +77,50 @@ def _is_duration(value: str, least: str = "0D") -> str:
     return value
 
 # %% ../nbs/05f_evaluate.ipynb #b02857e0
+def _complete(values: dict) -> dict:
+    "A configuration's values, its tables `model` and `train` completed from its preset."
+    known = read_preset(values.get("preset", "tiny")) if values.get("preset", "tiny") in PRESETS else {}
+    given = {name: values.get(name, {}) for name in ("model", "train")}
+    if not all(isinstance(table, dict) for table in given.values()): return values  # an object, or what pydantic will refuse
+    if derived := [name for name in DERIVED if name in given["model"]]:
+        raise ValueError(f"model.{derived[0]} follows from the data: leave it out")
+    device = given["train"].get("device", "cuda" if torch.cuda.is_available() else "cpu")
+    where = dict(device=device, amp="bf16" if device == "cuda" else "off")
+    tables = dict(model=known.get("model", {}) | given["model"], train=where | known.get("train", {}) | given["train"])
+    return values | tables
+
+# %% ../nbs/05f_evaluate.ipynb #46b982c4
 class EvaluateConfig(BaseModel):
     "What a walk-forward does; every field has a bound."
     model_config = ConfigDict(extra="forbid", frozen=True)
     horizon: str = "90D"  # span of the return label
     vol_window: str = "30D"  # span of the volatility label
-    threshold: Annotated[float, Field(ge=0, le=1)] = 0.05  # |r90| beyond which the direction is not flat
+    threshold: Annotated[float, Bound(0., 1., "log return")] = 0.05  # |r90| beyond which the direction is not flat
     first_test: str | None = None  # first test time (UTC); None: the first 1 January at least four years after the data begin
     step: str = "YS"  # length of a test span: a pandas offset ("YS") or duration ("365D")
     validation: str = "365D"  # span before each test that choices are made on
     embargo: str = "0D"  # further time between a label's end and what comes next
     models: tuple[str, ...] = (*BASELINES, "mamba2")  # names of forecasters; the first is what the others are compared with
-    preset: str = "tiny"  # of the network: baseline, mhsa or tiny
-    epochs: Annotated[int, Field(ge=0, le=1000)] = 3  # passes of the network over its training hours at most
-    validation_spans: Annotated[int, Field(ge=1, le=20)] = 3  # spans before each test that the network's choices rest on
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # first seed
-    seeds: Annotated[int, Field(ge=1, le=100)] = 1  # how many seeds a forecaster that has any use of them is run with
-    n_boot: Annotated[int, Field(ge=100, le=100_000)] = 1000  # bootstrap resamples behind each interval
+    preset: str = "tiny"  # of the network, baseline, mhsa or tiny: where `model` and `train` start from
+    model: ModelConfig = Field(default_factory=ModelConfig)  # sizes of the network
+    train: TrainSettings = Field(default_factory=TrainSettings)  # how the network is trained
+    epochs: Annotated[int, Bound(0, 1000, "passes")] = 3  # passes of the network over its training hours at most
+    validation_spans: Annotated[int, Bound(1, 20, "spans")] = 3  # spans before each test that the network's choices rest on
+    seed: Annotated[int, Bound(0, 2**31 - 1)] = 0  # first seed
+    seeds: Annotated[int, Bound(1, 100, "seeds")] = 1  # how many seeds a forecaster that has any use of them is run with
+    n_boot: Annotated[int, Bound(100, 100_000, "resamples")] = 1000  # bootstrap resamples behind each interval
 
     @field_validator("horizon", "vol_window", "validation")
     @classmethod
     def _durations(cls, value): return _is_duration(value, "1D")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values): return _complete(values)
+
     @field_validator("preset")
     @classmethod
-    def _preset(cls, name): return name if read_preset(name) else name
+    def _known_preset(cls, name): return name if read_preset(name) else name
 
     @model_validator(mode="after")
     def _truth(self):
@@ -117,15 +136,22 @@ class EvaluateConfig(BaseModel):
         if not names or len(set(names)) < len(names): raise ValueError("name at least one model, and none twice")
         return names
 
-# %% ../nbs/05f_evaluate.ipynb #46b982c4
+    def plain(self) -> dict:
+        "All that was decided, as JSON values: what makes the same configuration again."
+        return json.loads(self.model_dump_json(exclude=dict(model=set(DERIVED))))
+
+# %% ../nbs/05f_evaluate.ipynb #51d60d30
 def _explain(error: ValidationError, source: str) -> ConfigError:
     "The first fault of a configuration as one line."
     first = error.errors()[0]
     key, problem = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden": problem = f"unknown key; known are {', '.join(EvaluateConfig.model_fields)}"
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        kind = dict(model=ModelConfig, train=TrainSettings).get(first["loc"][0])
+        known = EvaluateConfig.model_fields if kind is None else [f.name for f in fields(kind) if f.name not in DERIVED]
+        problem = f"unknown key; known are {', '.join(known)}"
     return ConfigError(f"{source}: key '{key}': {problem}" if key else f"{source}: {problem}")
 
-# %% ../nbs/05f_evaluate.ipynb #fad3b37f
+# %% ../nbs/05f_evaluate.ipynb #b3168d98
 def load_config(
     path: str | Path | None = None,  # TOML file with the fields of `EvaluateConfig`; None: the defaults
     **overrides,  # fields that win over the file; None means not given
@@ -141,7 +167,11 @@ def load_config(
     given = {k: v for k, v in overrides.items() if v is not None}
     try: EvaluateConfig(**values)
     except ValidationError as error: raise _explain(error, str(path)) from None
-    try: return EvaluateConfig(**{**values, **given})
+    if given.get("preset", values.get("preset")) != values.get("preset"):  # would be without effect on what stands in a table
+        for table in values.keys() & {"model", "train"}:
+            raise ConfigError(f"flags: preset {given['preset']!r} would leave the table '{table}' of {path}: remove one of them")
+    tables = {k: values.get(k, {}) | given[k] for k in ("model", "train") if k in given}
+    try: return EvaluateConfig(**{**values, **given, **tables})
     except ValidationError as error: raise _explain(error, "flags") from None
 
 # %% ../nbs/05f_evaluate.ipynb #cf62e79d
@@ -157,6 +187,13 @@ def origins(index: pd.DatetimeIndex, rows: np.ndarray) -> np.ndarray:
     return rows[np.asarray((index[rows].hour == 0) & (index[rows].minute == 0))]
 
 # %% ../nbs/05f_evaluate.ipynb #571a10fa
+def _check_step(step: str) -> None:
+    "A `ValueError` for test spans of hours, before thousands of folds are made."
+    try: length = pd.Timestamp(0) + pd.tseries.frequencies.to_offset(step) - pd.Timestamp(0)
+    except ValueError: return  # `walk_forward` says what is wrong with it
+    if pd.Timedelta(0) < length < pd.Timedelta("1D"): raise ValueError(f"step is {step}: give a day or more, origins are daily")
+
+# %% ../nbs/05f_evaluate.ipynb #756b978c
 def make_folds(
     config: EvaluateConfig,  # folds as configured
     labels: pd.DataFrame,  # labels by hourly decision time, with `label_end`, `sigma_end`
@@ -167,14 +204,10 @@ def make_folds(
     if ends["label_end"].isna().all():
         raise ValueError(f"no label: the data ({index[0]} to {index[-1]}) are shorter than the horizon of {config.horizon}; "
                          "bring more history or shorten horizon")
-    try: folds = walk_forward(index, ends, first_test=first, **spans)
+    _check_step(config.step)
+    try: return walk_forward(index, ends, first_test=first, **spans)
     except ValueError as error:
         raise ValueError(f"{error} [first_test {first}; the data are {index[0]} to {index[-1]}]") from None
-    for fold in folds:
-        if not len(origins(index, fold.test)):
-            begin = index[fold.test[0]]
-            raise ValueError(f"the fold tested from {begin} holds no 00:00 UTC: make step ({config.step}) a day or longer")
-    return folds
 
 # %% ../nbs/05f_evaluate.ipynb #5aa90952
 def _labels_as_known(frame: pd.DataFrame, config: EvaluateConfig) -> pd.DataFrame:
@@ -266,9 +299,31 @@ def provenance_of(panel: pd.DataFrame, source: str) -> dict:
 def _identity(config: EvaluateConfig, provenance: dict) -> dict:
     "What must be equal for a run to be gone on with."
     same = ("data_sha256", "cryptopredict", "commit")
-    return {"config": json.loads(config.model_dump_json()), **{k: provenance[k] for k in same}}
+    return {"config": config.plain(), **{k: provenance[k] for k in same}}
 
 # %% ../nbs/05f_evaluate.ipynb #9241fe71
+def _flat(values: dict, path: str = "") -> dict:
+    "Nested tables as one, keys with their path."
+    parts = [_flat(v, f"{path}{k}.") if isinstance(v, dict) else {path + k: v} for k, v in values.items()]
+    return {k: v for part in parts for k, v in part.items()}
+
+# %% ../nbs/05f_evaluate.ipynb #b505ef31
+def write_config(
+    out: str | Path,  # folder of a run or of trainings
+    config: EvaluateConfig,  # what it is made with
+    source: str,  # what it is made of
+) -> None:
+    "`config.toml`, all that was decided; a `ValueError` names what differs from the one that stands there."
+    path, mine = Path(out) / "config.toml", _flat(config.plain())
+    there = _flat(load_config(path).plain()) if path.exists() else mine
+    for k in mine:
+        if there[k] == mine[k]: continue
+        raise ValueError(f"{out} holds another run ({k}: {there[k]} there, {mine[k]} here): choose another --out")
+    if path.parent.exists() and not path.parent.is_dir(): raise ValueError(f"{out} is a file: choose another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, f"# cryptopredict {__version__}, {_commit()}, on {source}\n{to_toml(config.plain())}")
+
+# %% ../nbs/05f_evaluate.ipynb #4103c596
 def open_run(out: str | Path, config: EvaluateConfig, provenance: dict) -> Path:
     "The run folder, new or the same run as before; a `ValueError` names what differs and changes nothing."
     out = Path(out)
@@ -276,8 +331,8 @@ def open_run(out: str | Path, config: EvaluateConfig, provenance: dict) -> Path:
     mine = _identity(config, provenance)
     if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: choose another --out")
     if known.exists():
-        flat = lambda d: {**d["config"], **{k: v for k, v in d.items() if k != "config"}}
-        try: there, here = flat(json.loads(known.read_text())["identity"]), flat(mine)
+        try: there, here = (_flat(d["config"]) | {k: d[k] for k in d if k != "config"}
+                            for d in (json.loads(known.read_text())["identity"], mine))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{known} is damaged ({error}): choose another --out") from error
         for k in {**there, **here}:
@@ -394,10 +449,9 @@ def _prepare(model: Network, panel: pd.DataFrame, features: pd.DataFrame, labels
 
 # %% ../nbs/05f_evaluate.ipynb #58358045
 def _train_config(model: Network, data: FoldData, seed: int) -> TrainConfig:
-    "Training configuration for tensors of that width, on the GPU where there is one."
-    cuda = torch.cuda.is_available()
-    where = dict(device="cuda", amp="bf16") if cuda else dict(device="cpu")
-    return train_preset(model.preset, data.x.shape[1], epochs=model.epochs, seed=seed, anchored=True, **where)
+    "Training configuration for tensors of that width."
+    sizes = replace(model.sizes, n_features=data.x.shape[1], anchored=True)
+    return TrainConfig(**vars(model.settings), model=sizes, epochs=model.epochs, seed=seed)
 
 # %% ../nbs/05f_evaluate.ipynb #665935d3
 def choice_folds(
@@ -456,10 +510,11 @@ def _network_forecast(net, prepared: Prepared, panel: pd.DataFrame, features: pd
 # %% ../nbs/05f_evaluate.ipynb #23a8fe89
 def _training_identity(model: Network, data: FoldData) -> dict:
     "What must be equal for a training in a folder to be gone on with."
-    names = ("preset", "epochs", "horizon", "vol_window", "threshold", "validation_spans")
+    names = ("epochs", "horizon", "vol_window", "threshold", "validation_spans")
     digest = hashlib.sha256(data.x.numpy().tobytes())
     for part in data.fit: digest.update(part.numpy().tobytes())
-    return {name: getattr(model, name) for name in names} | dict(data_sha256=digest.hexdigest())
+    network = _flat(dict(model=vars(model.sizes), train=vars(model.settings)))
+    return {name: getattr(model, name) for name in names} | network | dict(data_sha256=digest.hexdigest())
 
 # %% ../nbs/05f_evaluate.ipynb #74449110
 def _kept_choice(path: Path, identity: dict) -> dict:
@@ -479,7 +534,9 @@ class Network:
 
     def __init__(
         self,
-        preset: str = "tiny",  # of `multitask.preset`
+        preset: str = "tiny",  # where `model` and `train` are not given
+        model: ModelConfig | None = None,  # sizes of the network; its inputs follow from the data
+        train: TrainSettings | None = None,  # how it is trained
         epochs: int = 3,  # passes over the training hours at most
         horizon: str = "90D",  # span of the return
         vol_window: str = "30D",  # span of the volatility
@@ -488,9 +545,12 @@ class Network:
         folder: str | Path | None = None,  # training history and checkpoints of this fold; None: a temporary one
         watch: Callable[[Run, dict], None] = _unwatched,  # called after each update
     ):
-        self.preset, self.epochs, self.validation_spans, self.watch = preset, epochs, validation_spans, watch
+        usual = EvaluateConfig(preset=preset)
+        self.sizes, self.settings = model or usual.model, train or usual.train
+        self.epochs, self.validation_spans, self.watch = epochs, validation_spans, watch
         self.horizon, self.vol_window, self.threshold = horizon, vol_window, threshold
-        self.folder = Path(folder or tempfile.mkdtemp())
+        self._temporary = tempfile.TemporaryDirectory() if folder is None else None  # goes with this forecaster
+        self.folder = Path(folder or self._temporary.name)
 
     def fit(self, panel, features, labels, fold, seed=0):
         "Choose on validation spans before the test (once a folder, for all seeds), then fit on `fold.refit`."
@@ -514,6 +574,26 @@ class Network:
 
 # %% ../nbs/05f_evaluate.ipynb #e751c8c8
 FORECASTERS["mamba2"] = Network
+
+# %% ../nbs/05f_evaluate.ipynb #c58c4096
+def expected_trainings(
+    config: EvaluateConfig,  # as for `newest_forecast`
+    panel: pd.DataFrame,  # hourly panel
+) -> pd.DataFrame:
+    "The trainings behind a newest forecast, before any: spans, hours, and what `estimate` expects of them."
+    labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
+    fold = live_fold(panel.index, labels[["label_end", "sigma_end"]], validation=config.validation, embargo=config.embargo)
+    network, features = _make("mamba2", config), build_features(panel)
+    choices = enumerate(choice_folds(labels, fold, config.validation_spans))
+    seeds = range(config.seed, config.seed + config.seeds)
+    rows = [(f"choice-{k}", f.train, f.valid) for k, f in choices] + [(f"seed-{s}", fold.refit, None) for s in seeds]
+    made, span = [], lambda rows: f"{panel.index[rows[0]]:%Y-%m-%d} to {panel.index[rows[-1]]:%Y-%m-%d}"
+    for name, fit, valid in rows:
+        data = _prepare(network, panel, features, labels, fit, valid).data
+        cost = estimate(_train_config(network, data, config.seed), data)
+        spans = dict(learned=span(fit), judged="" if valid is None else span(valid))
+        made.append(dict(training=name, **spans, hours=data.stop - data.start, **cost._asdict()))
+    return pd.DataFrame(made)
 
 # %% ../nbs/05f_evaluate.ipynb #f797f40e
 SHORT = dict(horizon="20D", vol_window="7D")  # labels of the audited fold
@@ -540,7 +620,8 @@ def _fitted_network(frame: pd.DataFrame, fold: Fold, ends: pd.DataFrame, config:
     "The network fitted on a short fold: what was chosen, fitted, and how it forecasts."
     panel, features, labels = _apart(frame)
     labels = labels.join(ends)
-    settings = dict(preset=config.preset, epochs=1, validation_spans=1, threshold=config.threshold, **SHORT)
+    network = dict(model=config.model, train=config.train)
+    settings = dict(**network, epochs=1, validation_spans=1, threshold=config.threshold, **SHORT)
     with tempfile.TemporaryDirectory() as folder:
         network = Network(**settings, folder=folder)
         choice = _choose(network, panel, features, labels, fold, config.seed)
@@ -554,7 +635,7 @@ def _fitted_network(frame: pd.DataFrame, fold: Fold, ends: pd.DataFrame, config:
 # %% ../nbs/05f_evaluate.ipynb #8a40aeb0
 def audit_network(
     panel: pd.DataFrame,  # hourly panel; its last 220 days are used
-    config: EvaluateConfig,  # preset, seed, threshold and embargo
+    config: EvaluateConfig,  # the network, seed, threshold and embargo
 ) -> dict[str, LeakReport]:
     "Reports on the fitted `pipeline` and on the `model`."
     if len(panel) < HOURS: raise ValueError(f"panel has {len(panel)} hours: the audit of the network needs {HOURS}")
@@ -564,7 +645,7 @@ def audit_network(
     named = [c for c in frame if c.startswith("y:")]
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        model, x = MultitaskModel(preset(config.preset, n_features=8)), torch.randn(2, 48, 8)
+        model, x = MultitaskModel(replace(config.model, n_features=8)), torch.randn(2, 48, 8)
         for p in model.heads.parameters(): torch.nn.init.normal_(p, std=.1)  # they start at zero, which hides what is behind them
     report = audit_pipeline(fit, predict, frame, [fold], labels=named, label_end=ends, n_cuts=1, seed=config.seed)
     return dict(pipeline=report, model=audit_model(model, x, seed=config.seed))
@@ -718,7 +799,7 @@ def walk_forward_run(
     folds = make_folds(config, labels)  # before the folder: a run that cannot start leaves nothing behind
     made_by = provenance_of(panel, source)
     out = open_run(out, config, made_by)
-    write_atomic(out / "config.toml", to_toml(json.loads(config.model_dump_json())))
+    write_config(out, config, source)
     predictions = predict_folds(config, panel, labels, folds, out, progress, watch)
     write_atomic(out / "predictions.parquet", _parquet(predictions))
     write_atomic(out / "origins.parquet", _parquet(_origin_table(panel, labels)))
@@ -726,7 +807,7 @@ def walk_forward_run(
     write_atomic(out / "forecast.parquet", _parquet(newest))
     paper = _kept_certificate(out) if audits is None else certificate(audits, made_by)
     write_atomic(out / "certificate.json", json.dumps(paper := paper or certificate({}, made_by), indent=1))
-    head = dict(provenance=made_by, config=json.loads(config.model_dump_json()), folds=_fold_table(panel.index, folds))
+    head = dict(provenance=made_by, config=config.plain(), folds=_fold_table(panel.index, folds))
     training = training_summary(out / "network")
     audited = dict(audits=paper["audits"], untested=paper["untested"])
     scores = dict(**head, **audited, training=training, **score_run(config, predictions, labels))

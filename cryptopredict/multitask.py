@@ -8,56 +8,100 @@ from __future__ import annotations
 import math
 import tomllib
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mamba2_block import (Mamba2Block, Mamba2Config, RMSNorm, carried, check_finite, check_like,
+from .mamba2_block import (BACKENDS, Mamba2Block, Mamba2Config, RMSNorm, carried, check_finite, check_like,
                                         check_reset, check_step, check_tensors, detach, no_weight_decay)
-from .mhsa import MHSA, HybridBlock, MHSAConfig
+from .mhsa import KERNELS, MHSA, HybridBlock, MHSAConfig
 
 # %% auto #0
-__all__ = ['POOLINGS', 'MAX_LOG_VAR', 'ModelConfig', 'read_preset', 'preset', 'MeanState', 'Pooling', 'Forecast', 'Heads',
-           'ModelState', 'MultitaskModel', 'Targets', 'pinball', 'task_losses', 'multitask_loss', 'detach']
+__all__ = ['DERIVED', 'POOLINGS', 'PRESETS', 'MAX_LOG_VAR', 'Bound', 'bounds', 'check_fields', 'ModelConfig', 'read_preset',
+           'preset', 'MeanState', 'Pooling', 'Forecast', 'Heads', 'ModelState', 'MultitaskModel', 'Targets', 'pinball',
+           'task_losses', 'multitask_loss', 'detach']
 
-# %% ../nbs/04a_multitask.ipynb #b09528ca
+# %% ../nbs/04a_multitask.ipynb #f924689a
+class Bound(NamedTuple):
+    "The least and the greatest value of a number, and its unit; whole numbers where these are."
+    low: float
+    high: float
+    unit: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.low} to {self.high} {self.unit}".rstrip() + ", a whole number" * isinstance(self.low, int)
+
+    def __get_pydantic_core_schema__(self, source, handler):
+        "The same for pydantic: nothing is converted."
+        from pydantic_core import core_schema
+        make = core_schema.int_schema if isinstance(self.low, int) else core_schema.float_schema
+        return make(strict=True, ge=self.low, le=self.high)
+
+# %% ../nbs/04a_multitask.ipynb #7815921c
+@cache
+def bounds(
+    kind: type,  # a dataclass
+) -> dict[str, Bound | tuple]:
+    "By field, its `Bound` or the values to choose from; fields with neither are left out."
+    found = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        if get_origin(hint) is Literal: found[name] = get_args(hint)
+        elif hint is bool: found[name] = (False, True)
+        for bound in getattr(hint, "__metadata__", ()):
+            if isinstance(bound, Bound): found[name] = bound
+    return found
+
+# %% ../nbs/04a_multitask.ipynb #c363554c
+def check_fields(
+    config,  # a dataclass
+) -> None:
+    "A `ValueError` that names a field which is out of its bounds, and what it may be."
+    for name, bound in bounds(type(config)).items():
+        value = getattr(config, name)
+        if isinstance(bound, Bound):
+            kinds = (int,) if isinstance(bound.low, int) else (int, float)
+            if type(value) not in kinds or not bound.low <= value <= bound.high:
+                raise ValueError(f"{name} is {value!r}: give {bound}")
+        elif value not in bound: raise ValueError(f"{name} is {value!r}; known are {', '.join(map(str, bound))}")
+
+# %% ../nbs/04a_multitask.ipynb #3a19ce85
+DERIVED = ("n_features", "anchored")  # of a model's sizes: these follow from the data, a user has no say in them
 POOLINGS = ("last", "mean", "attention")  # how the hidden states up to t become one
 
 def _check_sizes(cfg: ModelConfig) -> None:
     "A `ValueError` that names the field."
-    if cfg.pooling not in POOLINGS: raise ValueError(f"pooling is {cfg.pooling!r}; known are {', '.join(POOLINGS)}")
-    if not 0 <= cfg.dropout < 1: raise ValueError(f"dropout is {cfg.dropout}: give a share in [0, 1)")
-    for name, least in dict(n_features=1 + cfg.anchored, n_layers=1, mlp=1, attention_every=0, pool_window=0).items():
-        value = getattr(cfg, name)
-        if type(value) is not int or value < least: raise ValueError(f"{name} is {value}: give at least {least}, a whole number")
-    _ = cfg.mixer, cfg.attention  # made, they check their own sizes
+    check_fields(cfg)
+    if cfg.n_features < 1 + cfg.anchored: raise ValueError(f"n_features is {cfg.n_features}: give at least 2, one is the anchor")
+    _ = cfg.mixer, cfg.attention  # made, they check how their sizes fit together
 
-# %% ../nbs/04a_multitask.ipynb #1d7903c1
+# %% ../nbs/04a_multitask.ipynb #2a12950f
 @dataclass(frozen=True)
 class ModelConfig:
     "Sizes of the model."
-    n_features: int = 60  # input channels
-    d_model: int = 64  # width of the residual stream
-    n_layers: int = 2  # blocks
-    expand: int = 2  # inner width of a mixer = expand * d_model
-    d_state: int = 16  # state per channel
-    headdim: int = 32  # channels per head of the mixer
-    ngroups: int = 1  # groups of heads that share B and C
-    d_conv: int = 4  # causal convolution, steps
-    chunk: int = 64  # steps the scan handles at once
-    mlp: int = 128  # hidden width of the gated MLP
-    dropout: float = 0.1  # after mixer, attention and MLP
-    attention_every: int = 0  # an attention branch in every so many layers; 0: none
-    n_heads: int = 4  # of the attention
-    kv_window: int = 512  # steps the attention looks back
-    kernel: str = "sdpa"  # of the attention, one of `mhsa.KERNELS`
-    backend: str = "auto"  # of the scan, one of `mamba2_block.BACKENDS`
-    pooling: str = "last"  # of `POOLINGS`
-    pool_window: int = 168  # steps the attention pooling looks back
+    n_features: Annotated[int, Bound(1, 100_000, "channels")] = 60  # input channels
+    d_model: Annotated[int, Bound(2, 16_384, "channels")] = 64  # width of the residual stream
+    n_layers: Annotated[int, Bound(1, 256, "blocks")] = 2  # blocks
+    expand: Annotated[int, Bound(1, 64, "times d_model")] = 2  # inner width of a mixer
+    d_state: Annotated[int, Bound(1, 4096, "numbers a channel")] = 16  # state of a mixer
+    headdim: Annotated[int, Bound(1, 4096, "channels")] = 32  # width of a head of the mixer
+    ngroups: Annotated[int, Bound(1, 4096, "groups")] = 1  # groups of heads that share B and C
+    d_conv: Annotated[int, Bound(1, 256, "hours")] = 4  # span of the causal convolution
+    chunk: Annotated[int, Bound(1, 65_536, "hours")] = 64  # what the scan handles at once
+    mlp: Annotated[int, Bound(1, 65_536, "channels")] = 128  # hidden width of the gated MLP
+    dropout: Annotated[float, Bound(0., .99, "of the values")] = 0.1  # left out in training, after mixer, attention and MLP
+    attention_every: Annotated[int, Bound(0, 256, "layers")] = 0  # an attention branch in every so many layers; 0: none
+    n_heads: Annotated[int, Bound(1, 1024, "heads")] = 4  # heads of the attention
+    kv_window: Annotated[int, Bound(0, 1_000_000, "hours")] = 512  # how far the attention looks back
+    kernel: Literal[*KERNELS] = "sdpa"  # kernel of the attention
+    backend: Literal[*BACKENDS] = "auto"  # backend of the scan
+    pooling: Literal[*POOLINGS] = "last"  # how the hidden states up to t become one
+    pool_window: Annotated[int, Bound(0, 1_000_000, "hours")] = 168  # how far the attention pooling looks back
     anchored: bool = False  # the last input channel is a forecast of log sigma that the volatility head adds to
+    __pydantic_config__ = dict(extra="forbid")
 
     def __post_init__(self): _check_sizes(self)
 
@@ -68,14 +112,15 @@ class ModelConfig:
         return MHSAConfig(self.d_model, self.n_heads, self.kv_window, kernel=self.kernel)
 
 # %% ../nbs/04a_multitask.ipynb #2f011791
+_FOLDER = files("cryptopredict").joinpath("presets")
+PRESETS = tuple(sorted(p.name.removesuffix(".toml") for p in _FOLDER.iterdir() if p.name.endswith(".toml")))
+
 def read_preset(
-    name: str,  # baseline, mhsa or tiny
+    name: str,  # one of `PRESETS`
 ) -> dict:
-    "The preset's TOML: sections `model` and `train`."
-    folder = files("cryptopredict").joinpath("presets")
-    known = sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml"))
-    if name not in known: raise ValueError(f"unknown preset {name!r}; known are {', '.join(known)}")
-    return tomllib.loads(folder.joinpath(f"{name}.toml").read_text(encoding="utf-8"))
+    "The preset's TOML: tables `model` and `train`."
+    if name not in PRESETS: raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
+    return tomllib.loads(_FOLDER.joinpath(f"{name}.toml").read_text(encoding="utf-8"))
 
 # %% ../nbs/04a_multitask.ipynb #4971676a
 def preset(

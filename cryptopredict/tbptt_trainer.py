@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +28,14 @@ from . import __version__
 from .checkpoint import (checkpoints, flatten, load, newest, prune, remove, remove_orphans, save, step_of,
                                       to_toml, write_atomic)
 from .mamba2_block import map_state
-from .multitask import (Forecast, ModelConfig, ModelState, MultitaskModel, Targets, detach, multitask_loss,
-                                     preset, read_preset, task_losses)
+from .multitask import (Bound, Forecast, ModelConfig, ModelState, MultitaskModel, Targets, check_fields, detach,
+                                     multitask_loss, preset, read_preset, task_losses)
 from .streams import Chunk, FoldData, plan_streams, stream_chunks, warm_forecast, windows
 
 # %% auto #0
-__all__ = ['BOUNDS', 'CHOICES', 'HISTORIES', 'reach', 'TrainConfig', 'train_preset', 'lr_factor', 'decay_groups', 'Stop', 'Run',
+__all__ = ['HISTORIES', 'reach', 'TrainSettings', 'TrainConfig', 'train_preset', 'lr_factor', 'decay_groups', 'Stop', 'Run',
            'exact_backward', 'train_step', 'steps_per_epoch', 'burn_in', 'settle', 'validation_loss', 'peak_bytes',
-           'checkpoint', 'train_epoch', 'train', 'best_epoch']
+           'checkpoint', 'train_epoch', 'train', 'best_epoch', 'Estimate', 'estimate']
 
 # %% ../nbs/05_tbptt_trainer.ipynb #c21d68c2
 def reach(
@@ -47,44 +48,37 @@ def reach(
     raise ValueError(f"bptt is {bptt!r}: give 'truncated', 'exact' or 'span:K' with K from 1 to 1000000")
 
 # %% ../nbs/05_tbptt_trainer.ipynb #27c30965
-BOUNDS = dict(batch=(1, 4096), tbptt_len=(2, 10**6), epochs=(0, 10_000), lr=(0., 1.), weight_decay=(0., 1.), warmup=(0., .5),
-              clip=(1e-6, 1e6), first_len=(0, 10**6), spike=(0., 1e9), save_every=(0, 10**9), keep=(0, 10_000), seed=(0, 2**31))
-CHOICES = dict(dataset=("streams", "windows"), target=("terminal", "path"), amp=("off", "bf16", "fp16"), device=("cpu", "cuda"))
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    "How a network is trained, whichever it is."
+    batch: Annotated[int, Bound(1, 4096, "streams")] = 16  # streams read side by side
+    tbptt_len: Annotated[int, Bound(2, 1_000_000, "hours")] = 256  # length of a chunk
+    bptt: str = "truncated"  # gradients through "truncated" one chunk, "span:K" K chunks, "exact" all of a stream; then an update
+    lr: Annotated[float, Bound(0., 1., "per update")] = 1e-3  # peak learning rate of AdamW
+    weight_decay: Annotated[float, Bound(0., 1., "times lr per update")] = 1e-2  # matrices only; not biases, norms, A, D, dt
+    warmup: Annotated[float, Bound(0., .5, "of all updates")] = .03  # while the learning rate rises, at the beginning
+    clip: Annotated[float, Bound(1e-6, 1e6)] = 1.  # largest norm of the gradient; a longer one is shortened
+    dataset: Literal["streams", "windows"] = "streams"  # with the state carried, or each from nothing with one label
+    target: Literal["terminal", "path"] = "terminal"  # quantiles of the return, or of its path
+    first_len: Annotated[int, Bound(0, 1_000_000, "hours")] = 0  # a first pass for the allocator, without an update; 0: none
+    amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision; fp16 with a gradient scaler
+    spike: Annotated[float, Bound(0., 1e9, "interquartile ranges")] = 20.  # a loss so far above others is taken back; 0: none is
+    save_every: Annotated[int, Bound(0, 1_000_000_000, "updates")] = 500  # from one checkpoint to the next; 0: ends of epochs
+    keep: Annotated[int, Bound(0, 10_000, "epochs")] = 0  # last ones that are kept, beside the best; 0: all
+    device: Literal["cpu", "cuda"] = "cpu"  # where it is trained
+    __pydantic_config__ = dict(extra="forbid")
 
-def _check_train(cfg: TrainConfig) -> None:
-    "A `ValueError` that names the field and what it may be."
-    for name, (low, high) in BOUNDS.items():
-        value, kinds = getattr(cfg, name), (int,) if type(low) is int else (int, float)
-        if type(value) not in kinds or not low <= value <= high:
-            raise ValueError(f"{name} is {value!r}: give {low} to {high}{', a whole number' * (kinds == (int,))}")
-    for name, known in CHOICES.items():
-        if getattr(cfg, name) not in known: raise ValueError(f"{name} is {getattr(cfg, name)!r}; known are {', '.join(known)}")
-    reach(cfg.bptt)
+    def __post_init__(self):
+        check_fields(self)
+        reach(self.bptt)
 
 # %% ../nbs/05_tbptt_trainer.ipynb #70e64169
-@dataclass(frozen=True)
-class TrainConfig:
-    "How one model is trained; every field with its bound."
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(TrainSettings):
+    "How one model is trained, and which."
     model: ModelConfig = field(default_factory=ModelConfig)  # sizes of the network
-    batch: int = 16  # streams read side by side
-    tbptt_len: int = 256  # hours in a chunk
-    bptt: str = "truncated"  # gradients through "truncated" one chunk, "span:K" K chunks, "exact" all of a stream; then an update
-    epochs: int = 4  # passes over the training hours at most
-    lr: float = 1e-3  # peak learning rate of AdamW
-    weight_decay: float = 1e-2  # on matrices; biases, norms, A, D and dt are exempt
-    warmup: float = 0.03  # share of all steps with a rising learning rate
-    clip: float = 1.0  # largest gradient norm
-    dataset: str = "streams"  # "streams" (state carried) or "windows" (state from nothing, one label at the end)
-    target: str = "terminal"  # "terminal" or "path" quantiles
-    first_len: int = 0  # chunk of a short first pass in which the allocator settles, without a step; 0: none
-    amp: str = "off"  # "off", "bf16" or "fp16" (with a gradient scaler)
-    spike: float = 20.  # a loss so many interquartile ranges of the last ones above their median is taken back; 0: none is
-    save_every: int = 500  # updates between checkpoints inside an epoch; 0: at ends of epochs only
-    keep: int = 0  # ends of epochs kept, beside the best; 0: all
-    seed: int = 0  # of weights, dropout and offsets
-    device: str = "cpu"  # "cpu" or "cuda"
-
-    def __post_init__(self): _check_train(self)
+    epochs: Annotated[int, Bound(0, 10_000, "passes")] = 4  # over the training hours, at most
+    seed: Annotated[int, Bound(0, 2**31)] = 0  # of weights, dropout and offsets
 
 # %% ../nbs/05_tbptt_trainer.ipynb #42785ec3
 def train_preset(
@@ -709,3 +703,81 @@ def best_epoch(*outs: str | Path) -> int:
     if not totals: raise ValueError(f"{', '.join(map(str, outs))}: no validation was made, nothing to choose by")
     mean = {epoch: sum(values) for epoch, values in totals.items() if len(values) == len(outs)}
     return min(mean, key=lambda epoch: mean[epoch] if math.isfinite(mean[epoch]) else math.inf)
+
+# %% ../nbs/05_tbptt_trainer.ipynb #539d08b4
+def _resident() -> int:
+    "Memory of this process now, bytes; 0 where Linux does not tell."
+    status = Path("/proc/self/status")
+    return 1024 * int(status.read_text().split("VmRSS:")[1].split()[0]) if status.exists() else 0
+
+# %% ../nbs/05_tbptt_trainer.ipynb #38248f94
+def _measured(run: Run, chunk: Chunk) -> tuple[float, float, float]:
+    "Seconds of a forward, seconds of an update on a chunk, and bytes that its graph holds beside weights and inputs."
+    known, held = {p.untyped_storage().data_ptr() for p in run.model.parameters()}, {}
+
+    def count(kept: Tensor) -> Tensor:
+        if (at := kept.untyped_storage().data_ptr()) not in known: held[at] = kept.untyped_storage().nbytes()
+        return kept
+
+    clock = [time.perf_counter()]
+    with torch.no_grad(): _forecast(run, chunk.x, None)[0].sigma.sum().item()  # a GPU is waited for
+    clock.append(time.perf_counter())
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda kept: kept): train_step(run, [chunk], None, 10)[1]["loss"].item()
+    return clock[1] - clock[0], time.perf_counter() - clock[1], sum(held.values())
+
+# %% ../nbs/05_tbptt_trainer.ipynb #911f65f3
+def _grown(run: Run, chunk: Chunk, seconds: float) -> list[tuple[float, ...]]:
+    "Tokens, and what `_measured` says, for ever larger parts of a chunk, as long as the next is expected within the time."
+    shape, began = tuple(chunk.x.shape[:2]), time.perf_counter()
+    points, (rows, hours) = [], (1, min(64, shape[1]))
+    while True:
+        labelled = Targets(*(torch.ones_like(v[:rows, :hours]) for v in chunk.targets))
+        part = Chunk(chunk.x[:rows, :hours], labelled, fresh=False)
+        if not points: _measured(run, part)  # the first call loads and compiles
+        points.append((rows * hours, *_measured(run, part)))
+        if (rows, hours) == shape: return points
+        rows, hours = (rows, min(4 * hours, shape[1])) if hours < shape[1] else (min(4 * rows, shape[0]), hours)
+        if time.perf_counter() - began + 5 * sum(points[-1][1:3]) > seconds: return points
+
+def _along(points: list[tuple[float, ...]], k: int, tokens: int) -> float:
+    "The k-th measure at so many tokens, on the line through the last two points; through the origin where it falls."
+    last, before = points[-1], points[-2] if len(points) > 1 else (0,) * 4
+    slope = (last[k] - before[k]) / (last[0] - before[0])
+    return last[k] + slope * (tokens - last[0]) if slope > 0 else last[k] * tokens / last[0]
+
+# %% ../nbs/05_tbptt_trainer.ipynb #4bf21a37
+class Estimate(NamedTuple):
+    "What a training will take on this machine."
+    parameters: int  # of the network
+    updates: int  # in all epochs
+    seconds: float  # of all epochs, validation included, checkpoints not
+    memory: int  # bytes: of the process on a CPU, allocated on a GPU
+    share: float  # of a chunk that was measured
+
+# %% ../nbs/05_tbptt_trainer.ipynb #47227ba1
+def _tokens(config: TrainConfig, data: FoldData) -> int:
+    "Hours of streams that an epoch reads at most."
+    if config.dataset == "windows": return sum(chunk.x[..., 0].numel() for chunk in _chunks(config, data, 0))
+    plan = plan_streams(data.stop - data.start, config.batch, config.tbptt_len)
+    return plan.batch * plan.tbptt_len * plan.chunks
+
+# %% ../nbs/05_tbptt_trainer.ipynb #704e8afa
+def estimate(
+    config: TrainConfig,  # of the training
+    data: FoldData,  # tensors of its fold
+    seconds: float = 5.,  # that measuring may take, about
+) -> Estimate:
+    "Time and memory of a training, continued from a few measured updates; nothing is kept of them."
+    steps, tokens = steps_per_epoch(config, data), next(_chunks(config, data, 0)).x[..., 0].numel()
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+        run = Run(replace(config, bptt="truncated"), folder)
+        before = torch.cuda.memory_allocated() if config.device == "cuda" else _resident()
+        points = _grown(run, next(_chunks(config, data, 0)), seconds)
+    forward, update, held = (_along(points, k, tokens) for k in (1, 2, 3))
+    chunks = math.ceil(config.epochs * _tokens(config, data) / tokens)
+    # A gradient through several chunks reads all but the last of them twice.
+    again = 0 if reach(config.bptt) == 1 else forward
+    judged = 0. if data.valid is None else (config.epochs + 1) * forward * len(data.x) / tokens
+    size = sum(p.numel() for p in run.model.parameters())
+    memory = before + held + 12 * size  # gradients, two moments
+    return Estimate(size, config.epochs * steps, chunks * (update + again) + judged, int(memory), points[-1][0] / tokens)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -49,6 +50,12 @@ FAULTS = {  # command -> words its one line must hold
     "no label in a fold": ("run --data {}/hole --config {}/short.toml --n-cuts 1", "no label in the fold 2017-06-30"),
     "no label in a fold, evaluate": ("evaluate --data {}/hole --config {}/short.toml", "no label in the fold 2017-06-30"),
     "unknown config key": ("run --config {}/key.toml", "key.toml nonsense unknown key horizon"),
+    "unknown key of a table": ("train --config {}/deep.toml", "deep.toml model.d_modle unknown key d_model"),
+    "out of its bound": ("train --config {}/high.toml", "high.toml train.lr less than or equal to 1"),
+    "sizes that do not fit": ("evaluate --config {}/unfit.toml", "unfit.toml model headdim 7"),
+    "flag out of its bound": ("train --train.batch 0", "flags train.batch greater than or equal to 1"),
+    "no way of truncation": ("train --train.bptt span:0", "flags train bptt 'span:K'"),
+    "dry run on too little": ("train --data {}/short --dry-run", "history"),
     "no TOML": ("run --config {}/broken.toml", "broken.toml TOML line 1"),
     "bad value": ("run --config {}/value.toml", "value.toml horizon soon"),
     "unknown model in the file": ("forecast --config {}/list.toml", "list.toml models nope"),
@@ -86,11 +93,12 @@ REFUSED = {  # what differs from the run that stands there -> what the refusal m
 INTO = {"run": f"{SMALL} --n-cuts 1", "evaluate": SMALL, "prepare": "--data {}/good"}
 OCCUPIED = {f"{verb} into {what}": f"{verb} --out out {INTO[verb]}" for what in ("a file", "a folder of others") for verb in INTO}
 DAMAGED = {f"{name} {fault}": name for name in ("fold-00-ewma-0.parquet", "run.json") for fault in ("cut short", "not its own")}
-MISSPELT = {"no command": "", "no such command": "nonsense", "no such flag": "run --bogus 1", "no number": "run --years eight"}
+MISSPELT = {"no such key": "train --model.d-modle 3", "derived from data": "train --model.n-features 3", "no command": "",
+            "no such command": "nonsense", "no such flag": "run --bogus 1", "no number": "run --years eight"}
 AUDITED = {"honest": None, "centred": "smooth", "scaled": "z", "filled": "load"}  # function -> its leaky column
-WALK = "--data --years --seed --repair --config --seeds --models --first-test --step --horizon"
+WALK = "--data --years --seed --repair --config --seeds --models --first-test --step --horizon --model.mlp --train.bptt"
 HELP = {"run": f"{WALK} --out --n-cuts", "audit": f"{WALK} --n-cuts --fn --out", "evaluate": f"{WALK} --out",
-        "forecast": f"{WALK} --out", "train": f"{WALK} --preset --epochs --out", "fetch": "", "plan": "", "runs": "[PATH]",
+        "forecast": f"{WALK} --out", "train": f"{WALK} --preset --epochs --out --dry-run", "fetch": "", "plan": "", "runs": "[PATH]",
         "prepare": "--data --years --seed --repair --out"}
 # Cases that get a process of their own; the others are called within this one, where a command takes a tenth of the time.
 OWN = {"missing directory", "empty file", "unknown format", "unknown config key", "too little history", "no label in a fold",
@@ -398,6 +406,22 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(inputs, tmp_path):
     config = json.loads((tmp_path / "out" / "scores.json").read_text())["config"]
     assert (config["n_boot"], config["vol_window"], config["horizon"], config["embargo"]) == (150, "2D", "6D", "0D")
     assert config["seed"] == 7, "a flag that was not given does not win over the file"
+
+
+def test_the_network_is_set_by_flags_over_the_file_over_the_preset(inputs, tmp_path):
+    write(tmp_path / "c.toml", (inputs / "short.toml").read_text(), 'preset = "mhsa"', "[model]", "mlp = 64", "n_layers = 2",
+          "[train]", "tbptt_len = 128", "lr = 0.01")
+    flags = ["--config", "c.toml", "--model.d-model", "32", "--model.headdim", "16", "--train.lr", "0.02"]
+    done = inside("evaluate", "--data", f"{inputs}/good", *flags, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = tomllib.loads((tmp_path / "out" / "config.toml").read_text())
+    told = json.loads((tmp_path / "out" / "scores.json").read_text())["config"]
+    assert config == {k: v for k, v in told.items() if v is not None}
+    model, train = config["model"], config["train"]
+    assert (model["d_model"], model["mlp"], model["attention_every"], model["d_state"]) == (32, 64, 3, 128)
+    assert (train["lr"], train["tbptt_len"], train["weight_decay"], train["batch"]) == (.02, 128, .03, 16)
+    refused = inside("evaluate", "--data", f"{inputs}/good", *flags, "--train.lr", "0.03", "--out", "out", cwd=tmp_path)
+    assert refused.returncode == 2 and "train.lr: 0.02 there, 0.03 here" in one_line(refused.stderr)
 
 
 def test_written_configuration_is_the_same_run(inputs, small_run, tmp_path):
