@@ -24,7 +24,7 @@ import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
 import cryptopredict.evaluate as ev  # noqa: E402
-from cryptopredict.checkpoint import write_atomic  # noqa: E402
+from cryptopredict.checkpoint import code_commit, write_atomic  # noqa: E402
 from cryptopredict.features import build_features  # noqa: E402
 from cryptopredict.labels import make_labels  # noqa: E402
 from cryptopredict.simulate import simulate_market  # noqa: E402
@@ -101,7 +101,7 @@ def main() -> int:
     records = [r for market in made for r in market]
     rules = [dict(market="no signal" if null else "signal", **judge([r for r in records if r["null"] == null], *rule))
              for null in (False, True) for rule in product(("newest", "all"), SHARES, LEVELS, HEADS)]
-    report = dict(seeds=args.seeds, commit=ev._commit(), date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+    report = dict(seeds=args.seeds, commit=code_commit(), date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
                   torch=str(torch.__version__), rules=rules, records=records)
     write_atomic(args.out, json.dumps(report, indent=1))
     print(pd.DataFrame(rules).pivot(index=["spans", "share", "level"], columns=["head", "market"],

@@ -38,8 +38,8 @@ from sklearn.model_selection import KFold  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
 from sklearn.preprocessing import StandardScaler  # noqa: E402
 
-from cryptopredict.checkpoint import write_atomic  # noqa: E402
-from cryptopredict.evaluate import _commit, panel_hash  # noqa: E402
+from cryptopredict.checkpoint import code_commit, write_atomic  # noqa: E402
+from cryptopredict.evaluate import panel_hash  # noqa: E402
 from cryptopredict.features import ALL, build_features, registry  # noqa: E402
 from cryptopredict.labels import make_labels  # noqa: E402
 from cryptopredict.leakage import Fold, walk_forward  # noqa: E402
@@ -519,7 +519,8 @@ def report(args: argparse.Namespace) -> dict:
         records.append(measure(d, leak))
         print(pd.Series(rounded(records[-1])).drop(["what", "target"]).to_dict(), flush=True)
     versions = dict(python=platform.python_version(), **{p: version(p) for p in ("numpy", "pandas", "scikit-learn", "scipy")})
-    about = dict(device=dict(type="cpu", name=platform.machine(), threads=1), versions=versions, commit=args.commit or _commit(),
+    about = dict(device=dict(type="cpu", name=platform.machine(), threads=1), versions=versions,
+                 commit=args.commit or code_commit(),
                  date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", data_sha256=panel_hash(d.panel), how=HOW,
                  max_samples=args.max_samples, seeds=args.seeds)
     return rounded(dict(**about, honest=honest, control=records[:len(CONTROLS)],

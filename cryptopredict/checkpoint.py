@@ -11,8 +11,11 @@ import os
 import re
 import shutil
 import stat
+import subprocess
 import warnings
 from collections.abc import Collection
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -23,7 +26,7 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['VERSION', 'FILES', 'flatten', 'unflatten', 'write_atomic', 'to_toml', 'CheckpointError', 'NewerVersion', 'step_of',
-           'checkpoints', 'save', 'verify', 'load', 'newest', 'remove', 'prune', 'remove_orphans']
+           'checkpoints', 'save', 'verify', 'load', 'code_commit', 'newest', 'remove', 'prune', 'remove_orphans']
 
 # %% ../nbs/04c_checkpoint.ipynb #f7eccf81
 def flatten(
@@ -207,6 +210,19 @@ def load(
     try: return unflatten(json.loads(data["rest.json"]), load_tensors(data["tensors.safetensors"]))
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} holds no checkpoint ({error}): use an earlier one") from error
+
+# %% ../nbs/04c_checkpoint.ipynb #eeb04ae1
+@cache
+def code_commit() -> str:
+    "Commit of the checkout this package runs from, with a mark for local changes; 'none' outside one."
+    here = str(files("cryptopredict"))
+    git = lambda *words: subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, timeout=10)
+    try:
+        # A package installed below somebody else's checkout is not of that commit.
+        if git("ls-files", "--error-unmatch", "__init__.py").returncode: return "none"
+        changed = git("status", "--porcelain", "--", here).stdout.strip()
+        return git("rev-parse", "HEAD").stdout.strip()[:12] + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError): return "none"
 
 # %% ../nbs/04c_checkpoint.ipynb #f788f9f9
 def newest(

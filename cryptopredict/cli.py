@@ -478,6 +478,10 @@ def main(
     try:
         command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cryptopredict", description=DESCRIPTION, args=args)
         return command()
+    except PermissionError as error:
+        told = f"{error.filename} may not be read or written: change its permissions, or choose another"
+        print(f"cryptopredict: error: {told}", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"cryptopredict: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import subprocess
 import tempfile
 import tomllib
 from collections.abc import Callable
@@ -23,10 +22,10 @@ import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from . import __version__, leakage
+from . import __version__
 from .baselines import BASELINES
 from .calibration import reliability
-from .checkpoint import remove_orphans, to_toml, write_atomic
+from .checkpoint import code_commit, remove_orphans, to_toml, write_atomic
 from .features import build_features
 from .labels import make_labels
 from .leakage import (Fold, LeakReport, audit, audit_availability, audit_folds, audit_labels, audit_model,
@@ -269,18 +268,6 @@ def panel_hash(panel: pd.DataFrame) -> str:
     digest.update(pd.util.hash_pandas_object(plain, index=True).to_numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/05f_evaluate.ipynb #efa42a36
-def _commit() -> str:
-    "Commit of the checkout this package runs from, with a mark for local changes; 'none' outside one."
-    here = Path(leakage.__file__).parent
-    git = lambda *words: subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10)
-    try:
-        # A package installed below somebody else's checkout is not of that commit.
-        if git("ls-files", "--error-unmatch", "leakage.py").returncode: return "none"
-        changed = git("status", "--porcelain", "--", str(here)).stdout.strip()
-        return git("rev-parse", "HEAD").stdout.strip()[:12] + ("+changes" if changed else "")
-    except (OSError, subprocess.SubprocessError): return "none"
-
 # %% ../nbs/05f_evaluate.ipynb #63988890
 def _installed(name: str) -> str:
     "Version of an installed package."
@@ -292,7 +279,7 @@ def provenance_of(panel: pd.DataFrame, source: str) -> dict:
     "Where a result comes from: data and their hash, code and versions."
     packages = ("numpy", "pandas", "scoringrules", "TA-Lib", "torch")
     data = dict(rows=len(panel), begin=str(panel.index[0]), end=str(panel.index[-1]), data_sha256=panel_hash(panel))
-    code = dict(cryptopredict=__version__, commit=_commit(), python=platform.python_version())
+    code = dict(cryptopredict=__version__, commit=code_commit(), python=platform.python_version())
     return dict(source=source, **data, **code, **{p: _installed(p) for p in packages})
 
 # %% ../nbs/05f_evaluate.ipynb #4a6a23d8
@@ -321,7 +308,8 @@ def write_config(
         raise ValueError(f"{out} holds another run ({k}: {there[k]} there, {mine[k]} here): choose another --out")
     if path.parent.exists() and not path.parent.is_dir(): raise ValueError(f"{out} is a file: choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, f"# cryptopredict {__version__}, {_commit()}, on {source}\n{to_toml(config.plain())}")
+    head = f"# cryptopredict {__version__}, {code_commit()}, on {source}"
+    if not path.exists(): write_atomic(path, f"{head}\n{to_toml(config.plain())}")
 
 # %% ../nbs/05f_evaluate.ipynb #4103c596
 def open_run(out: str | Path, config: EvaluateConfig, provenance: dict) -> Path:

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -25,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .checkpoint import (checkpoints, flatten, load, newest, prune, remove, remove_orphans, save, step_of,
-                                      to_toml, write_atomic)
+from .checkpoint import (checkpoints, code_commit, flatten, load, newest, prune, remove, remove_orphans, save,
+                                      step_of, to_toml, write_atomic)
 from .mamba2_block import map_state
 from .multitask import (Bound, Forecast, ModelConfig, ModelState, MultitaskModel, Targets, check_fields, detach,
                                      multitask_loss, preset, read_preset, task_losses)
@@ -170,7 +171,7 @@ class Run:
         position = {name: getattr(self, name) for name in ("step", "epoch", "cursor", "carried", "history", "guard", "about")}
         lengths = {name: path.stat().st_size if (path := self.out / name).exists() else 0 for name in HISTORIES}
         return dict(**parts, **position, lengths=lengths, rng=_rng(self.config.device), config=asdict(self.config),
-                    version=__version__)
+                    version=__version__, commit=code_commit())
 
     def restore(self, content: dict) -> None:
         "Go on from a checkpoint's content."
@@ -662,10 +663,20 @@ def _open(config: TrainConfig, data: FoldData, out: str | Path, climatology: tup
         raise ValueError(f"{out} holds the history of a training without its checkpoints: choose another --out")
     for path in (run.out, run.out / "checkpoints"): remove_orphans(path)
     _forget_after(run, dict.fromkeys(HISTORIES, 0) if found is None else found[0]["lengths"])
-    write_atomic(run.out / "config.toml", to_toml(asdict(config)))
+    kept, text = run.out / "config.toml", to_toml(asdict(config))
+    if not kept.exists() or kept.read_text(encoding="utf-8") != text: write_atomic(kept, text)
+    if found is not None: _say_other_code(run, found[0]["commit"])
     return run, found is None
 
 # %% ../nbs/05_tbptt_trainer.ipynb #86fba9f7
+def _say_other_code(run: Run, there: str) -> None:
+    "A warning and an event where a training goes on with other code than it was begun with."
+    if there == (here := code_commit()): return
+    _event(run, "other code", there=there, here=here)
+    warnings.warn(f"{run.out} was trained by commit {there} so far, this is {here}: what follows may not be what it would have "
+                  "been", RuntimeWarning, stacklevel=2)
+
+# %% ../nbs/05_tbptt_trainer.ipynb #66847132
 def train(
     config: TrainConfig,  # what is trained, and how
     data: FoldData,  # tensors of one fold
@@ -678,6 +689,7 @@ def train(
     if config.device == "cuda":
         if not torch.cuda.is_available(): raise ValueError("device is 'cuda', and there is none here: use 'cpu'")
         torch.cuda.reset_peak_memory_stats()  # of this training alone
+    if Path(out).exists() and not Path(out).is_dir(): raise ValueError(f"{out} is a file: choose another --out")
     last, steps = config.epochs if until is None else until, config.epochs * steps_per_epoch(config, data)
     if not 0 <= last <= config.epochs: raise ValueError(f"until is {until}: give 0 to epochs = {config.epochs}")
     (Path(out) / "checkpoints").mkdir(parents=True, exist_ok=True)

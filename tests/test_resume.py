@@ -300,3 +300,72 @@ def test_a_checkpoint_of_something_else_is_named(tmp_path):
     checkpoint.save(tmp_path / "checkpoints" / "step-1", {"a": 1})
     with pytest.raises(ValueError, match="something else"): train(config(), data(), tmp_path)
     with pytest.raises(ValueError, match="no checkpoint of a training"): Run.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def walk_forward(tmp_path_factory):
+    """A walk-forward with the network in it, as a call, and its folder when nothing stops it."""
+    from cryptopredict.evaluate import EvaluateConfig, walk_forward_run
+    from cryptopredict.simulate import simulate_market
+
+    sizes = dict(d_model=16, headdim=8, mlp=24, n_layers=1)
+    c = EvaluateConfig(models=("climatology", "log_har", "mamba2"), horizon="10D", vol_window="5D", validation="60D", step="60D",
+                       first_test="2016-12-01", epochs=2, seeds=2, n_boot=100, model=sizes,
+                       train=dict(batch=4, tbptt_len=64, save_every=3, lr=1e-2))
+    panel, _ = simulate_market(24 * 460, seed=2)
+    def call(out, watch=lambda run, record: None): return walk_forward_run(c, panel, out, watch=watch)
+    return call, call(tmp_path_factory.mktemp("walk") / "whole")
+
+
+def told(out: Path) -> dict[str, object]:
+    """All that a walk-forward says but times and memory."""
+    scores = json.loads((out / "scores.json").read_text())
+    for record in scores["training"]: record.update(tokens_per_s=None, peak_rss=None)
+    exempt = {"timings.jsonl", "scores.json", "manifest.json"}
+    kept = {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name not in exempt}
+    return dict(kept, scores=scores)
+
+
+def test_a_walk_forward_goes_on_in_the_middle_of_a_training(walk_forward, tmp_path):
+    """Killed again and again, inside different trainings of different folds and seeds."""
+    call, whole = walk_forward
+    out, places = tmp_path / "out", []
+    for left in (4, 40, 25, 60):
+        def work(left=left):
+            count = [left]
+
+            def die(run, record):
+                count[0] -= 1
+                if not count[0]: os.kill(os.getpid(), signal.SIGKILL)
+            call(out, die)
+        assert in_child(work) == -signal.SIGKILL
+        at = max(out.rglob("metrics.jsonl"), key=lambda p: p.stat().st_mtime_ns)
+        places.append((str(at.relative_to(out)), len(at.read_text().splitlines())))
+    assert len({place for place, _ in places}) > 2 and all(lines > 1 for _, lines in places), places
+    assert in_child(lambda: call(out)) == 0
+    one, other = told(whole), told(out)
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+MAIN = """import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from cryptopredict.cli import main
+print("begun", flush=True)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("wait", [.3, 1.1, *(pytest.param(k / 4, marks=pytest.mark.slow) for k in range(1, 11))])
+def test_a_signal_while_packages_are_imported(tmp_path, how, wait):
+    """The command has begun and torch, pandas and the rest are being loaded: it ends as it does later, and tells so."""
+    words = [sys.executable, "-c", MAIN, "train", "--years", "3", "--horizon", "30D", "--out", "out"]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(wait)
+    process.send_signal(getattr(signal, how))
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == dict(SIGINT=130, SIGTERM=143)[how], stderr
+    assert stderr == "cryptopredict: interrupted; the same --out goes on where it stopped\n"
+    assert not list(tmp_path.rglob("*.tmp"))

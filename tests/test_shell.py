@@ -98,8 +98,8 @@ MISSPELT = {"no such key": "train --model.d-modle 3", "derived from data": "trai
 AUDITED = {"honest": None, "centred": "smooth", "scaled": "z", "filled": "load"}  # function -> its leaky column
 WALK = "--data --years --seed --repair --config --seeds --models --first-test --step --horizon --model.mlp --train.bptt"
 HELP = {"run": f"{WALK} --out --n-cuts", "audit": f"{WALK} --n-cuts --fn --out", "evaluate": f"{WALK} --out",
-        "forecast": f"{WALK} --out", "train": f"{WALK} --preset --epochs --out --dry-run", "fetch": "", "plan": "", "runs": "[PATH]",
-        "prepare": "--data --years --seed --repair --out"}
+        "forecast": f"{WALK} --out", "train": f"{WALK} --preset --epochs --out --dry-run", "fetch": "", "plan": "",
+        "runs": "[PATH]", "prepare": "--data --years --seed --repair --out"}
 # Cases that get a process of their own; the others are called within this one, where a command takes a tenth of the time.
 OWN = {"missing directory", "empty file", "unknown format", "unknown config key", "too little history", "no label in a fold",
        "function that raises", "another seed", "other data", "run into a folder of others", "prepare into a file",

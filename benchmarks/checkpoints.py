@@ -1,0 +1,106 @@
+"""What checkpoints cost: their share of training time against `save_every`, their size, on the real data.
+
+    python benchmarks/checkpoints.py --data ../shared/data --out results/checkpoints.json     four minutes on two cores
+
+`share` is the time inside `tbptt_trainer.checkpoint` (content, hashes, writes, flushes, pruning) over the whole training's,
+validation included; trainings with different `save_every` take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from vram import describe_device, one_fold, versions, write_atomic  # noqa: E402
+
+from cryptopredict import tbptt_trainer  # noqa: E402
+from cryptopredict.features import build_features  # noqa: E402
+from cryptopredict.labels import make_labels  # noqa: E402
+from cryptopredict.sources import load_panel  # noqa: E402
+from cryptopredict.streams import FoldData, fold_data  # noqa: E402
+from cryptopredict.tbptt_trainer import TrainConfig, train, train_preset  # noqa: E402
+
+HOW = dict(share="seconds inside checkpoint / seconds of the training, median of the repeats",
+           derived="share at save_every 500 from the seconds of one save and of one update: a preset too slow here to be trained")
+
+
+def timed(config: TrainConfig, data: FoldData, stop: int | None = None) -> dict:
+    """Seconds of a training, of its checkpoints, and their size; ended after `stop` updates where given."""
+    spent, plain = [], tbptt_trainer.checkpoint
+
+    def checkpoint(run):
+        began = time.perf_counter()
+        try: return plain(run)
+        finally: spent.append(time.perf_counter() - began)
+
+    def progress(run, record):
+        if run.step == stop: raise InterruptedError
+
+    tbptt_trainer.checkpoint = checkpoint
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as out:
+        began = time.perf_counter()
+        try: updates = train(config, data, out, progress=progress).step
+        except InterruptedError: updates = stop
+        finally: tbptt_trainer.checkpoint = plain
+        seconds = time.perf_counter() - began
+        newest = tbptt_trainer.checkpoints(Path(out) / "checkpoints")[0]
+        size = sum(p.stat().st_size for p in newest.iterdir())
+    return dict(seconds=seconds, updates=updates, saves=len(spent), in_saves=sum(spent), one_save=median(spent), bytes=size)
+
+
+def shares(data: FoldData, every: list[int], repeats: int) -> list[dict]:
+    """Share of checkpoints in trainings of preset tiny."""
+    config, made = train_preset("tiny", data.x.shape[1], epochs=4), {n: [] for n in every}
+    for _ in range(repeats):
+        for n in every: made[n].append(timed(tbptt_trainer.replace(config, save_every=n), data))
+    records = []
+    for n, runs in made.items():
+        share = sorted(r["in_saves"] / r["seconds"] for r in runs)
+        records.append(dict(save_every=n, updates=runs[0]["updates"], saves=runs[0]["saves"], bytes=runs[0]["bytes"],
+                            one_save=median(r["one_save"] for r in runs), seconds=median(r["seconds"] for r in runs),
+                            share=dict(median=median(share), low=share[0], high=share[-1])))
+        print(records[-1], flush=True)
+    return records
+
+
+def large(data: FoldData, updates: int) -> dict:
+    """One save and one update of preset baseline, and the share they make at save_every 500."""
+    config = train_preset("baseline", data.x.shape[1], epochs=1, batch=2, save_every=1)
+    run = timed(config, data._replace(valid=None), stop=updates)
+    update = (run["seconds"] - run["in_saves"]) / updates
+    return dict(preset="baseline", batch=2, updates=updates, one_save=run["one_save"], one_update=update, bytes=run["bytes"],
+                derived_share=run["one_save"] / (500 * update + run["one_save"]))
+
+
+def main() -> None:
+    """Measure, and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--commit", default=None)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    panel = load_panel(args.data)
+    features, labels = build_features(panel), make_labels(panel["close"])
+    fold = one_fold(panel.index, labels, "2023-01-01")
+    data = fold_data(features, labels, fold.train, fold.valid)
+    report = dict(device=describe_device("cpu"), versions=versions(), commit=args.commit or tbptt_trainer.code_commit(),
+                  date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", how=HOW, hours=data.stop - data.start,
+                  tiny=shares(data, [0, 500, 50, 10, 1], args.repeats), baseline=large(data, 4))
+    write_atomic(args.out, json.dumps(report, indent=1))
+
+
+if __name__ == "__main__": main()
