@@ -85,7 +85,8 @@ def _guarded(tracker: Tracker, work: Callable[[], None]) -> None:
     try: work()
     except Exception as error:
         tracker.failed = True
-        warnings.warn(f"{type(tracker).__name__} failed and follows no further, the training goes on: {error!r}", stacklevel=3)
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(f"{type(tracker).__name__} failed and follows no further, the training goes on: {what}", stacklevel=3)
 
 def _follow(tracker: Tracker, run: Run, record: dict) -> None:
     "Take an update; first, where another training begins or this one has gone back, what belongs before it."
@@ -146,7 +147,7 @@ def _sums(points: list[tuple[int, dict]]) -> list[tuple[int, dict]]:
 
 def _marks(colour: str, symbol: str = "circle") -> dict:
     "How validations look: large, outlined in white."
-    return dict(mode="markers", marker=dict(color=colour, symbol=symbol, size=9, line=dict(color="white", width=1)))
+    return dict(mode="markers", cliponaxis=False, marker=dict(color=colour, symbol=symbol, size=9, line=dict(color="white", width=1)))
 
 # %% ../nbs/05g_track.ipynb #3bf19169
 def loss_figure(
@@ -162,7 +163,8 @@ def loss_figure(
     line = lambda colour, width=1.2: dict(mode="lines", line=dict(color=colour, width=width))
     for head, (name, colour, symbol) in HEADS.items():
         same = dict(name=name, legendgroup=head, row=1, col=1)
-        fig.add_scatter(**_column(updates, f"loss/{head}"), **line(colour), **same)
+        # The two quantiles' losses are often alike: the first shows beside the second.
+        fig.add_scatter(**_column(updates, f"loss/{head}"), **line(colour, 2.6 if head == "p10" else 1.2), **same)
         fig.add_scatter(**_column(validations, f"validation/{head}"), **_marks(colour, symbol), **same, showlegend=False)
     fig.add_scatter(**_column(updates, "loss/total"), **line(GREY), name="trained on (learned weights)", row=2, col=1)
     fig.add_scatter(**_column(_sums(updates), "sum"), **line(BLACK), name="sum (weights of the start)", row=2, col=1)
@@ -173,10 +175,11 @@ def loss_figure(
 def _style(fig: go.Figure, title: str) -> go.Figure:
     "Axes, titles and legend of the losses."
     fig.update_xaxes(title="update", rangemode="tozero").update_xaxes(title=None, row=1, col=1)
-    fig.update_yaxes(title="loss", nticks=6).update_yaxes(type="log", dtick="D2", row=1, col=1)
+    ticks = [float(f"{digit}e{power}") for power in range(-6, 7) for digit in (1, 2, 5)]
+    fig.update_yaxes(title="loss", nticks=6).update_yaxes(type="log", tickvals=ticks, row=1, col=1)
     fig.update_yaxes(title="learning rate", rangemode="tozero", exponentformat="power", row=2, col=2)
     return fig.update_layout(title=title, height=560, margin=dict(t=80, b=40, r=20), template="simple_white",
-                             legend=dict(orientation="h", y=-.12, yanchor="top"))
+                             legend=dict(orientation="h", y=-.15, yanchor="top"))
 
 # %% ../nbs/05g_track.ipynb #a9dc3fcb
 class LiveLoss(Tracker):
@@ -197,7 +200,7 @@ class LiveLoss(Tracker):
         return loss_figure(self.updates, self.validations, self.title)
 
     def _open(self, run: Run) -> tuple[set[int], set[int]]:
-        self.title, self.updates, self.validations = f"Losses of {run.out.name}, update by update", [], []
+        self.title, self.updates, self.validations = f"Losses of {'/'.join(self.out.parts[-2:])}", [], []
         return set(), set()
 
     def _forget(self, step: int) -> None: pass  # it begins empty
@@ -218,13 +221,13 @@ def _draw(live: LiveLoss) -> None:
     "Show the figure, or replace it where it stands."
     if not _in_notebook(): return
     from IPython.display import display
-    begun = time.monotonic()
+    begun, first = time.monotonic(), live.handle is None
     # A plotly figure displays itself, past the handle: what it would show is given instead.
     shown = live.figure._repr_mimebundle_()
-    if live.handle is None: live.handle = display(shown, raw=True, display_id=True)
+    if first: live.handle = display(shown, raw=True, display_id=True)
     else: live.handle.update(shown, raw=True)
     ended = time.monotonic()
-    live.due = ended + max(live.every, 20 * (ended - begun))
+    live.due = ended + max(live.every, 0 if first else 20 * (ended - begun))  # the first loads what the others use
 
 # %% ../nbs/05g_track.ipynb #ce09aee5
 def _missing(tracker: str, package: str) -> ValueError:
@@ -300,7 +303,8 @@ def _client(database: Path):
     except ImportError as error: raise _missing("MLflow", "mlflow-skinny") from error
     try: import alembic, sqlalchemy  # noqa: E401, F401
     except ImportError as error: raise _missing("MLflow", error.name) from error
-    for name in ("mlflow.store.db.utils", "alembic"): logging.getLogger(name).setLevel(logging.WARNING)
+    # They tell at length what is reported here in a line.
+    for name in ("mlflow.store.db.utils", "alembic"): logging.getLogger(name).setLevel(logging.CRITICAL)
     database.parent.mkdir(parents=True, exist_ok=True)
     client = MlflowClient(f"sqlite:///{database}")
     found = client.get_experiment_by_name("cryptopredict")
@@ -322,9 +326,13 @@ def _parameters(config: dict, prefix: str = "") -> dict[str, str]:
     return flat
 
 # %% ../nbs/05g_track.ipynb #d3493b29
-def _delete_from(database: Path, run_id: str, step: int) -> None:
+def _check_free(database: Path, patience: float) -> None:
+    "An `sqlite3.OperationalError` where another process holds the database so long; MLflow itself would wait for 20 seconds."
+    with closing(sqlite3.connect(database, timeout=patience)) as connection: connection.execute("BEGIN IMMEDIATE")
+
+def _delete_from(database: Path, run_id: str, step: int, patience: float) -> None:
     "Delete a run's metrics at `step` and after, and say anew which are its latest."
-    with closing(sqlite3.connect(database, timeout=5)) as connection, connection:
+    with closing(sqlite3.connect(database, timeout=patience)) as connection, connection:
         connection.execute("DELETE FROM metrics WHERE run_uuid = ? AND step >= ?", (run_id, step))
         connection.execute("DELETE FROM latest_metrics WHERE run_uuid = ?", (run_id,))
         # In sqlite the other columns are those of the row with the largest step.
@@ -335,6 +343,7 @@ def _delete_from(database: Path, run_id: str, step: int) -> None:
 class MLflow(Tracker):
     "Runs of MLflow in an sqlite file: parameters and metrics."
     updates, seconds = 50, 2.  # written together at most
+    patience = 5.  # seconds to wait for a database that another process holds
 
     def __init__(
         self,
@@ -348,11 +357,12 @@ class MLflow(Tracker):
             raise ValueError(f"{database} cannot be used as MLflow's database: give another file ({error})") from error
 
     def _open(self, run: Run) -> tuple[set[int], set[int]]:
+        _check_free(self.database, self.patience)
         self.id, self.waiting = _mlflow_run(self, run), []
         steps = lambda key: {m.step for m in self.client.get_metric_history(self.id, key)}
         return steps("loss/total"), steps("validation/total")
 
-    def _forget(self, step: int) -> None: _delete_from(self.database, self.id, step)
+    def _forget(self, step: int) -> None: _delete_from(self.database, self.id, step, self.patience)
 
     def _put(self, step: int, values: dict[str, float]) -> None:
         self.waiting.append((step, int(time.time() * 1000), values))
@@ -379,6 +389,7 @@ def _mlflow_run(tracker: MLflow, run: Run) -> str:
 def _write(tracker: MLflow) -> None:
     "Write what waits, as many numbers at a time as MLflow takes."
     from mlflow.entities import Metric
+    _check_free(tracker.database, tracker.patience)
     metrics = [Metric(name, v, at, step) for step, at, values in tracker.waiting for name, v in values.items()]
     for k in range(0, len(metrics), 1000): tracker.client.log_batch(tracker.id, metrics[k:k + 1000])
     tracker.waiting, tracker.written = [], time.monotonic()
