@@ -25,7 +25,8 @@ NETWORK = {"mamba2_block", "mhsa", "multitask", "streams", "checkpoint", "tbptt_
            "evaluate", "track", "results"}
 MODULES = sorted((p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_")), key=ORDER.index)
 LIGHT, NETWORK_HERE = [m for m in MODULES if m not in NETWORK], [m for m in reversed(MODULES) if m in NETWORK]
-NAMES = {"TA-Lib": "talib", "scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}  # distributions whose module is called otherwise
+# Distributions whose module is called otherwise.
+NAMES = {"TA-Lib": "talib", "scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}
 
 WATCH = """import socket, sys
 def refuse(*args, **kwargs): raise RuntimeError("a connection at import")

@@ -20,7 +20,7 @@ from test_resume import config, data, outcome
 from test_trouble import spoil  # noqa: F401
 
 from cryptopredict import tbptt_trainer, track
-from cryptopredict.tbptt_trainer import Run, train
+from cryptopredict.tbptt_trainer import Run, steps_per_epoch, train
 from cryptopredict.track import NAMES, LiveLoss, MLflow, TensorBoard, Tracker, together
 
 pytest.importorskip("tensorboard")
@@ -143,24 +143,26 @@ def test_killed_inside_a_write(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", TRACKERS)
-def test_gone_back_then_killed(spoil, tmp_path, kind):  # noqa: F811
-    spoil({32}, 1e5, 1)
-    seen = []
+@pytest.mark.parametrize("past_validation", [False, True])
+def test_gone_back_then_killed(spoil, tmp_path, kind, past_validation):  # noqa: F811
+    """Back by some updates, or from the first of an epoch into the one before, its validation with it."""
+    c, fold, seen = config(epochs=6), data(), []
+    at = 4 * steps_per_epoch(c, fold) + 1 + 4 * (not past_validation)
+    spoil({at - 1}, 1e5, 1)
 
     def work():
-        def kill(run, record):
-            if run.guard["rewinds"] and run.step == 32: die()
         MLflow.updates = 1  # all that is taken back was written
-        with make(kind, tmp_path) as tracker:
-            train(config(epochs=6), data(), tmp_path / "out", progress=together(tracker, kill))
+        kill = lambda run, record: die() if run.guard["rewinds"] and run.step == at - 1 else None
+        with make(kind, tmp_path) as tracker: train(c, fold, tmp_path / "out", progress=together(tracker, kill))
     assert in_child(work) == -signal.SIGKILL
     event, = lines(tmp_path / "out", "events")
-    assert (event["event"], event["at"]) == ("rewind", 33) and event["step"] <= 30
+    assert (event["event"], event["at"]) == ("rewind", at) and event["step"] < at - 1
+    assert (event["epoch"] < 4) == past_validation
     with make(kind, tmp_path) as tracker:
-        train(config(epochs=6), data(), tmp_path / "out", progress=together(tracker, lambda run, _: seen.append(run.step)))
+        train(c, fold, tmp_path / "out", progress=together(tracker, lambda run, _: seen.append(run.step)))
     check(kind, tmp_path, tmp_path / "out")
     held = due(tmp_path / "out")["loss/total"]
-    assert max(value for _, value in held) < 1e3 and seen[0] <= 32 and held[-1][0] == seen[-1]
+    assert max(value for _, value in held) < 1e3 and seen[0] < at and held[-1][0] == seen[-1]
 
 
 def test_several_trainings_in_a_row_leave_nothing_beside(tmp_path, monkeypatch):
