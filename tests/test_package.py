@@ -18,13 +18,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "cryptopredict"
 # The notebooks in the order in which data flow; a module imports only what stands before it.
 ORDER = ["leakage", "sources", "simulate", "features", "labels", "mamba2_block", "mhsa", "multitask", "streams", "checkpoint",
-         "tbptt_trainer", "vram", "scores", "baselines", "calibration", "forecast", "evaluate", "results", "cli"]
+         "tbptt_trainer", "vram", "scores", "baselines", "calibration", "forecast", "evaluate", "track", "results",
+         "cli"]
 # These need torch: the network, and what trains it.
 NETWORK = {"mamba2_block", "mhsa", "multitask", "streams", "checkpoint", "tbptt_trainer", "vram", "forecast",
-           "evaluate", "results"}
+           "evaluate", "track", "results"}
 MODULES = sorted((p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_")), key=ORDER.index)
 LIGHT, NETWORK_HERE = [m for m in MODULES if m not in NETWORK], [m for m in reversed(MODULES) if m in NETWORK]
-NAMES = {"TA-Lib": "talib", "scikit-learn": "sklearn"}  # distributions whose module is called otherwise
+# Distributions whose module is called otherwise.
+NAMES = {"TA-Lib": "talib", "scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}
 
 WATCH = """import socket, sys
 def refuse(*args, **kwargs): raise RuntimeError("a connection at import")
