@@ -165,7 +165,18 @@ class _Walk(_Source):
 
 # %% ../nbs/06a_cli.ipynb #d422e262
 @dataclass
-class _Folder(_Walk):
+class _Tracked:
+    "What follows the trainings besides the progress bar."
+    tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False  # Event files for TensorBoard, in the folder of each training.
+    mlflow: Path | None = None  # An sqlite file for MLflow, made where absent: a run for each training.
+
+    def _trackers(self):
+        from cryptopredict.track import MLflow, TensorBoard, together
+        return together(*[TensorBoard()] * self.tensorboard, *([] if self.mlflow is None else [MLflow(self.mlflow)]))
+
+# %% ../nbs/06a_cli.ipynb #329d1bdc
+@dataclass
+class _Folder(_Walk, _Tracked):
     "Where a run is kept."
     out: Path | None = None  # Run folder; an existing one of the same run is gone on with. Default: a new folder under runs/.
 
@@ -202,10 +213,12 @@ class Evaluate(_Folder):
 
     def __call__(self, audits=None, loaded=None) -> int:
         from cryptopredict.evaluate import walk_forward_run
+        from cryptopredict.track import together
         config = self._config()
         panel, _, _, name = loaded or self._load()
         out = self.out or _new_folder("run")
-        with _Progress() as progress: self.out = walk_forward_run(config, panel, out, name, audits, progress, progress.watch)
+        with self._trackers() as trackers, _Progress() as progress:
+            self.out = walk_forward_run(config, panel, out, name, audits, progress, together(progress.watch, trackers))
         _say_scores(self.out)
         return 0
 
@@ -371,7 +384,7 @@ def _say_expected(config, panel) -> int:
 
 # %% ../nbs/06a_cli.ipynb #073268b4
 @dataclass
-class Train(_Walk):
+class Train(_Walk, _Tracked):
     "Fit the network on all labels that have matured; checkpoints and curves in a folder."
     out: Path | None = None  # Folder of the training; the same one is gone on with. Default: a new folder under runs/.
     # Only say what would be trained: data, trainings, parameters, updates, and the time and memory that are expected.
@@ -380,13 +393,15 @@ class Train(_Walk):
     def __call__(self) -> int:
         from cryptopredict.evaluate import newest_forecast, write_config
         from cryptopredict.results import newest_table
+        from cryptopredict.track import together
         config, out = self._config().model_copy(update=dict(models=("mamba2",))), self.out or _new_folder("train")
         panel, _, _, name = self._load()
         _say(f"{name}: {len(panel)} hours, {panel.index[0]:%Y-%m-%d} to {panel.index[-1]:%Y-%m-%d}")
         _say(f"preset {config.preset}, at most {config.epochs} epochs")
         if self.dry_run: return _say_expected(config, panel)
         write_config(out, config, name)
-        with _Progress() as progress: made = newest_forecast(config, panel, progress, out, progress.watch)
+        with self._trackers() as trackers, _Progress() as progress:
+            made = newest_forecast(config, panel, progress, out, together(progress.watch, trackers))
         choice = json.loads((out / "choice.json").read_text())
         heads = ", ".join(choice["heads"]) or "none: it repeats its anchors"
         _say(f"chosen on validation: {choice['epochs']} epochs, heads that help: {heads}")
