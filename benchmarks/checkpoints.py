@@ -9,7 +9,6 @@ validation included; trainings with different `save_every` take turns.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -100,7 +99,7 @@ def main() -> None:
     report = dict(device=describe_device("cpu"), versions=versions(), commit=args.commit or tbptt_trainer.code_commit(),
                   date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", how=HOW, hours=data.stop - data.start,
                   tiny=shares(data, [0, 500, 50, 10, 1], args.repeats), baseline=large(data, 4))
-    write_atomic(args.out, json.dumps(report, indent=1))
+    write_atomic(args.out, report)
 
 
 if __name__ == "__main__": main()

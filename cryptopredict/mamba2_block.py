@@ -29,10 +29,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['BACKENDS', 'ssd_reference', 'debug', 'check_finite', 'check_tensors', 'check_reset', 'choose_backend', 'ssd_scan',
-           'map_state', 'detach', 'carried', 'Mamba2State', 'Mamba2Config', 'no_weight_decay', 'RMSNorm', 'causal_conv',
-           'causal_conv_silu', 'Mamba2', 'check_like', 'check_step', 'check_input', 'check_state', 'GatedMLP',
-           'Mamba2Block']
+__all__ = ['BACKENDS', 'ssd_reference', 'running_sum', 'debug', 'check_finite', 'check_tensors', 'check_reset', 'choose_backend',
+           'ssd_scan', 'map_state', 'detach', 'carried', 'Mamba2State', 'Mamba2Config', 'no_weight_decay', 'RMSNorm',
+           'causal_conv', 'causal_conv_silu', 'Mamba2', 'check_like', 'check_step', 'check_input', 'check_state',
+           'GatedMLP', 'Mamba2Block']
 
 # %% ../nbs/03_mamba2_block.ipynb #ae4646bb
 def ssd_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
@@ -81,12 +81,31 @@ class _Decays(NamedTuple):
     out: Tensor  # after the chunk of what step j wrote
 
 # %% ../nbs/03_mamba2_block.ipynb #74d92656
+def running_sum(
+    v: Tensor,  # floats
+    dim: int,  # along which they are summed
+    block: int = 1024,  # summed by one product where `cumsum` is not deterministic
+) -> Tensor:
+    "`cumsum`; where deterministic algorithms are asked for, on a GPU by products with triangles, PyTorch having no such sum there."
+    if not (v.is_cuda and torch.are_deterministic_algorithms_enabled()): return v.cumsum(dim)
+    return _sum_by_products(v, dim, block)
+
+# %% ../nbs/03_mamba2_block.ipynb #23bffc58
+def _sum_by_products(v: Tensor, dim: int, block: int) -> Tensor:
+    "Running sums, a block at a time."
+    before, sums = 0., []
+    for part in v.transpose(dim, -1).split(block, -1):
+        sums.append(before + part @ torch.ones(part.shape[-1], part.shape[-1], dtype=v.dtype, device=v.device).triu())
+        before = sums[-1][..., -1:]
+    return torch.cat(sums, -1).transpose(dim, -1)
+
+# %% ../nbs/03_mamba2_block.ipynb #a35b338b
 _FLOOR = {torch.float32: -104., torch.float64: -746.}  # e to any lower power is 0
 
 def _decays(dA: Tensor, reset: Tensor | None = None) -> _Decays:
     "Decays of a chunk from `dA` (b, c, h, q) <= 0; nothing survives a step of `reset` (b, c, q)."
     wide = dA.dtype
-    total = dA.clamp_min(_FLOOR[wide]).double().cumsum(-1)  # the floor keeps sums of any length finite
+    total = running_sum(dA.clamp_min(_FLOOR[wide]).double(), -1)  # the floor keeps any sum finite
     low = (total - total.to(wide)).detach().to(wide)
     series = None if reset is None else reset.cumsum(-1)[:, :, None]  # (b, c, 1, q): which one a step belongs to
     into, out = total.exp().to(wide), (total[..., -1:] - total).exp().to(wide)
@@ -229,6 +248,8 @@ def choose_backend(
     found, why = _kernels()
     if found is not None and not x.is_cuda: found, why = None, f"mamba_ssm's kernels need a GPU and x is on {x.device.type}"
     if found is not None and x.dtype == torch.float64: found, why = None, "mamba_ssm's kernels know no float64"
+    if found is not None and torch.are_deterministic_algorithms_enabled():
+        found, why = None, "deterministic algorithms are asked for, and mamba_ssm's kernels add up in any order"
     if asked == "mamba_ssm":
         if found is None: raise ValueError(f"backend 'mamba_ssm' cannot be used: {why}; give 'torch' or 'auto'")
         return asked, "it was asked for"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mamba2_block import (BACKENDS, Mamba2Block, Mamba2Config, RMSNorm, carried, check_finite, check_like,
-                                        check_reset, check_step, check_tensors, detach, no_weight_decay)
+                                        check_reset, check_step, check_tensors, detach, no_weight_decay, running_sum)
 from .mhsa import KERNELS, MHSA, HybridBlock, MHSAConfig
 
 # %% auto #0
@@ -146,7 +146,7 @@ class MeanState(NamedTuple):
 def _running_mean(u: Tensor, state: MeanState, reset: Tensor | None) -> tuple[Tensor, MeanState]:
     "Means (b, t, d) of what a stream has shown since its series began, and the state after the last step."
     # A series that begins late is a difference of two long sums: these are then made in float64.
-    local = u.to(torch.promote_types(u.dtype, torch.float32) if reset is None else torch.float64).cumsum(1)  # (b, t, d)
+    local = running_sum(u.to(torch.promote_types(u.dtype, torch.float32) if reset is None else torch.float64), 1)  # (b, t, d)
     steps = torch.arange(1., u.shape[1] + 1, device=u.device, dtype=torch.float64).expand(u.shape[:2])
     total, since = state.total[:, None], torch.zeros_like(steps)  # sum and number of steps before the first of `local`
     count = state.count.expand(u.shape[:2])

@@ -67,6 +67,7 @@ class TrainSettings:
     save_every: Annotated[int, Bound(0, 1_000_000_000, "updates")] = 500  # from one checkpoint to the next; 0: ends of epochs
     keep: Annotated[int, Bound(0, 10_000, "epochs")] = 0  # last ones that are kept, beside the best; 0: all
     device: Literal["cpu", "cuda"] = "cpu"  # where it is trained
+    deterministic: bool = False  # the same bits from run to run on a GPU too, by slower algorithms; a CPU always gives them
     __pydantic_config__ = dict(extra="forbid")
 
     def __post_init__(self):
@@ -677,6 +678,17 @@ def _say_other_code(run: Run, there: str) -> None:
                   "been", RuntimeWarning, stacklevel=2)
 
 # %% ../nbs/05_tbptt_trainer.ipynb #66847132
+@contextmanager
+def _deterministic(asked: bool) -> Iterator[None]:
+    "Within it, PyTorch takes deterministic algorithms only, if that is asked for."
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if asked:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it matrix products on a GPU are refused
+        torch.use_deterministic_algorithms(True)
+    try: yield
+    finally: torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+# %% ../nbs/05_tbptt_trainer.ipynb #19e63ca3
 def train(
     config: TrainConfig,  # what is trained, and how
     data: FoldData,  # tensors of one fold
@@ -693,7 +705,7 @@ def train(
     last, steps = config.epochs if until is None else until, config.epochs * steps_per_epoch(config, data)
     if not 0 <= last <= config.epochs: raise ValueError(f"until is {until}: give 0 to epochs = {config.epochs}")
     (Path(out) / "checkpoints").mkdir(parents=True, exist_ok=True)
-    with _alone(Path(out) / "checkpoints"):
+    with _alone(Path(out) / "checkpoints"), _deterministic(config.deterministic):
         run, new = _open(config, data, out, climatology)
         settle(run, data)
         with run.stop:
