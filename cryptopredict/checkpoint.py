@@ -63,6 +63,7 @@ def _write(path: Path, data: bytes) -> dict[str, int | str]:
         os.fsync(file.fileno())
     return dict(size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
+# %% ../nbs/04c_checkpoint.ipynb #242ca54c
 def _flush_folder(path: Path) -> None:
     "Names in a folder reach the disk."
     if os.name == "nt": return  # it cannot open folders
@@ -103,6 +104,7 @@ def to_toml(
 class CheckpointError(ValueError):
     "A checkpoint that is not whole or not what its manifest says."
 
+# %% ../nbs/04c_checkpoint.ipynb #d8a0e845
 class NewerVersion(CheckpointError):
     "A whole checkpoint of a version of this package that is not known here: it is neither skipped nor removed."
 
@@ -115,6 +117,7 @@ def step_of(
     "The step in a checkpoint's name."
     return int(_STEP.fullmatch(path.name)[1])
 
+# %% ../nbs/04c_checkpoint.ipynb #11141573
 def checkpoints(
     folder: str | Path,  # of a run's checkpoints; there may be none
 ) -> list[Path]:
@@ -138,6 +141,7 @@ def _place(path: Path) -> Path:
     before = [number(p)[1] for p in checkpoints(path.parent) if number(p)[0] == number(path)[0]]
     return path.with_name(f"{path.name}.{max(before) + 1}") if before else path
 
+# %% ../nbs/04c_checkpoint.ipynb #74ac92c6
 def save(
     path: str | Path,  # folder `step-<number>`; where the step was saved before, another is made beside it
     content: dict,  # nested dicts, lists, tensors and JSON values
@@ -247,11 +251,13 @@ def remove(
     os.rename(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
+# %% ../nbs/04c_checkpoint.ipynb #0cc4623b
 def _is_whole(path: Path) -> bool:
     "Whether a checkpoint verifies."
     try: return bool(verify(path))
     except CheckpointError: return False
 
+# %% ../nbs/04c_checkpoint.ipynb #43077165
 def prune(
     folder: str | Path,  # holds `step-*` checkpoints
     keep: int = 3,  # newest steps to be kept, of those that verify
@@ -280,6 +286,7 @@ def _is_alive(pid: int) -> bool:
     except (PermissionError, OverflowError): return True
     return pid != os.getpid()
 
+# %% ../nbs/04c_checkpoint.ipynb #78870a64
 def remove_orphans(
     folder: str | Path,  # of a run or its checkpoints
 ) -> list[Path]:

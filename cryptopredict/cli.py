@@ -109,6 +109,14 @@ class _Source:
     def _market_seed(self) -> int: return self.seed or 0
 
 # %% ../nbs/06a_cli.ipynb #b8547593
+def _argument(meant: str, kind: type, bound):
+    "How a flag is shown: meaning, bounds and unit, or what may be chosen."
+    chosen = isinstance(bound, tuple) and not hasattr(bound, "unit")
+    shown = f"{{{','.join(map(str, bound))}}}" if chosen else kind.__name__.upper()
+    told = f"{meant[:1].upper()}{meant[1:]}{'' if chosen or bound is None else f'; {bound}'}."
+    return tyro.conf.arg(help=told, metavar=shown, help_behavior_hint="(default: the preset's)")
+
+# %% ../nbs/06a_cli.ipynb #894dd5f4
 def _flags(table: str) -> type:
     "A dataclass with the fields of a preset's table, none of them given: flags that tell meaning, bounds and unit."
     from dataclasses import make_dataclass
@@ -116,18 +124,12 @@ def _flags(table: str) -> type:
 
     from fastcore.docments import docments
 
-    from cryptopredict.multitask import DERIVED, Bound, ModelConfig, bounds
+    from cryptopredict.multitask import DERIVED, ModelConfig, bounds
     from cryptopredict.tbptt_trainer import TrainSettings
     kind = dict(model=ModelConfig, train=TrainSettings)[table]
-    hints, limits, made = get_type_hints(kind), bounds(kind), []
-    for name, text in docments(kind).items():
-        if not text or name in DERIVED: continue
-        bound, numbers = limits.get(name, ()), isinstance(limits.get(name), Bound)
-        shown = f"{{{','.join(bound)}}}" if bound and not numbers else hints[name].__name__.upper()
-        told = f"{text[:1].upper()}{text[1:]}{f'; {bound}' * numbers}."
-        argument = tyro.conf.arg(help=told, metavar=shown, help_behavior_hint="(default: the preset's)")
-        made.append((name, Annotated[hints[name] | None, argument], None))
-    return make_dataclass(f"{table}_flags", made)
+    meant, hints = {k: text for k, text in docments(kind).items() if text and k not in DERIVED}, get_type_hints(kind)
+    argument = lambda name: _argument(meant[name], hints[name], bounds(kind).get(name))
+    return make_dataclass(f"{table}_flags", [(name, Annotated[hints[name] | None, argument(name)], None) for name in meant])
 
 # %% ../nbs/06a_cli.ipynb #28104d06
 # The flags are made, and torch is imported for them, when a command is asked for that has them.
@@ -416,6 +418,7 @@ def _walk_state(folder: Path) -> tuple[str, str]:
     best = min((r for r in summary if r["score"] == "log_loss"), key=lambda r: r["mean"])
     return "finished", f"log loss {best['mean']:.3f} ({best['model']})"
 
+# %% ../nbs/06a_cli.ipynb #80b145dd
 def _trainings_state(folder: Path) -> tuple[str, str]:
     "State and best validation loss of the trainings in a folder."
     from cryptopredict.checkpoint import checkpoints, step_of

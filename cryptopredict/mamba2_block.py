@@ -86,7 +86,7 @@ def running_sum(
     dim: int,  # along which they are summed
     block: int = 1024,  # summed by one product where `cumsum` is not deterministic
 ) -> Tensor:
-    "`cumsum`; where deterministic algorithms are asked for, on a GPU by products with triangles, PyTorch having no such sum there."
+    "`cumsum`; on a GPU by products with triangles where deterministic algorithms are asked for: PyTorch has no such sum there."
     if not (v.is_cuda and torch.are_deterministic_algorithms_enabled()): return v.cumsum(dim)
     return _sum_by_products(v, dim, block)
 
@@ -333,6 +333,7 @@ def _describe(state, name: str, tensors: dict[str, Tensor]):
     parts = [_describe(s, f"{name}.{n}".lstrip("."), tensors) for n, s in zip(names, state)]
     return [type(state).__name__, *parts]
 
+# %% ../nbs/03_mamba2_block.ipynb #be5ee935
 def _rebuild(about, tensors: dict[str, Tensor]):
     "The state that `_describe` described; a `ValueError` where the description is none."
     if isinstance(about, str) and about in tensors: return tensors[about]
@@ -366,6 +367,7 @@ def _save(state, path: str | Path) -> None:
         raise ValueError(f"{path} cannot be written ({error}): give a file in a folder that exists and has room") from None
     finally: temporary.unlink(missing_ok=True)
 
+# %% ../nbs/03_mamba2_block.ipynb #89e3c218
 def _load(kind: type, path: str | Path, device: str | torch.device = "cpu"):
     "The state in a file of `save`; a `ValueError` names the file and what is wrong with it."
     from safetensors import SafetensorError, safe_open
@@ -532,6 +534,7 @@ def _conv_kernel() -> Callable | None:
     try: return import_module("causal_conv1d").causal_conv1d_fn
     except Exception: return None
 
+# %% ../nbs/03_mamba2_block.ipynb #5a2efa61
 def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor, reset: Tensor | None, backend: str):
     "SiLU of `causal_conv`, by `causal_conv1d`'s kernel where the scan's backend is `mamba_ssm` and the kernel can."
     fits = x.is_cuda and reset is None and 2 <= weight.shape[2] <= 4 and x.shape[2] % 8 == 0
@@ -618,6 +621,7 @@ def check_input(u: Tensor, weight: Tensor, reset: Tensor | None = None) -> None:
     check_reset(reset, u, "u")
     check_finite("u", u)
 
+# %% ../nbs/03_mamba2_block.ipynb #4cf671df
 def check_state(m: nn.Module, u: Tensor, state, reset: Tensor | None = None, name: str = "state"):
     "The state of `m` to start from; a `ValueError` names the argument and both shapes where one does not fit."
     check_input(u, next(w for w in m.parameters() if w.dim() == 2), reset)

@@ -87,6 +87,7 @@ def _attend_reference(q: Tensor, k: Tensor, v: Tensor, window: int, seen: Tensor
     mask = window_mask(q.shape[2], window, seen, series)
     return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
 
+# %% ../nbs/04_mhsa.ipynb #b942c1b3
 def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int, seen: Tensor, series: Tensor | None) -> Tensor:
     "The same by PyTorch's fused kernels."
     return F.scaled_dot_product_attention(q, k, v, window_mask(q.shape[2], window, seen, series))
@@ -98,6 +99,7 @@ def _compiled_flex() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
     return torch.compile(flex_attention, dynamic=False)
 
+# %% ../nbs/04_mhsa.ipynb #5adc1ab0
 def _attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int, seen: Tensor, series: Tensor | None) -> Tensor:
     "The same by flex attention; few queries are left to `_attend_sdpa`, whose start costs less."
     from torch.nn.attention.flex_attention import create_block_mask

@@ -203,6 +203,7 @@ def _as_state(saved: list | None, model: MultitaskModel, device: str) -> ModelSt
         return type(kind)(*parts) if hasattr(kind, "_fields") else tuple(parts)
     return None if saved is None else like(model.init_state(1), saved)
 
+# %% ../nbs/05_tbptt_trainer.ipynb #35f73f22
 def _end_of_epoch(run: Run, epoch: int) -> Path:
     "The checkpoint at the end of an epoch."
     ends = {record["step"] for record in run.history if record["epoch"] == epoch}
@@ -249,6 +250,7 @@ def _to_host(state: ModelState | None) -> ModelState | None:
         return torch.empty_like(v, device="cpu", pin_memory=True).copy_(v, non_blocking=True) if v.is_cuda else v
     return None if state is None else map_state(keep, state)
 
+# %% ../nbs/05_tbptt_trainer.ipynb #6267ec2b
 def _as_leaves(state: ModelState | None, device: str, grad: bool) -> tuple[ModelState | None, list[Tensor]]:
     "A kept state back on its device, and its floats: with `grad`, leaves that collect a gradient."
     leaves: list[Tensor] = []
@@ -310,6 +312,7 @@ class _Piece(NamedTuple):
     share: tuple[float, ...] | None = None  # of the chunk's labels, by target; None: all
     part: float = 1.  # one over the number of the chunk's pieces
 
+# %% ../nbs/05_tbptt_trainer.ipynb #f17b6dc4
 def _pieces(run: Run, chunk: Chunk, rows: slice, streams: int) -> list[_Piece]:
     "The pieces of a chunk in order of time, for some of its streams."
     count = min(run.guard["pieces"], chunk.x.shape[1])
@@ -357,6 +360,7 @@ def _gradients(run: Run, span: Sequence[Chunk], state: ModelState | None) -> tup
         ends.append(exact_backward(forward, loss, pieces, start, run.config.device))
     return _beside(ends), dict(zip(("loss", "cls", "p10", "p90", "vol"), (sum(values) for values in zip(*parts))))
 
+# %% ../nbs/05_tbptt_trainer.ipynb #575b56af
 def _beside(states: list[ModelState]) -> ModelState:
     "The states of some streams each as one of all of them."
     if len(states) == 1: return states[0]
@@ -364,7 +368,7 @@ def _beside(states: list[ModelState]) -> ModelState:
     parts = [_beside(list(p)) for p in zip(*states)]
     return type(states[0])(*parts) if hasattr(states[0], "_fields") else tuple(parts)
 
-# %% ../nbs/05_tbptt_trainer.ipynb #575b56af
+# %% ../nbs/05_tbptt_trainer.ipynb #dfd134a6
 def _give_way(run: Run, span: Sequence[Chunk]) -> None:
     "Half as many streams at a time, or with one left, half as long pieces; an error where nothing is left to halve."
     guard, (batch, length) = run.guard, span[0].x.shape[:2]
@@ -376,6 +380,7 @@ def _give_way(run: Run, span: Sequence[Chunk]) -> None:
     else: raise ValueError("out of memory with one stream and one hour at a time: take a smaller model")
     _event(run, "out of memory", streams=guard["rows"], pieces=guard["pieces"])
 
+# %% ../nbs/05_tbptt_trainer.ipynb #6d6eec68
 def _event(run: Run, what: str, **more) -> None:
     "A line in `events.jsonl`."
     _append(run.out / "events.jsonl", dict(step=run.step, epoch=run.epoch, event=what, **more))
@@ -408,6 +413,7 @@ def train_step(
     before = map_state(torch.zeros_like, end) if state is None else state
     return _choose(bad, before, end), dict(**means, **weights, lr=rate, grad_norm=norm, skipped=bad)
 
+# %% ../nbs/05_tbptt_trainer.ipynb #31a3e8df
 def _choose(first: Tensor, one: ModelState, other: ModelState) -> ModelState:
     "One of two states, chosen on the device."
     if isinstance(one, Tensor): return torch.where(first, one, other)
@@ -454,6 +460,7 @@ def burn_in(run: Run, span: Sequence[Chunk], state: ModelState | None = None) ->
         _give_way(run, span)
         _rng(run.config.device, rng)
 
+# %% ../nbs/05_tbptt_trainer.ipynb #91095276
 def _read(run: Run, span: Sequence[Chunk], state: ModelState | None) -> ModelState:
     "The state after some chunks."
     ends = []
@@ -515,6 +522,7 @@ def checkpoint(run: Run) -> Path:
 class _Spike(Exception):
     "A loss far above those before it."
 
+# %% ../nbs/05_tbptt_trainer.ipynb #9daaccc7
 def _is_spike(loss: float, recent: list[float], bound: float) -> bool:
     "Whether a loss lies so many interquartile ranges above the median of at least 20 others; a range counts .05 at least."
     if not bound or len(recent) < 20: return False
@@ -551,6 +559,7 @@ def _rewind(run: Run, loss: float) -> None:
     _event(run, "rewind", loss=loss, at=at, lr_scale=run.guard["lr_scale"])
     checkpoint(run)
 
+# %% ../nbs/05_tbptt_trainer.ipynb #73eafd66
 def _since(run: Run) -> list[Path]:
     "Checkpoints that hold the update before the last one, whose loss is known only now."
     return [path for path in checkpoints(run.out / "checkpoints") if step_of(path) >= run.step - 1]
@@ -595,6 +604,7 @@ def _forget_after(run: Run, lengths: dict[str, int]) -> None:
     kept = [line for line in _lines(timings) if json.loads(line)["epoch"] <= run.epoch]
     if timings.exists(): write_atomic(timings, "".join(line + "\n" for line in kept))
 
+# %% ../nbs/05_tbptt_trainer.ipynb #4014602f
 def _lines(path: Path) -> list[str]:
     "Whole lines of a history; a write cut short leaves none."
     text = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -617,6 +627,7 @@ def _about(data: FoldData, climatology: tuple | None) -> dict:
     for tensor in (data.x, *data.fit, *(data.valid or ()), *start): digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return dict(data=digest.hexdigest(), scaler=None if data.scaler is None else json.loads(json.dumps(asdict(data.scaler))))
 
+# %% ../nbs/05_tbptt_trainer.ipynb #922de19d
 def _refuse_other(found: dict, run: Run) -> None:
     "A `ValueError` where a checkpoint is of another configuration or of other data."
     def flat(config: dict, about: dict) -> dict:
@@ -763,6 +774,7 @@ def _grown(run: Run, chunk: Chunk, seconds: float) -> list[tuple[float, ...]]:
         rows, hours = (rows, min(4 * hours, shape[1])) if hours < shape[1] else (min(4 * rows, shape[0]), hours)
         if time.perf_counter() - began + 5 * sum(points[-1][1:3]) > seconds: return points
 
+# %% ../nbs/05_tbptt_trainer.ipynb #d0331d6b
 def _along(points: list[tuple[float, ...]], k: int, tokens: int) -> float:
     "The k-th measure at so many tokens, on the line through the last two points; through the origin where it falls."
     last, before = points[-1], points[-2] if len(points) > 1 else (0,) * 4
