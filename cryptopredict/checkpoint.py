@@ -26,7 +26,8 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['VERSION', 'FILES', 'flatten', 'unflatten', 'write_atomic', 'to_toml', 'CheckpointError', 'NewerVersion', 'step_of',
-           'checkpoints', 'save', 'verify', 'load', 'code_commit', 'newest', 'remove', 'prune', 'remove_orphans']
+           'checkpoints', 'save', 'verify', 'load', 'dotted', 'refuse_other', 'code_commit', 'newest', 'remove',
+           'prune', 'remove_orphans']
 
 # %% ../nbs/04c_checkpoint.ipynb #f7eccf81
 def flatten(
@@ -214,6 +215,34 @@ def load(
     try: return unflatten(json.loads(data["rest.json"]), load_tensors(data["tensors.safetensors"]))
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} holds no checkpoint ({error}): use an earlier one") from error
+
+# %% ../nbs/04c_checkpoint.ipynb #a3c94e48
+def dotted(
+    values: dict,  # nested tables
+    path: str = "",  # what stands before their keys
+) -> dict:
+    "Nested tables as one, each key with its path: `model.d_model`."
+    parts = [dotted(v, f"{path}{k}.") if isinstance(v, dict) else {path + k: v} for k, v in values.items()]
+    return {k: v for part in parts for k, v in part.items()}
+
+# %% ../nbs/04c_checkpoint.ipynb #41825014
+def _difference(there, here) -> str:
+    "How two values differ; of two lists, what only one of them has."
+    if not (isinstance(there, list) and isinstance(here, list)): return f"{there} there, {here} here"
+    only = lambda one, other: ", ".join(str(v) for v in one if v not in other) or "nothing more"
+    return f"{only(there, here)} there, {only(here, there)} here" if {*there} != {*here} else "another order"
+
+# %% ../nbs/04c_checkpoint.ipynb #7728bda6
+def refuse_other(
+    folder: str | Path,  # that the values belong to
+    there: dict,  # what is in it, flat
+    here: dict,  # what is to be put into it
+) -> None:
+    "A `ValueError` that names the first difference; none where there is none."
+    for key in {**here, **there}:
+        if there.get(key) == here.get(key): continue
+        told = _difference(there.get(key), here.get(key))
+        raise ValueError(f"{folder} holds another run ({key}: {told}): choose another --out")
 
 # %% ../nbs/04c_checkpoint.ipynb #eeb04ae1
 @cache

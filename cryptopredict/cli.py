@@ -174,7 +174,7 @@ class _Tracked:
 
     def _trackers(self):
         from cryptopredict.track import MLflow, TensorBoard, together
-        return together(*[TensorBoard()] * self.tensorboard, *([] if self.mlflow is None else [MLflow(self.mlflow)]))
+        return together(*([TensorBoard()] if self.tensorboard else []), *([MLflow(self.mlflow)] if self.mlflow else []))
 
 # %% ../nbs/06a_cli.ipynb #329d1bdc
 @dataclass
@@ -233,6 +233,7 @@ class Run(_Folder):
     def __call__(self) -> int:
         from cryptopredict.results import write_report
         config = self._config()
+        self._trackers().close()  # what they lack is said before the long part
         _say("panel ...")
         panel, tables, provenance, name = self._load()
         _say(f"  {name}: {len(panel)} hours, {panel.index[0]:%Y-%m-%d} to {panel.index[-1]:%Y-%m-%d}")

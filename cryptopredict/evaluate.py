@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from . import __version__
 from .baselines import BASELINES
 from .calibration import reliability
-from .checkpoint import code_commit, remove_orphans, to_toml, write_atomic
+from .checkpoint import code_commit, dotted, refuse_other, remove_orphans, to_toml, write_atomic
 from .features import build_features
 from .labels import make_labels
 from .leakage import (Fold, LeakReport, audit, audit_availability, audit_folds, audit_labels, audit_model,
@@ -289,23 +289,14 @@ def _identity(config: EvaluateConfig, provenance: dict) -> dict:
     return {"config": config.plain(), **{k: provenance[k] for k in same}}
 
 # %% ../nbs/05f_evaluate.ipynb #9241fe71
-def _flat(values: dict, path: str = "") -> dict:
-    "Nested tables as one, keys with their path."
-    parts = [_flat(v, f"{path}{k}.") if isinstance(v, dict) else {path + k: v} for k, v in values.items()]
-    return {k: v for part in parts for k, v in part.items()}
-
-# %% ../nbs/05f_evaluate.ipynb #b505ef31
 def write_config(
     out: str | Path,  # folder of a run or of trainings
     config: EvaluateConfig,  # what it is made with
     source: str,  # what it is made of
 ) -> None:
     "`config.toml`, all that was decided; a `ValueError` names what differs from the one that stands there."
-    path, mine = Path(out) / "config.toml", _flat(config.plain())
-    there = _flat(load_config(path).plain()) if path.exists() else mine
-    for k in mine:
-        if there[k] == mine[k]: continue
-        raise ValueError(f"{out} holds another run ({k}: {there[k]} there, {mine[k]} here): choose another --out")
+    path, mine = Path(out) / "config.toml", dotted(config.plain())
+    refuse_other(out, dotted(load_config(path).plain()) if path.exists() else mine, mine)
     if path.parent.exists() and not path.parent.is_dir(): raise ValueError(f"{out} is a file: choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     head = f"# cryptopredict {__version__}, {code_commit()}, on {source}"
@@ -319,13 +310,11 @@ def open_run(out: str | Path, config: EvaluateConfig, provenance: dict) -> Path:
     mine = _identity(config, provenance)
     if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: choose another --out")
     if known.exists():
-        try: there, here = (_flat(d["config"]) | {k: d[k] for k in d if k != "config"}
+        try: there, here = (dotted(d["config"]) | {k: d[k] for k in d if k != "config"}
                             for d in (json.loads(known.read_text())["identity"], mine))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{known} is damaged ({error}): choose another --out") from error
-        for k in {**there, **here}:
-            if there.get(k) == here.get(k): continue
-            raise ValueError(f"{out} holds another run ({k}: {there.get(k)} there, {here.get(k)} here): choose another --out")
+        refuse_other(out, there, here)
     elif out.is_dir() and any(out.iterdir()): raise ValueError(f"{out} is not empty and holds no run: choose another --out")
     (out / "parts").mkdir(parents=True, exist_ok=True)
     if not known.exists(): write_atomic(known, json.dumps({"identity": mine, "provenance": provenance}, indent=1))
@@ -501,18 +490,16 @@ def _training_identity(model: Network, data: FoldData) -> dict:
     names = ("epochs", "horizon", "vol_window", "threshold", "validation_spans")
     digest = hashlib.sha256(data.x.numpy().tobytes())
     for part in data.fit: digest.update(part.numpy().tobytes())
-    network = _flat(dict(model=vars(model.sizes), train=vars(model.settings)))
-    return {name: getattr(model, name) for name in names} | network | dict(data_sha256=digest.hexdigest())
+    network = dotted(dict(model=vars(model.sizes), train=vars(model.settings)))
+    came = dict(features=list(data.scaler.columns), data_sha256=digest.hexdigest())
+    return {name: getattr(model, name) for name in names} | network | came
 
 # %% ../nbs/05f_evaluate.ipynb #74449110
 def _kept_choice(path: Path, identity: dict) -> dict:
     "The choice in a folder; a `ValueError` where it is damaged, or that of another training."
     try: choice = json.loads(path.read_text())
     except ValueError as error: raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
-    there = choice.get("identity", identity)
-    for k, mine in identity.items():
-        if there.get(k) == mine: continue
-        raise ValueError(f"{path.parent} holds another training ({k}: {there.get(k)} there, {mine} here): choose another --out")
+    refuse_other(path.parent, choice.get("identity", identity), identity)
     return choice
 
 # %% ../nbs/05f_evaluate.ipynb #d637d79a

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .checkpoint import (checkpoints, code_commit, flatten, load, newest, prune, remove, remove_orphans, save,
-                                      step_of, to_toml, write_atomic)
+from .checkpoint import (checkpoints, code_commit, dotted, flatten, load, newest, prune, refuse_other, remove,
+                                      remove_orphans, save, step_of, to_toml, write_atomic)
 from .mamba2_block import map_state
 from .multitask import (Bound, Forecast, ModelConfig, ModelState, MultitaskModel, Targets, check_fields, detach,
                                      multitask_loss, preset, read_preset, task_losses)
@@ -178,8 +178,12 @@ class Run:
         "Go on from a checkpoint's content."
         if lacks := sorted(self.content().keys() - content.keys()):
             raise ValueError(f"a checkpoint in {self.out} lacks {', '.join(lacks)}: go on with the version that wrote it")
-        for name in ("model", "optimiser", "scaler"):
-            if content[name]: getattr(self, name).load_state_dict(content[name])
+        try:
+            for name in ("model", "optimiser", "scaler"):
+                if content[name]: getattr(self, name).load_state_dict(content[name])
+        except (RuntimeError, KeyError, ValueError) as error:
+            told = " ".join(str(error).split())
+            raise ValueError(f"a checkpoint in {self.out} does not fit ({told}): go on with the version that wrote it") from error
         for name in ("step", "epoch", "cursor", "history", "guard", "about"): setattr(self, name, content[name])
         self.carried = _as_state(content["carried"], self.model, self.config.device)
         _rng(self.config.device, content["rng"])
@@ -601,8 +605,8 @@ def _forget_after(run: Run, lengths: dict[str, int]) -> None:
         if size < due: raise ValueError(f"{path} is shorter than at the last checkpoint: bring it back, or choose another --out")
         if size > due: os.truncate(path, due)
     timings = run.out / "timings.jsonl"
-    kept = [line for line in _lines(timings) if json.loads(line)["epoch"] <= run.epoch]
-    if timings.exists(): write_atomic(timings, "".join(line + "\n" for line in kept))
+    kept = "".join(line + "\n" for line in _lines(timings) if json.loads(line)["epoch"] <= run.epoch)
+    if timings.exists() and timings.read_text(encoding="utf-8") != kept: write_atomic(timings, kept)
 
 # %% ../nbs/05_tbptt_trainer.ipynb #4014602f
 def _lines(path: Path) -> list[str]:
@@ -629,18 +633,12 @@ def _about(data: FoldData, climatology: tuple | None) -> dict:
 
 # %% ../nbs/05_tbptt_trainer.ipynb #922de19d
 def _refuse_other(found: dict, run: Run) -> None:
-    "A `ValueError` where a checkpoint is of another configuration or of other data."
-    def flat(config: dict, about: dict) -> dict:
-        rest = {k: v for k, v in config.items() if k != "model"}
-        return rest | {f"model.{k}": v for k, v in config["model"].items()} | dict(data=about["data"])
+    "A `ValueError` where a checkpoint is of another configuration, of other features or of other data."
     if "config" not in found or "about" not in found: raise ValueError(f"{run.out} holds checkpoints of something else")
-    mine = flat(json.loads(json.dumps(asdict(run.config))), run.about)
-    theirs = flat(found["config"], found["about"])
-    short = lambda key, value: value[:12] if key == "data" else value  # a hash
-    for key, value in mine.items():
-        if theirs.get(key) == value: continue
-        there, here = short(key, theirs.get(key)), short(key, value)
-        raise ValueError(f"{run.out} holds another run ({key}: {there} there, {here} here): choose another --out")
+    def identity(config: dict, about: dict) -> dict:
+        features = None if about["scaler"] is None else list(about["scaler"]["columns"])
+        return dotted(json.loads(json.dumps(config))) | dict(features=features, data=about["data"][:12])
+    refuse_other(run.out, identity(found["config"], found["about"]), identity(asdict(run.config), run.about))
 
 # %% ../nbs/05_tbptt_trainer.ipynb #8d10fbc7
 @contextmanager

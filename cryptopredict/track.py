@@ -25,6 +25,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from .checkpoint import dotted
 from .tbptt_trainer import Run
 
 # %% auto #0
@@ -323,14 +324,6 @@ def _identity(run: Run) -> str:
     parts = [str(run.out.resolve()), asdict(run.config), run.about.get("data")]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/05g_track.ipynb #2899c042
-def _parameters(config: dict, prefix: str = "") -> dict[str, str]:
-    "A configuration as flat texts: `model.d_model`."
-    flat = {}
-    for key, value in config.items():
-        flat |= _parameters(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: str(value)}
-    return flat
-
 # %% ../nbs/05g_track.ipynb #c985af9d
 def _check_free(database: Path, patience: float) -> None:
     "An `sqlite3.OperationalError` where another process holds the database so long; MLflow itself would wait for 20 seconds."
@@ -372,7 +365,7 @@ def _mlflow_run(tracker: MLflow, run: Run) -> str:
         return found[0].info.run_id
     tags = {tag: _identity(run), "cryptopredict.folder": str(tracker.out)}
     made = client.create_run(tracker.experiment, tags=tags, run_name="/".join(tracker.out.parts[-3:]))
-    client.log_batch(made.info.run_id, params=[Param(*pair) for pair in _parameters(asdict(run.config)).items()])
+    client.log_batch(made.info.run_id, params=[Param(k, str(v)) for k, v in dotted(asdict(run.config)).items()])
     return made.info.run_id
 
 # %% ../nbs/05g_track.ipynb #fc9277e9

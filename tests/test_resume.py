@@ -1,5 +1,6 @@
 """Trainings that are killed, asked to end, left without room: what is gone on with is what would have been."""
 
+import hashlib
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -369,3 +371,84 @@ def test_a_signal_while_packages_are_imported(tmp_path, how, wait):
     assert process.returncode == dict(SIGINT=130, SIGTERM=143)[how], stderr
     assert stderr == "cryptopredict: interrupted; the same --out goes on where it stopped\n"
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def _rewrite(out: Path, change) -> None:
+    """Change the content of the newest checkpoint, and sign it anew."""
+    content, path = newest(out / "checkpoints")
+    shutil.rmtree(path)
+    change(content)
+    checkpoint.save(path, content)
+
+
+def _newer(out: Path) -> None:
+    manifest = checkpoints(out / "checkpoints")[0] / "manifest.json"
+    body = dict(json.loads(manifest.read_text()), version=checkpoint.VERSION + 1)
+    body.pop("sha256")
+    manifest.write_text(json.dumps(dict(body, sha256=hashlib.sha256(json.dumps(body).encode()).hexdigest())))
+
+
+def _renamed(fold: FoldData) -> FoldData:
+    return fold._replace(scaler=replace(fold.scaler, columns=("a", "b", "c", "d", "e", "x")))
+
+
+UNFIT = {  # what is done to a finished run, what is trained on -> what the refusal says
+    "newer version": (_newer, data, "version 2 is not known here: load it with the cryptopredict that wrote it"),
+    "missing key": (lambda out: _rewrite(out, lambda c: c.pop("guard")), data, "lacks guard: go on with the version that wrote"),
+    "missing weight": (lambda out: _rewrite(out, lambda c: c["model"].popitem()), data, "does not fit"),
+    "other features": (lambda out: None, lambda: _renamed(data()), "features: f there, x here"),
+    "other data": (lambda out: None, lambda: data()._replace(stop=990), "data: "),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_run_that_cannot_be_gone_on_with_is_left_as_it_is(whole, tmp_path, case):
+    harm, fold, said = UNFIT[case]
+    shutil.copytree(whole, tmp_path / "out")
+    harm(tmp_path / "out")
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=said) as told: train(config(), fold(), tmp_path / "out")
+    assert len(str(told.value).splitlines()) == 1 and str(tmp_path / "out") in str(told.value)
+    assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def unprivileged(work) -> int:
+    """Exit status of work done by a user whom permissions bind."""
+    def bound():
+        if os.geteuid() == 0: os.setuid(65534)
+        work()
+    return in_child(bound)
+
+
+@pytest.fixture(params=[1, 2])
+def common(request):
+    """A run where every user may go, after its first epoch and finished."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    train(config(), data(), folder / "out", until=request.param)
+    for path in folder.rglob("*"): path.chmod(0o755 if path.is_dir() else 0o644)
+    yield folder / "out"
+    for path in folder.rglob("*"): path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("common", [2], indirect=True)
+def test_a_finished_run_that_may_only_be_read_is_read(common):
+    for path in (common, *common.rglob("*")): path.chmod(0o555 if path.is_dir() else 0o444)
+    assert unprivileged(lambda: train(config(), data(), common)) == 0
+
+
+@pytest.mark.parametrize("common", [1], indirect=True)
+@pytest.mark.parametrize("closed", ["", "checkpoints", "checkpoints/step-*/rest.json", "metrics.jsonl"])
+def test_what_may_not_be_read_or_written_is_named_and_left(common, closed):
+    """Without permission to read, nothing is taken for absent and begun anew."""
+    before = {p: p.read_bytes() for p in common.rglob("*") if p.is_file()}
+    for path in common.glob(closed) if closed else [common]: path.chmod(0)
+
+    def work():
+        with pytest.raises((CheckpointError, PermissionError)) as told: train(config(), data(), common)
+        assert not isinstance(told.value, CheckpointError) or "may not be read: change its permissions" in str(told.value)
+    assert unprivileged(work) == 0
+    common.chmod(0o755)
+    for path in common.rglob("*"): path.chmod(0o755)
+    assert before == {p: p.read_bytes() for p in common.rglob("*") if p.is_file()}
