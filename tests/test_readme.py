@@ -139,3 +139,13 @@ def test_cost_of_truncation_is_what_was_measured():
     for length, figure in zip((256, 2048), re.search(told, " ".join(README.split())).groups(), strict=True):
         assert f"{median(r['cosine']['decay and step size'][at[length]] for r in rows):.2f}" == figure
     assert all(r["cosine"]["all"][at[256]] > .99 for r in rows)
+
+
+def test_cost_of_checkpoints_is_what_was_measured():
+    cost = json.loads((ROOT / "results" / "checkpoints.json").read_text(encoding="utf-8"))
+    rows = {r["save_every"]: r for r in cost["tiny"]}
+    told = r"is ([\d.]+) MB and takes (\d+) ms .*?: ([\d.]+) % of a training .*?, (\d+) % with"
+    usual, each = rows[500], rows[1]
+    due = usual["bytes"] / 1e6, 1e3 * usual["one_save"], 100 * usual["share"]["median"], 100 * each["share"]["median"]
+    figures = re.search(told, " ".join(README.split())).groups()
+    assert figures == tuple(f"{value:.{digits}f}" for value, digits in zip(due, (1, 0, 1, 0)))

@@ -186,6 +186,30 @@ def test_a_signal_is_obeyed_after_a_save(whole, tmp_path, how, wait):
     assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("number", range(1, 6))  # tensors, the rest, manifest, folder, name
+def test_a_signal_in_the_middle_of_a_save(whole, tmp_path, monkeypatch, number):
+    """It comes at the n-th flush of the save at update 3, which is finished first."""
+    flushes, plain, saving, plain_save = [], os.fsync, [], tbptt_trainer.save
+
+    def fsync(handle):
+        flushes.extend(saving)
+        if saving and len(flushes) == number: signal.raise_signal(signal.SIGINT)
+        plain(handle)
+
+    def save(path, content):
+        if content["step"] == 3: saving.append(1)
+        made = plain_save(path, content)
+        saving.clear()
+        return made
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(tbptt_trainer, "save", save)
+    with pytest.raises(KeyboardInterrupt): train(config(), data(), tmp_path)
+    assert newest(tmp_path / "checkpoints")[0]["step"] == 3 and not list(tmp_path.rglob("*.tmp"))
+    train(config(), data(), tmp_path)
+    assert len(flushes) == 5 and not differences(tmp_path, outcome(whole))
+
+
 def test_a_second_signal_is_obeyed_at_once(tmp_path, monkeypatch):
     """Two in one update: the first is kept, the second does what it does without a training around it."""
     told = []
