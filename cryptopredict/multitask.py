@@ -37,9 +37,9 @@ class Bound(NamedTuple):
 
     def __get_pydantic_core_schema__(self, source, handler):
         "The same for pydantic: nothing is converted."
-        from pydantic_core import core_schema
-        make = core_schema.int_schema if isinstance(self.low, int) else core_schema.float_schema
-        return make(strict=True, ge=self.low, le=self.high)
+        from pydantic import Field
+        kind = int if isinstance(self.low, int) else float
+        return handler.generate_schema(Annotated[kind, Field(strict=True, ge=self.low, le=self.high)])
 
 # %% ../nbs/04a_multitask.ipynb #7815921c
 @cache
