@@ -320,7 +320,8 @@ def remove_orphans(
     folder: str | Path,  # of a run or its checkpoints
 ) -> list[Path]:
     "Remove what processes that are no more have left half written; returns what went."
-    own = re.compile(r"\.step-\d+(?:\.\d+)?\.(\d+)\.tmp|\w+\.(?:json|jsonl|toml)\.(\d+)\.tmp")  # nobody else's names
+    kinds = "json|jsonl|toml|parquet|html|db"
+    own = re.compile(rf"\.step-\d+(?:\.\d+)?\.(\d+)\.tmp|[\w-]+\.(?:{kinds})\.(\d+)\.tmp")  # nobody else's names
     found = [(m, p) for p in Path(folder).glob("*.tmp") if (m := own.fullmatch(p.name))]
     gone = [p for m, p in found if not _is_alive(int(m[1] or m[2]))]
     for path in gone: shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

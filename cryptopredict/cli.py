@@ -5,6 +5,7 @@
 # %% ../nbs/06a_cli.ipynb #addaa8bf
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -111,9 +112,9 @@ class _Source:
 # %% ../nbs/06a_cli.ipynb #b8547593
 def _argument(meant: str, kind: type, bound):
     "How a flag is shown: meaning, bounds and unit, or what may be chosen."
-    chosen = isinstance(bound, tuple) and not hasattr(bound, "unit")
-    shown = f"{{{','.join(map(str, bound))}}}" if chosen else kind.__name__.upper()
-    told = f"{meant[:1].upper()}{meant[1:]}{'' if chosen or bound is None else f'; {bound}'}."
+    chosen = bound is not None and not hasattr(bound, "unit")
+    shown = f"{{{','.join(bound)}}}" if chosen else "{True,False}" if kind is bool else kind.__name__.upper()
+    told = f"{meant[:1].upper()}{meant[1:]}{'' if chosen or bound is None or kind is bool else f'; {bound}'}."
     return tyro.conf.arg(help=told, metavar=shown, help_behavior_hint="(default: the preset's)")
 
 # %% ../nbs/06a_cli.ipynb #894dd5f4
@@ -219,6 +220,7 @@ class Evaluate(_Folder):
         config = self._config()
         panel, _, _, name = loaded or self._load()
         out = self.out or _new_folder("run")
+        if self.out is None: _say(f"folder: {out}")
         with self._trackers() as trackers, _Progress() as progress:
             self.out = walk_forward_run(config, panel, out, name, audits, progress, together(progress.watch, trackers))
         _say_scores(self.out)
@@ -379,9 +381,10 @@ def _say_expected(config, panel) -> int:
     seconds, last = made["seconds"].sum(), made["share"].min()
     network = f"{one['parameters']:,} parameters on {t.device}, amp {t.amp}"
     _say(f"{network}; {t.batch} streams x {t.tbptt_len} hours, gradients {t.bptt}")
-    shown = made.assign(time=made["seconds"].map(_age), memory=(made["memory"] / 2**20).map("{:.0f} MiB".format))
-    _say(shown[["training", "learned", "judged", "hours", "updates", "time", "memory"]].to_string(index=False))
-    _say(f"in all {made['updates'].sum():,} updates, about {_age(seconds)} and {made['memory'].max() / 2**20:.0f} MiB at most "
+    shown = made.assign(chunk=[f"{r.streams} x {r.hours}" for r in made.itertuples()], hours=made["length"],
+                        time=made["seconds"].map(_age), memory=(made["memory"] / 2**20).map("{:.0f} MiB".format))
+    _say(shown[["training", "learned", "judged", "hours", "chunk", "updates", "time", "memory"]].to_string(index=False))
+    _say(f"in all {made['updates'].sum():,} updates, about {_age(seconds)} and {made['memory'].max() / 2**20:.0f} MiB "
          f"(continued from updates on {100 * last:.0f} % of a chunk or more)")
     return 0
 
@@ -394,17 +397,17 @@ class Train(_Walk, _Tracked):
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
 
     def __call__(self) -> int:
-        from cryptopredict.evaluate import newest_forecast, write_config
+        from cryptopredict.evaluate import train_newest
         from cryptopredict.results import newest_table
         from cryptopredict.track import together
-        config, out = self._config().model_copy(update=dict(models=("mamba2",))), self.out or _new_folder("train")
+        config, out = self._config(), self.out or _new_folder("train")
         panel, _, _, name = self._load()
         _say(f"{name}: {len(panel)} hours, {panel.index[0]:%Y-%m-%d} to {panel.index[-1]:%Y-%m-%d}")
         _say(f"preset {config.preset}, at most {config.epochs} epochs")
         if self.dry_run: return _say_expected(config, panel)
-        write_config(out, config, name)
+        if self.out is None: _say(f"folder: {out}")
         with self._trackers() as trackers, _Progress() as progress:
-            made = newest_forecast(config, panel, progress, out, together(progress.watch, trackers))
+            made = train_newest(config, panel, out, name, progress, together(progress.watch, trackers))
         choice = json.loads((out / "choice.json").read_text())
         heads = ", ".join(choice["heads"]) or "none: it repeats its anchors"
         _say(f"chosen on validation: {choice['epochs']} epochs, heads that help: {heads}")
@@ -427,18 +430,52 @@ def _trainings_state(folder: Path) -> tuple[str, str]:
     lines = [line for path in folder.glob("**/validation.jsonl") for line in path.read_text().splitlines()]
     losses = [json.loads(line)["total"] for line in lines if line.endswith("}")]
     state = f"{len(kept)} training{'s' * (len(kept) != 1)}, {sum(step_of(c[0]) for c in kept if c)} updates"
-    return state, f"validation loss {min(losses):.3f}" if losses else ""
+    return ("finished, " if _is_trained(folder) else "") + state, f"validation loss {min(losses):.3f}" if losses else ""
+
+# %% ../nbs/06a_cli.ipynb #abe23676
+def _is_trained(folder: Path) -> bool:
+    "Whether the trainings of all seeds are as long as was chosen."
+    import tomllib
+    if not all((folder / name).exists() for name in ("config.toml", "choice.json")): return False
+    config = tomllib.loads((folder / "config.toml").read_text())
+    epochs = json.loads((folder / "choice.json").read_text())["epochs"]
+    for seed in range(config["seed"], config["seed"] + config["seeds"]):
+        path = folder / f"seed-{seed}" / "timings.jsonl"
+        done = [json.loads(line)["epoch"] for line in path.read_text().splitlines()] if path.exists() else []
+        if max(done, default=0 if path.parent.exists() else -1) < epochs: return False
+    return True
 
 # %% ../nbs/06a_cli.ipynb #0a176752
+def _is_worked_on(folder: Path) -> bool:
+    "Whether a process runs in the folder or trains below it."
+    from cryptopredict.tbptt_trainer import alone
+    for place in (folder, *folder.glob("**/checkpoints")):
+        try:
+            with alone(place): pass
+        except (ValueError, OSError): return True
+    return False
+
+# %% ../nbs/06a_cli.ipynb #9311dc3c
 def _run_row(place: Path) -> dict | None:
     "What is said of a folder; None where it holds neither a walk-forward nor a training."
     if not place.is_dir(): return None
-    if (place / "run.json").exists(): kind, (state, best) = "walk-forward", _walk_state(place)
-    elif any(place.glob("**/checkpoints")): kind, (state, best) = "training", _trainings_state(place)
+    if (place / "run.json").exists(): kind, state_of = "walk-forward", _walk_state
+    elif any(place.glob("**/checkpoints")): kind, state_of = "training", _trainings_state
     else: return None
-    age = time.time() - max(p.stat().st_mtime for p in (place, *place.glob("**/*")))
-    return dict(run=place, kind=kind, state=state, best=best, age=_age(age),
-                resume="" if state == "finished" else f"the same command with --out {place}")
+    try: state, best = state_of(place)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error: state, best = f"damaged ({error!r})", ""
+    if working := _is_worked_on(place): state = f"running, {state.removeprefix('stopped, ')}"
+    resume = "" if state.startswith(("finished", "damaged")) or working else f"the same command with --out {place}"
+    return dict(run=place, kind=kind, state=state, best=best, age=_age(time.time() - _last_change(place)), resume=resume)
+
+# %% ../nbs/06a_cli.ipynb #c7f8a1f6
+def _last_change(folder: Path) -> float:
+    "Time of the newest file or folder in it; some may go while they are looked at."
+    times = [folder.stat().st_mtime]
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError): times.append(os.lstat(os.path.join(place, name)).st_mtime)
+    return max(times)
 
 # %% ../nbs/06a_cli.ipynb #3b2b514a
 @dataclass

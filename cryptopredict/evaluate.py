@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import tempfile
 import tomllib
 from collections.abc import Callable
@@ -34,14 +35,16 @@ from .multitask import DERIVED, PRESETS, Bound, ModelConfig, MultitaskModel, rea
 from .scores import SCHEMA, compare, dm_test, loss_table, summarise
 from .simulate import conditional_law
 from .streams import FoldData, fold_data, warm_forecast
-from .tbptt_trainer import Run, TrainConfig, TrainSettings, best_epoch, estimate, train
+from .tbptt_trainer import (Run, TrainConfig, TrainSettings, alone, best_epoch, check_device, deterministic,
+                                         estimate, train)
 
 # %% auto #0
 __all__ = ['FORECAST_COLUMNS', 'FORECASTERS', 'HEAD_LOSSES', 'HEAD_COLUMNS', 'LEVEL', 'SHORT', 'HOURS', 'AUDITS', 'Truth',
            'ConfigError', 'EvaluateConfig', 'load_config', 'default_first_test', 'origins', 'make_folds',
-           'audit_inputs', 'panel_hash', 'provenance_of', 'write_config', 'open_run', 'fit_predict', 'Anchor',
-           'combine', 'head_evidence', 'Prepared', 'choice_folds', 'Network', 'expected_trainings', 'audit_network',
-           'certificate', 'predict_folds', 'score_run', 'newest_forecast', 'training_summary', 'walk_forward_run']
+           'audit_inputs', 'panel_hash', 'provenance_of', 'check_config', 'write_config', 'open_run', 'fit_predict',
+           'Anchor', 'combine', 'head_evidence', 'Prepared', 'choice_folds', 'Network', 'check_network',
+           'expected_trainings', 'audit_network', 'certificate', 'predict_folds', 'score_run', 'newest_forecast',
+           'train_newest', 'training_summary', 'walk_forward_run']
 
 # %% ../nbs/05f_evaluate.ipynb #719566b7
 FORECAST_COLUMNS = SCHEMA[4:]  # p_down p_flat p_up p10 p90 sigma
@@ -73,6 +76,18 @@ def _is_duration(value: str, least: str = "0D") -> str:
     except ValueError: positive = False
     if not positive: raise ValueError(f"{value!r} is no positive duration such as '90D'")
     if pd.Timedelta(value) < pd.Timedelta(least): raise ValueError(f"{value!r} is shorter than {least}: origins are daily")
+    return value
+
+# %% ../nbs/05f_evaluate.ipynb #891ae7a7
+def _is_time(value: str | None, field: str) -> str | None:
+    "`value` if pandas reads it as what the field holds."
+    if value is None: return value
+    reads = dict(first_test=pd.Timestamp, step=pd.tseries.frequencies.to_offset, embargo=pd.Timedelta)
+    try: read = reads[field](value)
+    except (ValueError, TypeError): read = None
+    example = dict(first_test="time such as '2018-01-01'", step="length such as 'YS' or '365D'", embargo="duration such as '7D'")
+    if read is None or read is pd.NaT or field == "embargo" and read < pd.Timedelta(0):
+        raise ValueError(f"{value!r} is no {example[field]}")
     return value
 
 # %% ../nbs/05f_evaluate.ipynb #b02857e0
@@ -117,6 +132,15 @@ class EvaluateConfig(BaseModel):
     @classmethod
     def _preset(cls, values): return _complete(values)
 
+    @field_validator("first_test", "step", "embargo")
+    @classmethod
+    def _times(cls, value, info): return _is_time(value, info.field_name)
+
+    @model_validator(mode="after")
+    def _seeds(self):
+        if self.seed + self.seeds > 2**31: raise ValueError("seed + seeds is above 2147483648: begin with a smaller seed")
+        return self
+
     @field_validator("preset")
     @classmethod
     def _known_preset(cls, name): return name if read_preset(name) else name
@@ -159,14 +183,14 @@ def load_config(
     values = {}
     if path is not None:
         try: values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error}); check --config") from error
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path}: is not TOML ({error}); mend the line") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error}); check --config") from error
     given = {k: v for k, v in overrides.items() if v is not None}
     try: EvaluateConfig(**values)
     except ValidationError as error: raise _explain(error, str(path)) from None
-    if given.get("preset", values.get("preset")) != values.get("preset"):  # would be without effect on what stands in a table
+    if "preset" in values and given.get("preset", values["preset"]) != values["preset"]:  # the tables are made for that one
         for table in values.keys() & {"model", "train"}:
             raise ConfigError(f"flags: preset {given['preset']!r} would leave the table '{table}' of {path}: remove one of them")
     tables = {k: values.get(k, {}) | given[k] for k in ("model", "train") if k in given}
@@ -289,20 +313,32 @@ def _identity(config: EvaluateConfig, provenance: dict) -> dict:
     return {"config": config.plain(), **{k: provenance[k] for k in same}}
 
 # %% ../nbs/05f_evaluate.ipynb #9241fe71
+def check_config(
+    out: str | Path,  # folder of a run or of trainings; there may be none
+    config: EvaluateConfig,  # what is to be done in it
+) -> None:
+    "A `ValueError` where the folder is a file, or holds another configuration; nothing is written."
+    path = Path(out) / "config.toml"
+    if Path(out).exists() and not Path(out).is_dir(): raise ValueError(f"{out} is a file: choose another --out")
+    if not path.exists(): return
+    try: there = load_config(path)
+    except ConfigError as error: raise ValueError(f"{error} (it was written by a run: choose another --out)") from error
+    refuse_other(out, dotted(there.plain()), dotted(config.plain()))
+
+# %% ../nbs/05f_evaluate.ipynb #d4924276
 def write_config(
     out: str | Path,  # folder of a run or of trainings
     config: EvaluateConfig,  # what it is made with
     source: str,  # what it is made of
 ) -> None:
-    "`config.toml`, all that was decided; a `ValueError` names what differs from the one that stands there."
-    path, mine = Path(out) / "config.toml", dotted(config.plain())
-    refuse_other(out, dotted(load_config(path).plain()) if path.exists() else mine, mine)
-    if path.parent.exists() and not path.parent.is_dir(): raise ValueError(f"{out} is a file: choose another --out")
+    "`config.toml`, all that was decided; one that stands there is left, and refused where it is another."
+    check_config(out, config)
+    path, named = Path(out) / "config.toml", " ".join(source.encode(errors="backslashreplace").decode().split())
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = f"# cryptopredict {__version__}, {code_commit()}, on {source}"
+    head = f"# cryptopredict {__version__}, {code_commit()}, on {named}"
     if not path.exists(): write_atomic(path, f"{head}\n{to_toml(config.plain())}")
 
-# %% ../nbs/05f_evaluate.ipynb #4103c596
+# %% ../nbs/05f_evaluate.ipynb #9267199c
 def open_run(out: str | Path, config: EvaluateConfig, provenance: dict) -> Path:
     "The run folder, new or the same run as before; a `ValueError` names what differs and changes nothing."
     out = Path(out)
@@ -315,9 +351,12 @@ def open_run(out: str | Path, config: EvaluateConfig, provenance: dict) -> Path:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{known} is damaged ({error}): choose another --out") from error
         refuse_other(out, there, here)
-    elif out.is_dir() and any(out.iterdir()): raise ValueError(f"{out} is not empty and holds no run: choose another --out")
-    (out / "parts").mkdir(parents=True, exist_ok=True)
+    elif out.is_dir() and any(path for path in out.iterdir() if not re.fullmatch(r"run\.json\.\d+\.tmp", path.name)):
+        raise ValueError(f"{out} is not empty and holds no run: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
     if not known.exists(): write_atomic(known, json.dumps({"identity": mine, "provenance": provenance}, indent=1))
+    (out / "parts").mkdir(exist_ok=True)
+    for place in (out, out / "parts"): remove_orphans(place)
     return out
 
 # %% ../nbs/05f_evaluate.ipynb #b1802eef
@@ -497,8 +536,13 @@ def _training_identity(model: Network, data: FoldData) -> dict:
 # %% ../nbs/05f_evaluate.ipynb #74449110
 def _kept_choice(path: Path, identity: dict) -> dict:
     "The choice in a folder; a `ValueError` where it is damaged, or that of another training."
-    try: choice = json.loads(path.read_text())
-    except ValueError as error: raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
+    try:
+        choice = json.loads(path.read_text())
+        fits = type(choice["epochs"]) is int and choice["epochs"] >= 0 and {*choice["heads"]} <= {*HEAD_COLUMNS}
+        fits = fits and isinstance(choice["heads"], list) and isinstance(choice.get("identity", {}), dict)
+        if not fits: raise ValueError("no epochs and heads")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
     refuse_other(path.parent, choice.get("identity", identity), identity)
     return choice
 
@@ -529,6 +573,9 @@ class Network:
 
     def fit(self, panel, features, labels, fold, seed=0):
         "Choose on validation spans before the test (once a folder, for all seeds), then fit on `fold.refit`."
+        with deterministic(self.settings.deterministic): return self._fit(panel, features, labels, fold, seed)
+
+    def _fit(self, panel, features, labels, fold, seed):
         self.prepared, kept = _prepare(self, panel, features, labels, fold.refit, None), self.folder / "choice.json"
         identity = _training_identity(self, self.prepared.data)
         remove_orphans(self.folder)
@@ -545,12 +592,26 @@ class Network:
         "Forecasts at `rows`; a head that stayed at its anchor repeats it to the last digit."
         anchor = _anchor_forecast(self.prepared.anchor, panel, rows)
         if not self.heads: return anchor
-        return combine(anchor, _network_forecast(self.model, self.prepared, panel, features, rows), self.heads)
+        with deterministic(self.settings.deterministic):
+            return combine(anchor, _network_forecast(self.model, self.prepared, panel, features, rows), self.heads)
 
 # %% ../nbs/05f_evaluate.ipynb #e751c8c8
 FORECASTERS["mamba2"] = Network
 
 # %% ../nbs/05f_evaluate.ipynb #c58c4096
+def check_network(
+    config: EvaluateConfig,  # sizes, backend, kernel and device of the network
+) -> None:
+    "A `ValueError` where such a network cannot be run here, found with a forward of two steps."
+    check_device(config.train.device)
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            model = MultitaskModel(replace(config.model, n_features=2, anchored=True)).to(config.train.device)
+            model(torch.zeros(1, 2, 2, device=config.train.device))
+    except (RuntimeError, ImportError, TypeError) as error:
+        raise ValueError(f"the network cannot be run here ({' '.join(str(error).split())}): choose other settings") from error
+
+# %% ../nbs/05f_evaluate.ipynb #a38fb3ed
 def expected_trainings(
     config: EvaluateConfig,  # as for `newest_forecast`
     panel: pd.DataFrame,  # hourly panel
@@ -558,17 +619,19 @@ def expected_trainings(
     "The trainings behind a newest forecast, before any: spans, hours, and what `estimate` expects of them."
     labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     fold = live_fold(panel.index, labels[["label_end", "sigma_end"]], validation=config.validation, embargo=config.embargo)
+    check_network(config)
     network, features = _make("mamba2", config), build_features(panel)
     choices = enumerate(choice_folds(labels, fold, config.validation_spans))
     seeds = range(config.seed, config.seed + config.seeds)
-    rows = [(f"choice-{k}", f.train, f.valid) for k, f in choices] + [(f"seed-{s}", fold.refit, None) for s in seeds]
+    rows = [(f"choice-{k}", f.train, f.valid) for k, f in choices] + [("seed", fold.refit, None)]
     made, span = [], lambda rows: f"{panel.index[rows[0]]:%Y-%m-%d} to {panel.index[rows[-1]]:%Y-%m-%d}"
     for name, fit, valid in rows:
         data = _prepare(network, panel, features, labels, fit, valid).data
         cost = estimate(_train_config(network, data, config.seed), data)
         spans = dict(learned=span(fit), judged="" if valid is None else span(valid))
-        made.append(dict(training=name, **spans, hours=data.stop - data.start, **cost._asdict()))
-    return pd.DataFrame(made)
+        made.append(dict(training=name, **spans, length=data.stop - data.start, **cost._asdict()))
+    # Other seeds are trained alike.
+    return pd.DataFrame(made[:-1] + [dict(made[-1], training=f"seed-{s}") for s in seeds])
 
 # %% ../nbs/05f_evaluate.ipynb #f797f40e
 SHORT = dict(horizon="20D", vol_window="7D")  # labels of the audited fold
@@ -728,6 +791,40 @@ def newest_forecast(
             made.append(one.assign(fold=-1)[SCHEMA])
     return pd.concat(made, ignore_index=True)
 
+# %% ../nbs/05f_evaluate.ipynb #ab89a3fb
+def train_newest(
+    config: EvaluateConfig,  # as for `newest_forecast`; the network alone is trained
+    panel: pd.DataFrame,  # hourly panel
+    out: str | Path,  # folder of the trainings: new, or one to go on with
+    source: str = "panel",  # what the panel is
+    progress: Callable[[int, int, str], None] = _quiet,  # called with models done, models in all, and what is next
+    watch: Callable[[Run, dict], None] = _unwatched,  # called after each update of training
+) -> pd.DataFrame:
+    "The newest forecast of a network that is kept in a folder, with `config.toml` as soon as it is trained there."
+    out, config = Path(out), config.model_copy(update=dict(models=("mamba2",)))
+    check_config(out, config)
+    check_network(config)
+    _check_trainings(out)
+    new, kept = not out.exists(), out / "config.toml"
+
+    def begun(run: Run, record: dict) -> None:
+        if not kept.exists(): write_config(out, config, source)  # the folder was found to be free, or of this
+        watch(run, record)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with alone(out): made = newest_forecast(config, panel, progress, out, begun)
+        write_config(out, config, source)
+    finally:
+        if new and not any(out.iterdir()): out.rmdir()
+    return made
+
+# %% ../nbs/05f_evaluate.ipynb #e70ee736
+def _check_trainings(out: Path) -> None:
+    "A `ValueError` for a folder of other things."
+    there = [path.name for path in out.iterdir()] if out.exists() else []
+    own = [name for name in there if re.fullmatch(r"config\.toml|choice\.json|(choice|seed)-\d+|.*\.tmp", name)]
+    if there and not own: raise ValueError(f"{out} is not empty and holds no training: choose another --out")
+
 # %% ../nbs/05f_evaluate.ipynb #65b7eac3
 def _lines(path: Path) -> list[dict]:
     "The records of a .jsonl file; none where there is no file."
@@ -772,19 +869,21 @@ def walk_forward_run(
     "Loop folds x models x seeds; writes `predictions.parquet`, `scores.json` and what the report needs into the run folder."
     labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     folds = make_folds(config, labels)  # before the folder: a run that cannot start leaves nothing behind
+    if "mamba2" in config.models: check_network(config)
     made_by = provenance_of(panel, source)
     out = open_run(out, config, made_by)
-    write_config(out, config, source)
-    predictions = predict_folds(config, panel, labels, folds, out, progress, watch)
-    write_atomic(out / "predictions.parquet", _parquet(predictions))
-    write_atomic(out / "origins.parquet", _parquet(_origin_table(panel, labels)))
-    newest = newest_forecast(config, panel, progress, out / "network" / "newest", watch)
-    write_atomic(out / "forecast.parquet", _parquet(newest))
-    paper = _kept_certificate(out) if audits is None else certificate(audits, made_by)
-    write_atomic(out / "certificate.json", json.dumps(paper := paper or certificate({}, made_by), indent=1))
-    head = dict(provenance=made_by, config=config.plain(), folds=_fold_table(panel.index, folds))
-    training = training_summary(out / "network")
-    audited = dict(audits=paper["audits"], untested=paper["untested"])
-    scores = dict(**head, **audited, training=training, **score_run(config, predictions, labels))
-    write_atomic(out / "scores.json", json.dumps(scores, indent=1))
+    with alone(out):
+        write_config(out, config, made_by["source"])
+        predictions = predict_folds(config, panel, labels, folds, out, progress, watch)
+        write_atomic(out / "predictions.parquet", _parquet(predictions))
+        write_atomic(out / "origins.parquet", _parquet(_origin_table(panel, labels)))
+        newest = newest_forecast(config, panel, progress, out / "network" / "newest", watch)
+        write_atomic(out / "forecast.parquet", _parquet(newest))
+        paper = _kept_certificate(out) if audits is None else certificate(audits, made_by)
+        write_atomic(out / "certificate.json", json.dumps(paper := paper or certificate({}, made_by), indent=1))
+        head = dict(provenance=made_by, config=config.plain(), folds=_fold_table(panel.index, folds))
+        training = training_summary(out / "network")
+        audited = dict(audits=paper["audits"], untested=paper["untested"])
+        scores = dict(**head, **audited, training=training, **score_run(config, predictions, labels))
+        write_atomic(out / "scores.json", json.dumps(scores, indent=1))
     return out

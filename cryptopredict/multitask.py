@@ -27,19 +27,20 @@ __all__ = ['DERIVED', 'POOLINGS', 'PRESETS', 'MAX_LOG_VAR', 'Bound', 'bounds', '
 
 # %% ../nbs/04a_multitask.ipynb #f924689a
 class Bound(NamedTuple):
-    "The least and the greatest value of a number, and its unit; whole numbers where these are."
+    "The least and the greatest value of a number, and its unit; of whole numbers where they are whole, of a bool False and True."
     low: float
     high: float
     unit: str = ""
 
     def __str__(self) -> str:
+        if isinstance(self.low, bool): return "False or True"
         return f"{self.low} to {self.high} {self.unit}".rstrip() + ", a whole number" * isinstance(self.low, int)
 
     def __get_pydantic_core_schema__(self, source, handler):
         "The same for pydantic: nothing is converted."
         from pydantic import Field
-        kind = int if isinstance(self.low, int) else float
-        return handler.generate_schema(Annotated[kind, Field(strict=True, ge=self.low, le=self.high)])
+        limits = {} if isinstance(self.low, bool) else dict(ge=self.low, le=self.high)
+        return handler.generate_schema(Annotated[type(self.low), Field(strict=True, **limits)])
 
 # %% ../nbs/04a_multitask.ipynb #7815921c
 @cache
@@ -50,7 +51,6 @@ def bounds(
     found = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
         if get_origin(hint) is Literal: found[name] = get_args(hint)
-        elif hint is bool: found[name] = (False, True)
         for bound in getattr(hint, "__metadata__", ()):
             if isinstance(bound, Bound): found[name] = bound
     return found
@@ -63,7 +63,7 @@ def check_fields(
     for name, bound in bounds(type(config)).items():
         value = getattr(config, name)
         if isinstance(bound, Bound):
-            kinds = (int,) if isinstance(bound.low, int) else (int, float)
+            kinds = (int, float) if isinstance(bound.low, float) else (type(bound.low),)
             if type(value) not in kinds or not bound.low <= value <= bound.high:
                 raise ValueError(f"{name} is {value!r}: give {bound}")
         elif value not in bound: raise ValueError(f"{name} is {value!r}; known are {', '.join(map(str, bound))}")
@@ -100,7 +100,7 @@ class ModelConfig:
     backend: Literal[*BACKENDS] = "auto"  # backend of the scan
     pooling: Literal[*POOLINGS] = "last"  # how the hidden states up to t become one
     pool_window: Annotated[int, Bound(0, 1_000_000, "hours")] = 168  # how far the attention pooling looks back
-    anchored: bool = False  # the last input channel is a forecast of log sigma that the volatility head adds to
+    anchored: Annotated[bool, Bound(False, True)] = False  # the last channel forecasts log sigma; the volatility head adds to it
     __pydantic_config__ = dict(extra="forbid")
 
     def __post_init__(self): _check_sizes(self)

@@ -5,6 +5,7 @@
 # %% ../nbs/04b_streams.ipynb #8c29fa6a
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -186,12 +187,23 @@ def warm_forecast(
     start: int = 0,  # first hour used
     chunk: int = 4096,  # hours a pass
 ) -> Forecast:
-    "Forecasts at every hour from `start` on, the state carried through all of them; (hours - start,) each, on the CPU."
-    training, device = model.training, next(model.parameters()).device
+    """Forecasts at every hour from `start` on, the state carried through all of them; (hours - start,) each, on the CPU.
+    Where memory is too small for a pass, passes are halved."""
+    training = model.training
     model.eval()
-    state, made = None, []
-    for part in x[start:].split(chunk):
+    try:
+        while True:
+            try: return _forecast_in_passes(model, x[start:], chunk)
+            except torch.OutOfMemoryError:
+                if chunk == 1: raise
+            chunk = math.ceil(chunk / 2)  # what the passes held is free only here
+    finally: model.train(training)
+
+# %% ../nbs/04b_streams.ipynb #c1e97e5e
+def _forecast_in_passes(model: MultitaskModel, x: Tensor, chunk: int) -> Forecast:
+    "Forecasts at every hour, so many hours a pass."
+    state, made, device = None, [], next(model.parameters()).device
+    for part in x.split(chunk):
         f, state = model(part[None].to(device), state)
-        made.append(f)
-    model.train(training)
-    return Forecast(*(torch.cat([v[0].float().cpu() for v in column]) for column in zip(*made)))
+        made.append([v[0].float().cpu() for v in f])
+    return Forecast(*(torch.cat(column) for column in zip(*made)))

@@ -34,9 +34,10 @@ from .multitask import (Bound, Forecast, ModelConfig, ModelState, MultitaskModel
 from .streams import Chunk, FoldData, plan_streams, stream_chunks, warm_forecast, windows
 
 # %% auto #0
-__all__ = ['HISTORIES', 'reach', 'TrainSettings', 'TrainConfig', 'train_preset', 'lr_factor', 'decay_groups', 'Stop', 'Run',
-           'exact_backward', 'train_step', 'steps_per_epoch', 'burn_in', 'settle', 'validation_loss', 'peak_bytes',
-           'checkpoint', 'train_epoch', 'train', 'best_epoch', 'Estimate', 'estimate']
+__all__ = ['HISTORIES', 'reach', 'TrainSettings', 'TrainConfig', 'train_preset', 'check_device', 'lr_factor', 'decay_groups',
+           'Stop', 'Run', 'exact_backward', 'train_step', 'steps_per_epoch', 'burn_in', 'settle', 'validation_loss',
+           'peak_bytes', 'checkpoint', 'train_epoch', 'alone', 'deterministic', 'train', 'best_epoch', 'Estimate',
+           'estimate']
 
 # %% ../nbs/05_tbptt_trainer.ipynb #c21d68c2
 def reach(
@@ -67,7 +68,7 @@ class TrainSettings:
     save_every: Annotated[int, Bound(0, 1_000_000_000, "updates")] = 500  # from one checkpoint to the next; 0: ends of epochs
     keep: Annotated[int, Bound(0, 10_000, "epochs")] = 0  # last ones that are kept, beside the best; 0: all
     device: Literal["cpu", "cuda"] = "cpu"  # where it is trained
-    deterministic: bool = False  # the same bits from run to run on a GPU too, by slower algorithms; a CPU always gives them
+    deterministic: Annotated[bool, Bound(False, True)] = False  # the same bits each time on a GPU too, slower; a CPU gives them
     __pydantic_config__ = dict(extra="forbid")
 
     def __post_init__(self):
@@ -95,6 +96,13 @@ def train_preset(
     if unknown: raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(known)}")
     model = preset(name, n_features, **{k: v for k, v in overrides.items() if k not in own})
     return replace(TrainConfig(model=model, **read_preset(name)["train"]), **{k: v for k, v in overrides.items() if k in own})
+
+# %% ../nbs/05_tbptt_trainer.ipynb #69605de5
+def check_device(
+    device: str,  # "cpu" or "cuda"
+) -> None:
+    "A `ValueError` where there is no such device here."
+    if device == "cuda" and not torch.cuda.is_available(): raise ValueError("device is 'cuda', and there is none here: use 'cpu'")
 
 # %% ../nbs/05_tbptt_trainer.ipynb #38472f6d
 def lr_factor(step: int, steps: int, warmup: float) -> float:
@@ -176,17 +184,16 @@ class Run:
 
     def restore(self, content: dict) -> None:
         "Go on from a checkpoint's content."
-        if lacks := sorted(self.content().keys() - content.keys()):
-            raise ValueError(f"a checkpoint in {self.out} lacks {', '.join(lacks)}: go on with the version that wrote it")
+        _check_content(content, self)
         try:
             for name in ("model", "optimiser", "scaler"):
                 if content[name]: getattr(self, name).load_state_dict(content[name])
-        except (RuntimeError, KeyError, ValueError) as error:
-            told = " ".join(str(error).split())
-            raise ValueError(f"a checkpoint in {self.out} does not fit ({told}): go on with the version that wrote it") from error
+            carried = _as_state(content["carried"], self.model, self.config.device)
+            _rng(self.config.device, content["rng"])
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+            raise _unfit(self, " ".join(str(error).split())) from error
         for name in ("step", "epoch", "cursor", "history", "guard", "about"): setattr(self, name, content[name])
-        self.carried = _as_state(content["carried"], self.model, self.config.device)
-        _rng(self.config.device, content["rng"])
+        self.carried = carried
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
@@ -197,6 +204,22 @@ class Run:
         "The same run as it was after that epoch."
         self.restore(load(_end_of_epoch(self, epoch)))
         return self
+
+# %% ../nbs/05_tbptt_trainer.ipynb #cfd32c66
+def _unfit(run: Run, why: str) -> ValueError:
+    "What to say of a checkpoint of another version."
+    return ValueError(f"a checkpoint in {run.out} does not fit ({why}): go on with the version that wrote it")
+
+# %% ../nbs/05_tbptt_trainer.ipynb #85b3c4c4
+def _check_content(content: dict, run: Run) -> None:
+    "A `ValueError` where a checkpoint's content is not made of what this version makes it of."
+    if not {"config", "about"} <= content.keys(): raise ValueError(f"{run.out} holds checkpoints of something else")
+    for name, due in run.content().items():
+        if name not in content: raise _unfit(run, f"it lacks {name}")
+        kind, other = type(due), type(content[name]) is not type(due)
+        if kind in (int, list, dict) and other: raise _unfit(run, f"{name} is {content[name]!r}")
+        if name not in ("guard", "about", "lengths", "rng"): continue
+        if lacks := sorted(due.keys() - content[name].keys()): raise _unfit(run, f"it lacks {name}.{lacks[0]}")
 
 # %% ../nbs/05_tbptt_trainer.ipynb #a39a8419
 def _as_state(saved: list | None, model: MultitaskModel, device: str) -> ModelState | None:
@@ -223,7 +246,9 @@ def _load(kind: type[Run], path: str | Path) -> Run:
     if found is None: raise ValueError(f"{path} holds no checkpoint that verifies: train it again with another --out")
     if "config" not in found[0]: raise ValueError(f"{found[1]} is no checkpoint of a training")
     config = found[0]["config"]
-    run = kind(TrainConfig(**{**config, "model": ModelConfig(**config["model"])}), path)
+    try: run = kind(TrainConfig(**{**config, "model": ModelConfig(**config["model"])}), path)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{found[1]} does not fit ({error}): load it with the version that wrote it") from error
     run.restore(found[0])
     return run
 
@@ -600,12 +625,15 @@ def train_epoch(
 # %% ../nbs/05_tbptt_trainer.ipynb #31789a02
 def _forget_after(run: Run, lengths: dict[str, int]) -> None:
     "Cut the histories to where they were at the checkpoint that is gone on from: what came after will be written again."
-    for path in (run.out / name for name in HISTORIES):
-        size, due = path.stat().st_size if path.exists() else 0, lengths[path.name]
-        if size < due: raise ValueError(f"{path} is shorter than at the last checkpoint: bring it back, or choose another --out")
-        if size > due: os.truncate(path, due)
+    sizes = {path: path.stat().st_size if path.exists() else 0 for path in (run.out / name for name in HISTORIES)}
+    for path, size in sizes.items():  # all are looked at before one is cut
+        if size >= lengths[path.name]: continue
+        raise ValueError(f"{path} is shorter than at the last checkpoint: bring it back, or choose another --out")
     timings = run.out / "timings.jsonl"
-    kept = "".join(line + "\n" for line in _lines(timings) if json.loads(line)["epoch"] <= run.epoch)
+    try: kept = "".join(line + "\n" for line in _lines(timings) if json.loads(line)["epoch"] <= run.epoch)
+    except (ValueError, KeyError, TypeError) as error: raise ValueError(f"{timings} is damaged ({error}): remove it") from error
+    for path, size in sizes.items():
+        if size > lengths[path.name]: os.truncate(path, lengths[path.name])
     if timings.exists() and timings.read_text(encoding="utf-8") != kept: write_atomic(timings, kept)
 
 # %% ../nbs/05_tbptt_trainer.ipynb #4014602f
@@ -634,7 +662,6 @@ def _about(data: FoldData, climatology: tuple | None) -> dict:
 # %% ../nbs/05_tbptt_trainer.ipynb #922de19d
 def _refuse_other(found: dict, run: Run) -> None:
     "A `ValueError` where a checkpoint is of another configuration, of other features or of other data."
-    if "config" not in found or "about" not in found: raise ValueError(f"{run.out} holds checkpoints of something else")
     def identity(config: dict, about: dict) -> dict:
         features = None if about["scaler"] is None else list(about["scaler"]["columns"])
         return dotted(json.loads(json.dumps(config))) | dict(features=features, data=about["data"][:12])
@@ -642,8 +669,11 @@ def _refuse_other(found: dict, run: Run) -> None:
 
 # %% ../nbs/05_tbptt_trainer.ipynb #8d10fbc7
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    "Within it, no other process trains into the folder; a `ValueError` where one does."
+def alone(
+    folder: Path,  # of a run or of its checkpoints
+) -> Iterator[None]:
+    "Within it, no other process works in the folder so guarded; a `ValueError` where one does."
+    run = folder.parent if folder.name == "checkpoints" else folder
     try: import fcntl
     except ImportError:  # Windows has no such locks
         yield
@@ -652,31 +682,29 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder.parent} is in use by another process: wait for it, or choose another --out") from None
+            raise ValueError(f"{run} is in use by another process: wait for it, or choose another --out") from None
         except OSError as error:
             raise ValueError(f"{folder} cannot be locked ({error.strerror}): choose an --out on a local disk") from error
         yield
     finally: os.close(handle)
 
 # %% ../nbs/05_tbptt_trainer.ipynb #117224d2
-def _open(config: TrainConfig, data: FoldData, out: str | Path, climatology: tuple | None) -> tuple[Run, bool]:
-    "The run in the folder where it stopped, or a new one, and whether it is; one of another configuration or data is refused."
+def _open(config: TrainConfig, data: FoldData, out: str | Path, climatology: tuple | None) -> tuple[Run, dict | None]:
+    "The run in the folder where it stopped and what was kept there, or a new one; one of other settings or data is refused."
     run, found = Run(config, out), newest(Path(out) / "checkpoints")
     run.about = _about(data, climatology)
     if climatology is not None: run.model.heads.set_climatology(*climatology)
     if found is not None:
+        _check_content(found[0], run)
         _refuse_other(found[0], run)
         run.restore(found[0])
     elif checkpoints(run.out / "checkpoints"):
         raise ValueError(f"no checkpoint in {out} verifies: choose another --out, or remove this folder to train anew")
-    elif _lines(run.out / "metrics.jsonl"):
-        raise ValueError(f"{out} holds the history of a training without its checkpoints: choose another --out")
     for path in (run.out, run.out / "checkpoints"): remove_orphans(path)
     _forget_after(run, dict.fromkeys(HISTORIES, 0) if found is None else found[0]["lengths"])
     kept, text = run.out / "config.toml", to_toml(asdict(config))
     if not kept.exists() or kept.read_text(encoding="utf-8") != text: write_atomic(kept, text)
-    if found is not None: _say_other_code(run, found[0]["commit"])
-    return run, found is None
+    return run, None if found is None else found[0]
 
 # %% ../nbs/05_tbptt_trainer.ipynb #86fba9f7
 def _say_other_code(run: Run, there: str) -> None:
@@ -688,12 +716,19 @@ def _say_other_code(run: Run, there: str) -> None:
 
 # %% ../nbs/05_tbptt_trainer.ipynb #66847132
 @contextmanager
-def _deterministic(asked: bool) -> Iterator[None]:
-    "Within it, PyTorch takes deterministic algorithms only, if that is asked for."
+def deterministic(
+    asked: bool,  # nothing is touched where it is False
+) -> Iterator[None]:
+    "Within it, PyTorch takes deterministic algorithms only."
+    if not asked:
+        yield
+        return
+    if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:  # it is read once, at the first matrix product on a GPU
+        if torch.cuda.is_initialized():
+            raise ValueError("deterministic: set CUBLAS_WORKSPACE_CONFIG=:4096:8 before this process first uses the GPU")
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if asked:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it matrix products on a GPU are refused
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True)
     try: yield
     finally: torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
@@ -707,18 +742,20 @@ def train(
     progress: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update, as by `train_epoch`
 ) -> Run:
     "Fit one model on one fold; `config.toml`, `.jsonl` histories and checkpoints. Signals to end are obeyed when one stands."
-    if config.device == "cuda":
-        if not torch.cuda.is_available(): raise ValueError("device is 'cuda', and there is none here: use 'cpu'")
-        torch.cuda.reset_peak_memory_stats()  # of this training alone
+    check_device(config.device)
+    if config.device == "cuda": torch.cuda.reset_peak_memory_stats()  # of this training alone
     if Path(out).exists() and not Path(out).is_dir(): raise ValueError(f"{out} is a file: choose another --out")
     last, steps = config.epochs if until is None else until, config.epochs * steps_per_epoch(config, data)
     if not 0 <= last <= config.epochs: raise ValueError(f"until is {until}: give 0 to epochs = {config.epochs}")
+    if _lines(Path(out) / "metrics.jsonl") and not (Path(out) / "checkpoints").exists():
+        raise ValueError(f"{out} holds the history of a training without its checkpoints: choose another --out")
     (Path(out) / "checkpoints").mkdir(parents=True, exist_ok=True)
-    with _alone(Path(out) / "checkpoints"), _deterministic(config.deterministic):
-        run, new = _open(config, data, out, climatology)
+    with alone(Path(out) / "checkpoints"), deterministic(config.deterministic):
+        run, kept = _open(config, data, out, climatology)
+        if kept is not None and run.epoch < last: _say_other_code(run, kept["commit"])
         settle(run, data)
         with run.stop:
-            if new: _close_epoch(run, data)
+            if kept is None: _close_epoch(run, data)
             while run.epoch < last:
                 try: train_epoch(run, data, steps, progress)
                 except _Spike as spike: _rewind(run, *spike.args)
@@ -744,21 +781,40 @@ def _resident() -> int:
     return 1024 * int(status.read_text().split("VmRSS:")[1].split()[0]) if status.exists() else 0
 
 # %% ../nbs/05_tbptt_trainer.ipynb #38248f94
-def _measured(run: Run, chunk: Chunk) -> tuple[float, float, float]:
-    "Seconds of a forward, seconds of an update on a chunk, and bytes that its graph holds beside weights and inputs."
-    known, held = {p.untyped_storage().data_ptr() for p in run.model.parameters()}, {}
+def _peak_while(work: Callable[[], object], device: str) -> int:
+    "Largest memory while something is done, bytes: allocated on a GPU, of the process elsewhere, where Linux tells."
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated()
+    seen, done = [_resident()], threading.Event()
+
+    def look():
+        while not done.wait(.001): seen.append(_resident())
+    looker = threading.Thread(target=look, daemon=True)
+    looker.start()
+    try: work()
+    finally:
+        done.set()
+        looker.join()
+    return max(seen)
+
+# %% ../nbs/05_tbptt_trainer.ipynb #b1494c90
+def _measured(run: Run, chunk: Chunk) -> tuple[float, float, int, int]:
+    "Seconds of a forward and of an update on a chunk, bytes that its graph holds, largest memory meanwhile."
+    known, held, clock = {p.untyped_storage().data_ptr() for p in run.model.parameters()}, {}, [time.perf_counter()]
 
     def count(kept: Tensor) -> Tensor:
         if (at := kept.untyped_storage().data_ptr()) not in known: held[at] = kept.untyped_storage().nbytes()
         return kept
 
-    clock = [time.perf_counter()]
     with torch.no_grad(): _forecast(run, chunk.x, None)[0].sigma.sum().item()  # a GPU is waited for
     clock.append(time.perf_counter())
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda kept: kept): train_step(run, [chunk], None, 10)[1]["loss"].item()
-    return clock[1] - clock[0], time.perf_counter() - clock[1], sum(held.values())
+    step = lambda: train_step(run, [chunk], None, 10)[1]["loss"].item()
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda kept: kept): peak = _peak_while(step, run.config.device)
+    return clock[1] - clock[0], time.perf_counter() - clock[1], sum(held.values()), peak
 
-# %% ../nbs/05_tbptt_trainer.ipynb #911f65f3
+# %% ../nbs/05_tbptt_trainer.ipynb #aa56ae09
 def _grown(run: Run, chunk: Chunk, seconds: float) -> list[tuple[float, ...]]:
     "Tokens, and what `_measured` says, for ever larger parts of a chunk, as long as the next is expected within the time."
     shape, began = tuple(chunk.x.shape[:2]), time.perf_counter()
@@ -766,8 +822,12 @@ def _grown(run: Run, chunk: Chunk, seconds: float) -> list[tuple[float, ...]]:
     while True:
         labelled = Targets(*(torch.ones_like(v[:rows, :hours]) for v in chunk.targets))
         part = Chunk(chunk.x[:rows, :hours], labelled, fresh=False)
-        if not points: _measured(run, part)  # the first call loads and compiles
-        points.append((rows * hours, *_measured(run, part)))
+        try:
+            if not points: _measured(run, part)  # the first call loads and compiles
+            points.append((rows * hours, *_measured(run, part)))
+        except torch.OutOfMemoryError:
+            if points: return points
+            raise ValueError(f"out of memory with one stream and {hours} hours at a time: take a smaller model") from None
         if (rows, hours) == shape: return points
         rows, hours = (rows, min(4 * hours, shape[1])) if hours < shape[1] else (min(4 * rows, shape[0]), hours)
         if time.perf_counter() - began + 5 * sum(points[-1][1:3]) > seconds: return points
@@ -775,7 +835,7 @@ def _grown(run: Run, chunk: Chunk, seconds: float) -> list[tuple[float, ...]]:
 # %% ../nbs/05_tbptt_trainer.ipynb #d0331d6b
 def _along(points: list[tuple[float, ...]], k: int, tokens: int) -> float:
     "The k-th measure at so many tokens, on the line through the last two points; through the origin where it falls."
-    last, before = points[-1], points[-2] if len(points) > 1 else (0,) * 4
+    last, before = points[-1], points[-2] if len(points) > 1 else (0,) * 5
     slope = (last[k] - before[k]) / (last[0] - before[0])
     return last[k] + slope * (tokens - last[0]) if slope > 0 else last[k] * tokens / last[0]
 
@@ -785,7 +845,9 @@ class Estimate(NamedTuple):
     parameters: int  # of the network
     updates: int  # in all epochs
     seconds: float  # of all epochs, validation included, checkpoints not
-    memory: int  # bytes: of the process on a CPU, allocated on a GPU
+    memory: int  # bytes at most: of the process on a CPU, allocated on a GPU
+    streams: int  # side by side, after what had to be reduced
+    hours: int  # in a chunk, after what had to be reduced
     share: float  # of a chunk that was measured
 
 # %% ../nbs/05_tbptt_trainer.ipynb #47227ba1
@@ -802,16 +864,20 @@ def estimate(
     seconds: float = 5.,  # that measuring may take, about
 ) -> Estimate:
     "Time and memory of a training, continued from a few measured updates; nothing is kept of them."
-    steps, tokens = steps_per_epoch(config, data), next(_chunks(config, data, 0)).x[..., 0].numel()
+    check_device(config.device)
+    steps, shape = steps_per_epoch(config, data), tuple(next(_chunks(config, data, 0)).x.shape[:2])
+    tokens = shape[0] * shape[1]
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         run = Run(replace(config, bptt="truncated"), folder)
-        before = torch.cuda.memory_allocated() if config.device == "cuda" else _resident()
         points = _grown(run, next(_chunks(config, data, 0)), seconds)
+        judge = lambda: warm_forecast(run.model, data.x[:4096])
+        judging = 0 if data.valid is None or points[-1][0] < tokens else _peak_while(judge, config.device)
     forward, update, held = (_along(points, k, tokens) for k in (1, 2, 3))
+    memory = points[-1][4] + held - points[-1][3]
     chunks = math.ceil(config.epochs * _tokens(config, data) / tokens)
     # A gradient through several chunks reads all but the last of them twice.
     again = 0 if reach(config.bptt) == 1 else forward
     judged = 0. if data.valid is None else (config.epochs + 1) * forward * len(data.x) / tokens
     size = sum(p.numel() for p in run.model.parameters())
-    memory = before + held + 12 * size  # gradients, two moments
-    return Estimate(size, config.epochs * steps, chunks * (update + again) + judged, int(memory), points[-1][0] / tokens)
+    took = chunks * (update + again) + judged
+    return Estimate(size, config.epochs * steps, took, int(max(memory, judging)), *shape, points[-1][0] / tokens)

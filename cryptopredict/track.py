@@ -25,7 +25,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .checkpoint import dotted
+from .checkpoint import dotted, remove_orphans
 from .tbptt_trainer import Run
 
 # %% auto #0
@@ -89,7 +89,9 @@ def _guarded(tracker: Tracker, work: Callable[[], None]) -> None:
     except Exception as error:
         tracker.failed = True
         what = f"{type(error).__name__}: {error}".splitlines()[0]
-        warnings.warn(f"{type(tracker).__name__} failed and follows no further, the training goes on: {what}", stacklevel=3)
+        told = f"{type(tracker).__name__} failed and follows no further, the training goes on: {what}"
+        try: warnings.warn(told, stacklevel=3)
+        except UserWarning: logging.getLogger(__name__).warning(told)  # warnings are errors here; this must be none
 
 # %% ../nbs/05g_track.ipynb #9914bf02
 def _validate(tracker: Tracker) -> None:
@@ -302,8 +304,8 @@ class TensorBoard(Tracker):
     def _end(self) -> None: self.writer.close()
 
 # %% ../nbs/05g_track.ipynb #fa9b9cac
-def _client(database: Path):
-    "MLflow's client on an sqlite file, made where absent, and its experiment; both quiet and without telemetry."
+def _client_class():
+    "MLflow's client, quiet and without telemetry; an error names the package that is missing."
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
     try: from mlflow.tracking import MlflowClient
     except ImportError as error: raise _missing("MLflow", "mlflow-skinny") from error
@@ -311,12 +313,29 @@ def _client(database: Path):
     except ImportError as error: raise _missing("MLflow", error.name) from error
     # They tell at length what is reported here in a line.
     for name in ("mlflow.store.db.utils", "alembic"): logging.getLogger(name).setLevel(logging.CRITICAL)
-    database.parent.mkdir(parents=True, exist_ok=True)
-    client = MlflowClient(f"sqlite:///{database}")
+    return MlflowClient
+
+# %% ../nbs/05g_track.ipynb #2d59cc63
+def _client(database: Path):
+    "A client on an sqlite file, made where absent, and its experiment."
+    client = _client_class()(f"sqlite:///{database}")
     found = client.get_experiment_by_name("cryptopredict")
     if found is not None: return client, found.experiment_id
     # Nothing is put there; without it MLflow would name a folder in the current directory.
     return client, client.create_experiment("cryptopredict", (database.parent / "artifacts").as_uri())
+
+# %% ../nbs/05g_track.ipynb #fbd22541
+def _make_database(database: Path) -> None:
+    "Make MLflow's tables beside their place and name the file when it is whole: cut short, they could not be used again."
+    database.parent.mkdir(parents=True, exist_ok=True)
+    remove_orphans(database.parent)
+    # A name of its own each time: of one that it knows, MLflow takes the tables to be there.
+    temporary = database.with_name(f"{database.stem}-{time.monotonic_ns()}.db.{os.getpid()}.tmp")
+    try:
+        _client(temporary)[0]._tracking_client.store.engine.dispose()
+        os.link(temporary, database)
+    except FileExistsError: pass  # another process was first
+    finally: temporary.unlink(missing_ok=True)
 
 # %% ../nbs/05g_track.ipynb #ccb5bfea
 def _identity(run: Run) -> str:
@@ -369,6 +388,16 @@ def _mlflow_run(tracker: MLflow, run: Run) -> str:
     return made.info.run_id
 
 # %% ../nbs/05g_track.ipynb #fc9277e9
+def _check_database(database: Path) -> None:
+    "An error where the packages are missing, the database cannot be read, or none can be made; nothing is written yet."
+    _client_class()
+    if database.exists():
+        _client(database)
+        return
+    place = next(path for path in database.parents if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK): raise OSError(f"{place} is no folder that can be written to")
+
+# %% ../nbs/05g_track.ipynb #956a6ce0
 class MLflow(Tracker):
     "Runs of MLflow in an sqlite file: parameters and metrics."
     updates, seconds = 50, 2.  # written together at most
@@ -380,12 +409,14 @@ class MLflow(Tracker):
     ):
         super().__init__()
         self.database, self.waiting, self.written = Path(database).resolve(), [], time.monotonic()
-        try: self.client, self.experiment = _client(self.database)
+        try: _check_database(self.database)
         except ValueError: raise
         except Exception as error:
             raise ValueError(f"{database} cannot be used as MLflow's database: give another file ({error})") from error
 
     def _open(self, run: Run) -> tuple[set[int], set[int]]:
+        if not self.database.exists(): _make_database(self.database)
+        self.client, self.experiment = _client(self.database)
         _check_free(self.database, self.patience)
         self.id, self.waiting = _mlflow_run(self, run), []
         steps = lambda key: {m.step for m in self.client.get_metric_history(self.id, key)}

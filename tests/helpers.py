@@ -179,7 +179,8 @@ def write_inputs(folder: Path) -> Path:
     write(folder / "short.toml", *short, "n_boot = 100")
     write(folder / "resamples.toml", *short, "n_boot = 200")
     for name, line in dict(key="nonsense = 3", broken="horizon = ", value='horizon = "soon"', list='models = ["nope"]',
-                           deep="[model]\nd_modle = 3", high="[train]\nlr = 7.0", unfit="[model]\nheaddim = 7").items():
+                           deep="[model]\nd_modle = 3", high="[train]\nlr = 7.0", unfit="[model]\nheaddim = 7",
+                           embargo='embargo = "soon"').items():
         write(folder / f"{name}.toml", line)
     write(folder / "code.py", "def number(panel): return 3", "def raises(panel): return panel['price_usd']")
     write(folder / "syntax.py", "def f(panel) return panel")

@@ -135,6 +135,7 @@ def test_every_part_of_a_checkpoint_is_needed(halves, tmp_path, part, monkeypatc
         if part in ("model", "optimiser", "scaler"): content[part] = getattr(new, part).state_dict()
         elif part == "rng": content[part] = tbptt_trainer._rng("cpu")
         elif part == "carried": content[part] = run.model.init_state(SIZES["batch"])  # nothing seen
+        elif part == "about": content[part] = dict(content[part], scaler=None)
         elif part: content[part] = getattr(new, part)
         plain(run, content)
 
@@ -418,7 +419,12 @@ def _renamed(fold: FoldData) -> FoldData:
 
 UNFIT = {  # what is done to a finished run, what is trained on -> what the refusal says
     "newer version": (_newer, data, "version 2 is not known here: load it with the cryptopredict that wrote it"),
-    "missing key": (lambda out: _rewrite(out, lambda c: c.pop("guard")), data, "lacks guard: go on with the version that wrote"),
+    "missing key": (lambda out: _rewrite(out, lambda c: c.pop("guard")), data, "lacks guard.: go on with the version that wrote"),
+    "missing key below": (lambda out: _rewrite(out, lambda c: c["guard"].pop("rows")), data, "it lacks guard.rows.: go on with"),
+    "another kind": (lambda out: _rewrite(out, lambda c: c.update(cursor="1")), data, "cursor is '1'"),
+    "no generator": (lambda out: _rewrite(out, lambda c: c["rng"].pop("cpu")), data, "it lacks rng.cpu"),
+    "another state": (lambda out: _rewrite(out, lambda c: c.update(carried=[1, 2])), data, "does not fit"),
+    "odd history": (lambda out: (out / "timings.jsonl").write_text("[]\n"), data, "timings.jsonl is damaged"),
     "missing weight": (lambda out: _rewrite(out, lambda c: c["model"].popitem()), data, "does not fit"),
     "other features": (lambda out: None, lambda: _renamed(data()), "features: f there, x here"),
     "other data": (lambda out: None, lambda: data()._replace(stop=990), "data: "),
@@ -476,3 +482,41 @@ def test_what_may_not_be_read_or_written_is_named_and_left(common, closed):
     common.chmod(0o755)
     for path in common.rglob("*"): path.chmod(0o755)
     assert before == {p: p.read_bytes() for p in common.rglob("*") if p.is_file()}
+
+
+def test_a_loss_of_one_history_changes_no_other(tmp_path):
+    """Killed after an update that no checkpoint holds: what comes after the last one is cut only when all is there."""
+    assert in_child(lambda: train(config(), data(), tmp_path / "out", progress=die_at(8))) == -signal.SIGKILL
+    (tmp_path / "out" / "validation.jsonl").unlink()
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="validation.jsonl is shorter"): train(config(), data(), tmp_path / "out")
+    assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+
+
+def test_a_walk_forward_killed_while_its_folder_is_made(walk_forward, tmp_path):
+    """At every rename and new folder until its first training: the same call goes on with what is there."""
+    call, whole = walk_forward
+    for number in range(1, 9):
+        def work(number=number):
+            left = [number]
+            for name in ("mkdir", "replace", "rename"):
+                def deadly(*args, plain=getattr(os, name), **kwargs):
+                    left[0] -= 1
+                    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)
+                    return plain(*args, **kwargs)
+                setattr(os, name, deadly)
+            call(tmp_path / str(number), die_at(1))
+        assert in_child(work) == -signal.SIGKILL
+        assert in_child(lambda number=number: call(tmp_path / str(number), die_at(2))) == -signal.SIGKILL, number
+    assert in_child(lambda: call(tmp_path / "3")) == 0
+    one, other = told(whole), told(tmp_path / "3")
+    assert one.keys() == other.keys() and [name for name in one if one[name] != other[name]] == []
+
+
+def test_a_walk_forward_in_use_is_left_alone(walk_forward, tmp_path):
+    call, _ = walk_forward
+
+    def meet(run, record):
+        with pytest.raises(ValueError, match="out is in use by another process"): call(tmp_path / "out")
+        raise InterruptedError
+    with pytest.raises(InterruptedError): call(tmp_path / "out", meet)

@@ -54,6 +54,11 @@ FAULTS = {  # command -> words its one line must hold
     "out of its bound": ("train --config {}/high.toml", "high.toml train.lr less than or equal to 1"),
     "sizes that do not fit": ("evaluate --config {}/unfit.toml", "unfit.toml model headdim 7"),
     "flag out of its bound": ("train --train.batch 0", "flags train.batch greater than or equal to 1"),
+    "no such device": ("train --data {}/good --config {}/short.toml --train.device cuda", "device 'cuda' none"),
+    "no such backend": ("train --data {}/good --config {}/short.toml --model.backend mamba_ssm", "backend 'mamba_ssm'"),
+    "backend of a walk-forward": ("evaluate --data {}/good --config {}/short.toml --models mamba2 --model.backend mamba_ssm",
+                                  "backend 'mamba_ssm'"),
+    "no duration": ("train --config {}/embargo.toml", "embargo.toml embargo 'soon' duration"),
     "no way of truncation": ("train --train.bptt span:0", "flags train bptt 'span:K'"),
     "dry run on too little": ("train --data {}/short --dry-run", "history"),
     "no TOML": ("run --config {}/broken.toml", "broken.toml TOML line 1"),
@@ -90,7 +95,7 @@ REFUSED = {  # what differs from the run that stands there -> what the refusal m
     "other data": (SMALL.replace("good", "other"), "data_sha256"),
     "another number of resamples": (SMALL.replace("short", "resamples"), "n_boot"),
 }
-INTO = {"run": f"{SMALL} --n-cuts 1", "evaluate": SMALL, "prepare": "--data {}/good"}
+INTO = {"run": f"{SMALL} --n-cuts 1", "evaluate": SMALL, "train": SMALL, "prepare": "--data {}/good"}
 OCCUPIED = {f"{verb} into {what}": f"{verb} --out out {INTO[verb]}" for what in ("a file", "a folder of others") for verb in INTO}
 DAMAGED = {f"{name} {fault}": name for name in ("fold-00-ewma-0.parquet", "run.json") for fault in ("cut short", "not its own")}
 MISSPELT = {"no such key": "train --model.d-modle 3", "derived from data": "train --model.n-features 3", "no command": "",

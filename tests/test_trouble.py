@@ -227,3 +227,19 @@ def test_burn_in_and_the_settling_pass_give_way_too(monkeypatch, tmp_path):
     monkeypatch.setattr(tbptt_trainer, "_forecast", forecast)
     run = train(config(epochs=1, first_len=40), data(), tmp_path)
     assert (run.guard["rows"], run.guard["pieces"]) == (1, 1) and len(lines(tmp_path, "events")) == 2
+
+
+def test_validation_gives_way_too(monkeypatch, tmp_path):
+    """It reads longer pieces than the training does."""
+    from cryptopredict.multitask import MultitaskModel
+    whole, plain, longest = train(config(dropout=0., epochs=1), data(), tmp_path / "whole"), MultitaskModel.forward, []
+
+    def forward(self, x, *state):
+        if x.shape[0] * x.shape[1] > 150: raise torch.OutOfMemoryError("CUDA out of memory.")
+        longest.append(x.shape[1])
+        return plain(self, x, *state)
+    monkeypatch.setattr(MultitaskModel, "forward", forward)
+    run = train(config(dropout=0., epochs=1), data(), tmp_path / "out")
+    assert run.step == whole.step and max(longest) > 100 and not lines(tmp_path / "out", "events")
+    for one, other in zip(lines(tmp_path / "whole", "validation"), lines(tmp_path / "out", "validation"), strict=True):
+        assert math.isclose(one["total"], other["total"], rel_tol=1e-5)
