@@ -109,6 +109,20 @@ class _Source:
 
     def _market_seed(self) -> int: return self.seed or 0
 
+# %% ../nbs/06a_cli.ipynb #1351b046
+@contextlib.contextmanager
+def _signals_later():
+    "Within it SIGINT and SIGTERM wait: libraries that are being loaded cannot be interrupted."
+    noted, before = [], {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) in (signal.SIG_IGN, None): continue
+            before[number] = signal.signal(number, lambda number, frame: noted.append(number))
+    try: yield
+    finally:
+        for pair in before.items(): signal.signal(*pair)
+        if noted: signal.raise_signal(noted[0])
+
 # %% ../nbs/06a_cli.ipynb #b8547593
 def _argument(meant: str, kind: type, bound):
     "How a flag is shown: meaning, bounds and unit, or what may be chosen."
@@ -125,8 +139,9 @@ def _flags(table: str) -> type:
 
     from fastcore.docments import docments
 
-    from cryptopredict.multitask import DERIVED, ModelConfig, bounds
-    from cryptopredict.tbptt_trainer import TrainSettings
+    with _signals_later():
+        from cryptopredict.multitask import DERIVED, ModelConfig, bounds
+        from cryptopredict.tbptt_trainer import TrainSettings
     kind = dict(model=ModelConfig, train=TrainSettings)[table]
     meant, hints = {k: text for k, text in docments(kind).items() if text and k not in DERIVED}, get_type_hints(kind)
     argument = lambda name: _argument(meant[name], hints[name], bounds(kind).get(name))
@@ -158,7 +173,7 @@ class _Walk(_Source):
     def _market_seed(self) -> int: return self._config().seed
 
     def _config(self):
-        from cryptopredict.evaluate import load_config
+        with _signals_later(): from cryptopredict.evaluate import load_config
         flags = ("seed", "seeds", "models", "preset", "epochs", "first_test", "step", "horizon")
         tables = dict(model=_given(self.model), train=_given(self.train))
         config = load_config(self.config, **{name: getattr(self, name) for name in flags}, **tables)
