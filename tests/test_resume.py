@@ -29,6 +29,14 @@ SIZES = dict(batch=3, tbptt_len=40, epochs=2, d_model=16, headdim=8, mlp=24, dro
              kv_window=50, pooling="mean", lr=3e-3, save_every=3)
 
 
+@pytest.fixture(autouse=True)
+def _heard():
+    """Ctrl-C is heard, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def config(**changes) -> TrainConfig:
     """A model with every kind of state: convolution, scan, attention cache, running mean; and dropout."""
     return train_preset("tiny", 6, **{**SIZES, **changes})
