@@ -36,7 +36,7 @@ from .scores import SCHEMA, compare, dm_test, loss_table, summarise
 from .simulate import conditional_law
 from .streams import FoldData, fold_data, warm_forecast
 from .tbptt_trainer import (Run, TrainConfig, TrainSettings, alone, best_epoch, check_device, deterministic,
-                                         estimate, train)
+                                         estimate, precision, train)
 
 # %% auto #0
 __all__ = ['FORECAST_COLUMNS', 'FORECASTERS', 'HEAD_LOSSES', 'HEAD_COLUMNS', 'LEVEL', 'SHORT', 'HOURS', 'AUDITS', 'Truth',
@@ -605,7 +605,7 @@ def check_network(
     "A `ValueError` where such a network cannot be run here, found with a forward of two steps."
     check_device(config.train.device)
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with deterministic(config.train.deterministic), torch.random.fork_rng(), torch.no_grad(), precision(config.train):
             model = MultitaskModel(replace(config.model, n_features=2, anchored=True)).to(config.train.device)
             model(torch.zeros(1, 2, 2, device=config.train.device))
     except (RuntimeError, ImportError, TypeError) as error:

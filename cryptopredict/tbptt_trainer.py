@@ -35,9 +35,9 @@ from .streams import Chunk, FoldData, plan_streams, stream_chunks, warm_forecast
 
 # %% auto #0
 __all__ = ['HISTORIES', 'reach', 'TrainSettings', 'TrainConfig', 'train_preset', 'check_device', 'lr_factor', 'decay_groups',
-           'Stop', 'Run', 'exact_backward', 'train_step', 'steps_per_epoch', 'burn_in', 'settle', 'validation_loss',
-           'peak_bytes', 'checkpoint', 'train_epoch', 'alone', 'deterministic', 'train', 'best_epoch', 'Estimate',
-           'estimate']
+           'Stop', 'Run', 'precision', 'exact_backward', 'train_step', 'steps_per_epoch', 'burn_in', 'settle',
+           'validation_loss', 'peak_bytes', 'checkpoint', 'train_epoch', 'alone', 'deterministic', 'train',
+           'best_epoch', 'Estimate', 'estimate']
 
 # %% ../nbs/05_tbptt_trainer.ipynb #c21d68c2
 def reach(
@@ -253,11 +253,17 @@ def _load(kind: type[Run], path: str | Path) -> Run:
     return run
 
 # %% ../nbs/05_tbptt_trainer.ipynb #1fe65791
+def precision(
+    settings: TrainSettings,  # its `device` and `amp` are read
+) -> torch.autocast:
+    "What a forward is put in, for the precision that is asked for."
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.amp, torch.float32)
+    return torch.autocast(settings.device, dtype=kind, enabled=settings.amp != "off")
+
+# %% ../nbs/05_tbptt_trainer.ipynb #14258beb
 def _forecast(run: Run, x: Tensor, state: ModelState | None) -> tuple[Forecast, ModelState]:
     "The model's forward on its device, in the run's precision."
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.config.amp, torch.float32)
-    with torch.autocast(run.config.device, dtype=kind, enabled=run.config.amp != "off"):
-        return run.model(x.to(run.config.device), state)
+    with precision(run.config): return run.model(x.to(run.config.device), state)
 
 # %% ../nbs/05_tbptt_trainer.ipynb #04d42263
 def _update(run: Run, loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -817,20 +823,21 @@ def _measured(run: Run, chunk: Chunk) -> tuple[float, float, int, int]:
 # %% ../nbs/05_tbptt_trainer.ipynb #aa56ae09
 def _grown(run: Run, chunk: Chunk, seconds: float) -> list[tuple[float, ...]]:
     "Tokens, and what `_measured` says, for ever larger parts of a chunk, as long as the next is expected within the time."
-    shape, began = tuple(chunk.x.shape[:2]), time.perf_counter()
-    points, (rows, hours) = [], (1, min(64, shape[1]))
+    shape, points, spent = tuple(chunk.x.shape[:2]), [], 0.
+    rows, hours = 1, min(64, shape[1])
     while True:
         labelled = Targets(*(torch.ones_like(v[:rows, :hours]) for v in chunk.targets))
         part = Chunk(chunk.x[:rows, :hours], labelled, fresh=False)
         try:
-            if not points: _measured(run, part)  # the first call loads and compiles
+            if not points or run.config.device == "cuda": _measured(run, part)  # kernels are loaded and compiled for a size
             points.append((rows * hours, *_measured(run, part)))
         except torch.OutOfMemoryError:
             if points: return points
             raise ValueError(f"out of memory with one stream and {hours} hours at a time: take a smaller model") from None
         if (rows, hours) == shape: return points
         rows, hours = (rows, min(4 * hours, shape[1])) if hours < shape[1] else (min(4 * rows, shape[0]), hours)
-        if time.perf_counter() - began + 5 * sum(points[-1][1:3]) > seconds: return points
+        spent += sum(points[-1][1:3])
+        if spent + 4 * sum(points[-1][1:3]) > seconds: return points
 
 # %% ../nbs/05_tbptt_trainer.ipynb #d0331d6b
 def _along(points: list[tuple[float, ...]], k: int, tokens: int) -> float:
@@ -861,13 +868,13 @@ def _tokens(config: TrainConfig, data: FoldData) -> int:
 def estimate(
     config: TrainConfig,  # of the training
     data: FoldData,  # tensors of its fold
-    seconds: float = 5.,  # that measuring may take, about
+    seconds: float = 5.,  # that measuring may take, about; on a GPU kernels are compiled besides
 ) -> Estimate:
     "Time and memory of a training, continued from a few measured updates; nothing is kept of them."
     check_device(config.device)
     steps, shape = steps_per_epoch(config, data), tuple(next(_chunks(config, data, 0)).x.shape[:2])
     tokens = shape[0] * shape[1]
-    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+    with deterministic(config.deterministic), torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         run = Run(replace(config, bptt="truncated"), folder)
         points = _grown(run, next(_chunks(config, data, 0)), seconds)
         judge = lambda: warm_forecast(run.model, data.x[:4096])
