@@ -14,7 +14,7 @@ import stat
 import subprocess
 import warnings
 from collections.abc import Collection
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def flatten(
 ) -> tuple[dict[str, Tensor], object]:
     "Tensors by path, and the same nesting with paths in their place (`{\"$tensor\": path}`), fit for JSON."
     if isinstance(value, Tensor):  # a copy: two names may share memory, which safetensors refuses
-        return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)}, {"$tensor": name}
+        return {name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)}, {"$tensor": name}
     if not isinstance(value, (dict, list, tuple)): return {}, value
     items = value.items() if isinstance(value, dict) else enumerate(value)
     parts = [(k, *flatten(v, f"{name}/{k}" if name else str(k))) for k, v in items]
@@ -282,7 +282,14 @@ def remove(
 
 # %% ../nbs/04c_checkpoint.ipynb #0cc4623b
 def _is_whole(path: Path) -> bool:
-    "Whether a checkpoint verifies."
+    "Whether a checkpoint verifies; it is not read again while its files have not been written to."
+    try: files = [os.stat(path / name) for name in (*FILES, "manifest.json")]
+    except OSError: return False
+    return _verifies(path, tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in files))
+
+@lru_cache(64)
+def _verifies(path: Path, files: tuple) -> bool:
+    "Whether a checkpoint verifies, of `files` with these marks."
     try: return bool(verify(path))
     except CheckpointError: return False
 

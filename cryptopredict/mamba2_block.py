@@ -51,30 +51,10 @@ def ssd_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
     return (y if D is None else y + D[:, None] * x), state
 
 # %% ../nbs/03_mamba2_block.ipynb #ee020551
-class _Within(torch.autograd.Function):
-    "exp(total[i] - total[j]) for j <= i of one series, else 0: (b, c, h, q, q) in `kind`, of float64 sums (b, c, h, q)."
-
-    @staticmethod
-    def forward(ctx, total: Tensor, series: Tensor | None, kind: torch.dtype) -> Tensor:
-        high = total.to(kind)
-        never = torch.full((total.shape[-1],) * 2, -math.inf, dtype=kind, device=total.device).triu(1)
-        # In place, and before the exponential: it is the largest matrix of the scan, and above its diagonal exp would overflow.
-        within = (high[..., :, None] - high[..., None, :]).add_(never)
-        if series is not None: within.masked_fill_(series[..., :, None] != series[..., None, :], -math.inf)
-        ctx.save_for_backward(within.exp_())
-        return within
-
-    @staticmethod
-    def backward(ctx, slope: Tensor) -> tuple[Tensor, None, None]:
-        flow = slope * ctx.saved_tensors[0]
-        flow.diagonal(dim1=-2, dim2=-1).zero_()  # cancels in the difference
-        if not flow.is_cuda: flow = flow.double()  # a CPU would do so for either sum
-        return flow.sum(-1, dtype=torch.float64) - flow.sum(-2, dtype=torch.float64), None, None
-
-# %% ../nbs/03_mamba2_block.ipynb #6e727ef0
 class _Decays(NamedTuple):
     "What is left of things after the steps of a chunk; all but `within` (b, c, h, q)."
-    within: Tensor  # at step i of what step j wrote, but for the factors row[i] and column[j]; 0 for j > i (b, c, h, q, q)
+    steps: Tensor  # logarithm of what a step leaves
+    within: Tensor  # at step i of what step j <= i wrote, but for the factors row[i] and column[j] (b, c, h, q, q)
     row: Tensor  # what the float32 sum at step i dropped
     column: Tensor  # what the float32 sum at step j dropped
     into: Tensor  # at step i of the state before the chunk
@@ -105,12 +85,39 @@ _FLOOR = {torch.float32: -104., torch.float64: -746.}  # e to any lower power is
 def _decays(dA: Tensor, reset: Tensor | None = None) -> _Decays:
     "Decays of a chunk from `dA` (b, c, h, q) <= 0; nothing survives a step of `reset` (b, c, q)."
     wide = dA.dtype
-    total = running_sum(dA.clamp_min(_FLOOR[wide]).double(), -1)  # the floor keeps any sum finite
+    steps = dA.clamp_min(_FLOOR[wide])  # keeps any sum finite
+    total = running_sum(steps.double(), -1)
     low = (total - total.to(wide)).detach().to(wide)
     series = None if reset is None else reset.cumsum(-1)[:, :, None]  # (b, c, 1, q): which one a step belongs to
     into, out = total.exp().to(wide), (total[..., -1:] - total).exp().to(wide)
     if series is not None: into, out = into.masked_fill(series > 0, 0), out.masked_fill(series < series[..., -1:], 0)
-    return _Decays(_Within.apply(total, series, wide), low.exp(), (-low).exp(), into, out)
+    return _Decays(steps, _within(total.to(wide), series), low.exp(), (-low).exp(), into, out)
+
+# %% ../nbs/03_mamba2_block.ipynb #ddb01932
+def _within(total: Tensor, series: Tensor | None) -> Tensor:
+    "exp(total[i] - total[j]) for j <= i, 0 where the series are two; for j > i something that is finite."
+    # In place where it can be: nothing in the scan is larger. A product with zero, since above the diagonal exp would overflow.
+    below = torch.ones((total.shape[-1],) * 2, dtype=total.dtype, device=total.device).tril()
+    within = torch.addcmul(total[..., :, None], total[..., None, :], below, value=-1)
+    if series is not None: within.masked_fill_(series[..., :, None] != series[..., None, :], -math.inf)
+    return within.exp_()
+
+# %% ../nbs/03_mamba2_block.ipynb #03aab469
+class _Near(torch.autograd.Function):
+    "Products (b, c, g, q, q) of groups times decays `within` (b, c, h, q, q) of heads, 0 for j > i; the slope goes to `steps`."
+
+    @staticmethod
+    def forward(ctx, products: Tensor, steps: Tensor, within: Tensor) -> Tensor:
+        ctx.save_for_backward(products, within)
+        return (products.tril()[:, :, :, None] * within.unflatten(2, (products.shape[2], -1))).flatten(2, 3)
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor, None]:
+        products, within = ctx.saved_tensors
+        flow = (slope * within).unflatten(2, (products.shape[2], -1))
+        through = flow.sum(3).tril()
+        between = running_sum(flow.mul_(products.tril()[:, :, :, None]), -1).tril_(-1).sum(-2)  # at j - 1: of pairs around j
+        return through, F.pad(between[..., :-1], (1, 0)).flatten(2, 3), None
 
 # %% ../nbs/03_mamba2_block.ipynb #879ec993
 def _hand_on(left: Tensor, keep: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,20 +129,38 @@ def _hand_on(left: Tensor, keep: Tensor, state: Tensor) -> tuple[Tensor, Tensor]
     return torch.stack(before, 1), state
 
 # %% ../nbs/03_mamba2_block.ipynb #fcd5a399
+class _Written(torch.autograd.Function):
+    "x (b, c, q, h, p) at a weight (b, c, q, h) as (b, c, h, q, p), and at another in its own order; sums in the weights' type."
+
+    @staticmethod
+    def forward(ctx, x: Tensor, inside: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, inside, after)
+        own = x.new_empty(x.transpose(2, 3).shape)
+        torch.mul(x.transpose(2, 3), inside.transpose(2, 3)[..., None], out=own)
+        return own, (x * after[..., None]).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, own: Tensor, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, inside, after = ctx.saved_tensors
+        own, left = own.transpose(2, 3).to(inside.dtype), left.to(inside.dtype)
+        back = (own * inside[..., None]).addcmul_(left, after[..., None])
+        return back.to(x.dtype), (own * x).sum(-1), (left * x).sum(-1)
+
+# %% ../nbs/03_mamba2_block.ipynb #55d774d7
 def _scan_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, reset: Tensor | None, q: int):
     "The scan over a length that is a multiple of `q`, without D; `state` is (b, h, p, n) in at least float32."
     kind, wide, g, p = x.dtype, state.dtype, B.shape[2], x.shape[3]
     x, dt = (rearrange(v, "b (c q) h ... -> b c q h ...", q=q) for v in (x, dt.to(wide)))
     B, C = (rearrange(m, "b (c q) g n -> b c g q n", q=q) for m in (B, C))
     d = _decays((dt * A.to(wide)).transpose(2, 3), None if reset is None else rearrange(reset, "b (c q) -> b c q", q=q))
-    by_step = lambda v: v.transpose(2, 3)[..., None]  # (b, c, h, q) as a factor of (b, c, q, h, p)
-    written = lambda factor: (x * (dt[..., None] * by_step(factor))).to(kind)
-    near = (C @ B.transpose(-1, -2)).to(wide)[:, :, :, None] * rearrange(d.within, "b c (g r) i j -> b c g r i j", g=g)
-    own = near.flatten(2, 3).to(kind) @ written(d.column).transpose(2, 3)  # own inputs to own outputs (b, c, h, q, p)
-    left = rearrange(written(d.out), "b c q (g r) p -> b c g (r p) q", g=g) @ B  # what the chunk leaves in the state
+    own, left = _Written.apply(x, *(dt * weight.transpose(2, 3) for weight in (d.column, d.out)))
+    near = _Near.apply((C @ B.transpose(-1, -2)).to(wide), d.steps, d.within)
+    own = near.to(kind) @ own  # own inputs to own outputs (b, c, h, q, p)
+    left = rearrange(left, "b c q (g r) p -> b c g (r p) q", g=g) @ B  # what the chunk leaves in the state
     left = rearrange(left, "b c g (r p) n -> b c (g r) p n", p=p).to(wide)
     before, state = _hand_on(left, d.into[..., -1], state)
     read = C @ rearrange(before.to(kind), "b c (g r) p n -> b c g n (r p)", g=g)  # what was before, as it is read
+    by_step = lambda v: v.transpose(2, 3)[..., None]  # (b, c, h, q) as a factor of (b, c, q, h, p)
     read = rearrange(read, "b c g q (r p) -> b c q (g r) p", p=p).to(wide) * by_step(d.into)
     y = torch.addcmul(read, own.transpose(2, 3).to(wide), by_step(d.row))
     return rearrange(y.to(kind), "b c q h p -> b (c q) h p"), state
@@ -294,7 +319,7 @@ def ssd_scan(
     scan = _scan_torch if backend == "torch" else _scan_mamba_ssm
     with torch.autocast(x.device.type, enabled=False):
         y, state = scan(x, dt, A, B.to(x.dtype), C.to(x.dtype), state, reset, chunk)
-        return (y if D is None else y + D[:, None].to(x.dtype) * x), state
+        return (y if D is None else torch.addcmul(y, D[:, None].to(x.dtype), x)), state
 
 # %% ../nbs/03_mamba2_block.ipynb #11ed3553
 def map_state(
@@ -442,7 +467,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return x * _Norm.scale(x, eps) * weight
+        return (x * _Norm.scale(x, eps)).mul_(weight)
 
     @staticmethod
     def scale(x: Tensor, eps: float) -> Tensor:
@@ -451,10 +476,10 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        scale = _Norm.scale(x, ctx.eps)
-        unit, through = x * scale, slope * weight
-        along = (through * unit).mean(-1, keepdim=True)
-        return (through - unit * along) * scale, (slope * unit).flatten(0, -3).sum(0), None
+        scale, along = _Norm.scale(x, ctx.eps), slope * x
+        less = (along * weight).mean(-1, keepdim=True) * scale.pow(3)
+        back = (slope * weight).mul_(scale).addcmul_(x, less, value=-1)
+        return back, (along * scale).flatten(0, -3).sum(0), None
 
 # %% ../nbs/03_mamba2_block.ipynb #f914f29a
 class RMSNorm(nn.Module):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .checkpoint import (checkpoints, code_commit, dotted, flatten, load, newest, prune, refuse_other, remove,
+from .checkpoint import (checkpoints, code_commit, dotted, load, newest, prune, refuse_other, remove,
                                       remove_orphans, save, step_of, to_toml, write_atomic)
 from .mamba2_block import map_state
 from .multitask import (Bound, Forecast, ModelConfig, ModelState, MultitaskModel, Targets, check_fields, detach,
@@ -171,7 +171,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = MultitaskModel(config.model).to(config.device)
         groups = decay_groups(self.model, config.weight_decay)
-        self.optimiser = torch.optim.AdamW(groups, lr=config.lr, fused=config.device == "cuda")
+        self.optimiser = torch.optim.AdamW(groups, lr=config.lr, fused=True)
         self.scaler = torch.amp.GradScaler(config.device, enabled=config.amp == "fp16")
 
     def content(self) -> dict:
@@ -537,9 +537,10 @@ def peak_bytes(
 # %% ../nbs/05_tbptt_trainer.ipynb #69f21368
 def _check_finite(run: Run) -> None:
     "A `ValueError` where a weight, a moment or the carried state is not finite: such a run is not saved."
-    kept = flatten([run.model.state_dict(), run.optimiser.state_dict()["state"], run.carried])[0]
-    if bad := [name for name, v in kept.items() if v.is_floating_point() and not torch.isfinite(v).all()]:
-        raise ValueError(f"{len(bad)} tensors at step {run.step} are not finite and were not saved: the last checkpoint stands")
+    kept = [*run.model.state_dict().values(), *(v for moments in run.optimiser.state.values() for v in moments.values())]
+    if run.carried is not None: map_state(kept.append, run.carried)
+    if bad := sum(v.is_floating_point() and not torch.isfinite(v).all() for v in kept):
+        raise ValueError(f"{bad} tensors at step {run.step} are not finite and were not saved: the last checkpoint stands")
 
 # %% ../nbs/05_tbptt_trainer.ipynb #aa11dddd
 def checkpoint(run: Run) -> Path:
