@@ -76,7 +76,7 @@ def killed(what: list[str], folder: Path, after: int, delay: float) -> dict:
 
 def expected(told: str) -> dict:
     """What a dry run says of all trainings."""
-    found = re.search(r"in all ([\d,]+) updates?, about (.+?) and ([\d,]+) MiB", told)
+    found = re.search(r"in all ([\d,]+) updates?, about (.+?) of training and ([\d,]+) MiB", told)
     if not found: raise SystemExit(f"a dry run told nothing of time and memory:\n{told}")
     return dict(updates=int(found[1].replace(",", "")), time=found[2], mib=int(found[3].replace(",", "")))
 

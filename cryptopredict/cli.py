@@ -399,7 +399,8 @@ def _say_expected(config, panel) -> int:
     shown = made.assign(chunk=[f"{r.streams} x {r.hours}" for r in made.itertuples()], hours=made["length"],
                         time=made["seconds"].map(_age), memory=(made["memory"] / 2**20).map("{:.0f} MiB".format))
     _say(shown[["training", "learned", "judged", "hours", "chunk", "updates", "time", "memory"]].to_string(index=False))
-    _say(f"in all {made['updates'].sum():,} updates, about {_age(seconds)} and {made['memory'].max() / 2**20:.0f} MiB "
+    mib = made["memory"].max() / 2**20
+    _say(f"in all {made['updates'].sum():,} updates, about {_age(seconds)} of training and {mib:.0f} MiB "
          f"(continued from updates on {100 * last:.0f} % of a chunk or more)")
     return 0
 

@@ -852,7 +852,7 @@ class Estimate(NamedTuple):
     "What a training will take on this machine."
     parameters: int  # of the network
     updates: int  # in all epochs
-    seconds: float  # of all epochs, validation included, checkpoints not
+    seconds: float  # of all epochs, validation and checkpoints included
     memory: int  # bytes at most: of the process on a CPU, allocated on a GPU
     streams: int  # side by side, after what had to be reduced
     hours: int  # in a chunk, after what had to be reduced
@@ -880,6 +880,9 @@ def estimate(
         points = _grown(run, next(_chunks(config, data, 0)), seconds)
         judge = lambda: warm_forecast(run.model, data.x[:4096])
         judging = 0 if data.valid is None or points[-1][0] < tokens else _peak_while(judge, config.device)
+        began = time.perf_counter()
+        checkpoint(run)
+        saving = time.perf_counter() - began
     forward, update, held = (_along(points, k, tokens) for k in (1, 2, 3))
     memory = points[-1][4] + held - points[-1][3]
     chunks = math.ceil(config.epochs * _tokens(config, data) / tokens)
@@ -887,5 +890,6 @@ def estimate(
     again = 0 if reach(config.bptt) == 1 else forward
     judged = 0. if data.valid is None else (config.epochs + 1) * forward * len(data.x) / tokens
     size = sum(p.numel() for p in run.model.parameters())
-    took = chunks * (update + again) + judged
+    saves = 1 + config.epochs + (config.epochs * steps // config.save_every if config.save_every else 0)
+    took = chunks * (update + again) + judged + saves * saving
     return Estimate(size, config.epochs * steps, took, int(max(memory, judging)), *shape, points[-1][0] / tokens)
