@@ -114,10 +114,11 @@ class _Near(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor, None]:
         products, within = ctx.saved_tensors
-        flow = (slope * within).unflatten(2, (products.shape[2], -1))
+        flow, ones = (slope * within).unflatten(2, (products.shape[2], -1)), within.new_ones(within.shape[-2:])
         through = flow.sum(3).tril()
-        between = running_sum(flow.mul_(products.tril()[:, :, :, None]), -1).tril_(-1).sum(-2)  # at j - 1: of pairs around j
-        return through, F.pad(between[..., :-1], (1, 0)).flatten(2, 3), None
+        flow.mul_(products.tril()[:, :, :, None])
+        with torch.autocast(flow.device.type, enabled=False): before = flow @ ones.triu(1)  # at (i, k): of all j < k
+        return through, before.mul_(ones.tril()).sum(-2).flatten(2, 3), None
 
 # %% ../nbs/03_mamba2_block.ipynb #879ec993
 def _hand_on(left: Tensor, keep: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
