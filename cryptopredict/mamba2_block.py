@@ -115,7 +115,7 @@ class _Near(torch.autograd.Function):
     def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor, None]:
         products, within = ctx.saved_tensors
         flow, ones = (slope * within).unflatten(2, (products.shape[2], -1)), within.new_ones(within.shape[-2:])
-        through = flow.sum(3).tril()
+        through = flow.sum(3).tril_()
         flow.mul_(products.tril()[:, :, :, None])
         with torch.autocast(flow.device.type, enabled=False): before = flow @ ones.triu(1)  # at (i, k): of all j < k
         return through, before.mul_(ones.tril()).sum(-2).flatten(2, 3), None
@@ -163,7 +163,7 @@ def _scan_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: 
     read = C @ rearrange(before.to(kind), "b c (g r) p n -> b c g n (r p)", g=g)  # what was before, as it is read
     by_step = lambda v: v.transpose(2, 3)[..., None]  # (b, c, h, q) as a factor of (b, c, q, h, p)
     read = rearrange(read, "b c g q (r p) -> b c q (g r) p", p=p).to(wide) * by_step(d.into)
-    y = torch.addcmul(read, own.transpose(2, 3).to(wide), by_step(d.row))
+    y = read.addcmul_(own.transpose(2, 3).to(wide), by_step(d.row))
     return rearrange(y.to(kind), "b c q h p -> b (c q) h p"), state
 
 # %% ../nbs/03_mamba2_block.ipynb #10614491
