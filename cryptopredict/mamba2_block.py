@@ -103,22 +103,28 @@ def _within(total: Tensor, series: Tensor | None) -> Tensor:
     return within.exp_()
 
 # %% ../nbs/03_mamba2_block.ipynb #03aab469
-class _Near(torch.autograd.Function):
-    "Products (b, c, g, q, q) of groups times decays `within` (b, c, h, q, q) of heads, 0 for j > i; the slope goes to `steps`."
+def _near(products: Tensor, within: Tensor, kind: torch.dtype) -> Tensor:
+    "Products (b, c, g, q, q) of groups times decays (b, c, h, q, q) of their heads, 0 for j > i."
+    return (products.tril()[:, :, :, None] * within.unflatten(2, (products.shape[2], -1))).flatten(2, 3).to(kind)
+
+class _Own(torch.autograd.Function):
+    "A chunk's own inputs (b, c, h, q, p) to its own outputs; how `within` depends on `steps` is known here."
 
     @staticmethod
-    def forward(ctx, products: Tensor, steps: Tensor, within: Tensor) -> Tensor:
-        ctx.save_for_backward(products, within)
-        return (products.tril()[:, :, :, None] * within.unflatten(2, (products.shape[2], -1))).flatten(2, 3)
+    def forward(ctx, x: Tensor, products: Tensor, steps: Tensor, within: Tensor) -> Tensor:
+        ctx.save_for_backward(x, products, within)  # making the matrix again costs less than keeping it
+        return _near(products, within, x.dtype) @ x
 
     @staticmethod
-    def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor, None]:
-        products, within = ctx.saved_tensors
-        flow, ones = (slope * within).unflatten(2, (products.shape[2], -1)), within.new_ones(within.shape[-2:])
-        through = flow.sum(3).tril_()
-        flow.mul_(products.tril()[:, :, :, None])
-        with torch.autocast(flow.device.type, enabled=False): before = flow @ ones.triu(1)  # at (i, k): of all j < k
-        return through, before.mul_(ones.tril()).sum(-2).flatten(2, 3), None
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, products, within = ctx.saved_tensors
+        ones = within.new_ones(within.shape[-2:])
+        with torch.autocast(x.device.type, enabled=False):
+            back = _near(products, within, x.dtype).transpose(-1, -2) @ slope
+            flow = (slope @ x.transpose(-1, -2)).to(within.dtype).mul_(within).unflatten(2, (products.shape[2], -1))
+            through = flow.sum(3).tril_()
+            before = flow.mul_(products.tril()[:, :, :, None]) @ ones.triu(1)  # at (i, k): of all j < k
+        return back, through, before.mul_(ones.tril()).sum(-2).flatten(2, 3), None
 
 # %% ../nbs/03_mamba2_block.ipynb #879ec993
 def _hand_on(left: Tensor, keep: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,8 +161,7 @@ def _scan_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: 
     B, C = (rearrange(m, "b (c q) g n -> b c g q n", q=q) for m in (B, C))
     d = _decays((dt * A.to(wide)).transpose(2, 3), None if reset is None else rearrange(reset, "b (c q) -> b c q", q=q))
     own, left = _Written.apply(x, *(dt * weight.transpose(2, 3) for weight in (d.column, d.out)))
-    near = _Near.apply((C @ B.transpose(-1, -2)).to(wide), d.steps, d.within)
-    own = near.to(kind) @ own  # own inputs to own outputs (b, c, h, q, p)
+    own = _Own.apply(own, (C @ B.transpose(-1, -2)).to(wide), d.steps, d.within)  # (b, c, h, q, p)
     left = rearrange(left, "b c q (g r) p -> b c g (r p) q", g=g) @ B  # what the chunk leaves in the state
     left = rearrange(left, "b c g (r p) n -> b c (g r) p n", p=p).to(wide)
     before, state = _hand_on(left, d.into[..., -1], state)
