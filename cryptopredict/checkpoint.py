@@ -283,15 +283,16 @@ def remove(
 # %% ../nbs/04c_checkpoint.ipynb #0cc4623b
 def _is_whole(path: Path) -> bool:
     "Whether a checkpoint verifies; it is not read again while its files have not been written to."
-    try: files = [os.stat(path / name) for name in (*FILES, "manifest.json")]
-    except OSError: return False
-    return _verifies(path, tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in files))
+    try:
+        files = [os.stat(path / name) for name in (*FILES, "manifest.json")]
+        return _verified(path, tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in files))
+    except (OSError, CheckpointError): return False
 
+# %% ../nbs/04c_checkpoint.ipynb #100560fe
 @lru_cache(64)
-def _verifies(path: Path, files: tuple) -> bool:
-    "Whether a checkpoint verifies, of `files` with these marks."
-    try: return bool(verify(path))
-    except CheckpointError: return False
+def _verified(path: Path, files: tuple) -> bool:
+    "True, of a checkpoint whose `files` have these marks; what `verify` raises is not remembered."
+    return bool(verify(path))
 
 # %% ../nbs/04c_checkpoint.ipynb #43077165
 def prune(

@@ -107,6 +107,7 @@ def _near(products: Tensor, within: Tensor, kind: torch.dtype) -> Tensor:
     "Products (b, c, g, q, q) of groups times decays (b, c, h, q, q) of their heads, 0 for j > i."
     return (products.tril()[:, :, :, None] * within.unflatten(2, (products.shape[2], -1))).flatten(2, 3).to(kind)
 
+# %% ../nbs/03_mamba2_block.ipynb #3e4a1b95
 class _Own(torch.autograd.Function):
     "A chunk's own inputs (b, c, h, q, p) to its own outputs; how `within` depends on `steps` is known here."
 
@@ -482,10 +483,11 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        scale, along = _Norm.scale(x, ctx.eps), slope * x
-        less = (along * weight).mean(-1, keepdim=True) * scale.pow(3)
-        back = (slope * weight).mul_(scale).addcmul_(x, less, value=-1)
-        return back, (along * scale).flatten(0, -3).sum(0), None
+        scale = _Norm.scale(x, ctx.eps)
+        unit = x * scale
+        along = slope * unit
+        less = (along * weight).mean(-1, keepdim=True) * scale
+        return (slope * weight).mul_(scale).addcmul_(unit, less, value=-1), along.flatten(0, -3).sum(0), None
 
 # %% ../nbs/03_mamba2_block.ipynb #f914f29a
 class RMSNorm(nn.Module):
