@@ -2,10 +2,10 @@
 
     python benchmarks/kills.py --data ../shared/data --out results/kills_gpu.json --device cuda
 
-Both train with deterministic algorithms and a checkpoint after each update; the kills come up to half a second after updates that
-are drawn at random. Exit code 1 where a file differs, `timings.jsonl` excepted, where a kill came too late, or where a process did
-not go on with what the one before had done. Also compared: the time and the memory that `--dry-run` expects with those of the
-training left alone.
+Both train with deterministic algorithms and a checkpoint after each update; kills come up to half a second after updates that
+are drawn at random. Exit code 1 where a file differs, `timings.jsonl` excepted, where a kill came too late, or where a process
+did not go on with what the one before had done. Also compared: the time and the memory that `--dry-run` expects with those of
+the training left alone.
 """
 
 from __future__ import annotations
