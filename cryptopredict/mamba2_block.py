@@ -113,7 +113,7 @@ class _Own(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, products: Tensor, steps: Tensor, within: Tensor) -> Tensor:
-        ctx.save_for_backward(x, products, within)  # making the matrix again costs less than keeping it
+        ctx.save_for_backward(x, products, within)  # the matrix is made again: less memory, no more time
         return _near(products, within, x.dtype) @ x
 
     @staticmethod
