@@ -1,6 +1,6 @@
 """Exact backpropagation through the whole history beside truncated: memory and time against the length of the history.
 
-    python benchmarks/exact.py --device cuda --out results/exact.json         both presets, bf16, 8k to 256k steps, minutes
+    python benchmarks/exact.py --device cuda --out results/exact.json         both presets and backends, bf16, 12 minutes
     python benchmarks/exact.py --device cpu --out results/exact_cpu.json      preset tiny, two threads, a minute
 
 On random inputs. One update of `bptt="exact"` reads the same chunks as the truncated updates it is compared with, in turn with
@@ -10,6 +10,7 @@ them. Needs torch, numpy, pandas, einops and safetensors only.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,7 +29,7 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed
 import torch  # noqa: E402
 from vram import clear, describe_device, peaks, quantiles, synchronize, versions, write_atomic  # noqa: E402
 
-from cryptopredict.mamba2_block import map_state  # noqa: E402
+from cryptopredict.mamba2_block import choose_backend, map_state  # noqa: E402
 from cryptopredict.multitask import Targets  # noqa: E402
 from cryptopredict.streams import Chunk  # noqa: E402
 from cryptopredict.tbptt_trainer import Run, train_preset, train_step  # noqa: E402
@@ -108,25 +110,27 @@ def joined(sweeps: list[dict], made: dict) -> list[dict]:
     measured = {r["steps"] for r in made["records"]}
     old = [r for s in sweeps if about(s) == about(made) for r in s["records"] if r["steps"] not in measured]
     made = made | dict(records=sorted(old + made["records"], key=lambda r: r["steps"]))
-    return [*(s for s in sweeps if s["preset"] != made["preset"]), made]
+    key = lambda sweep: (sweep["preset"], sweep.get("backend"))
+    return [*(s for s in sweeps if key(s) != key(made)), made]
 
 
-def sweep(args: argparse.Namespace, name: str) -> Iterator[dict]:
-    """One preset, again after each length: what a run that is cut off has measured is written."""
+def sweep(args: argparse.Namespace, name: str, backend: str) -> Iterator[dict]:
+    """One preset and backend of the scan, again after each length: what a run that is cut off has measured is written."""
     gpu = args.device == "cuda"
     sizes = dict(batch=args.batch or train_preset(name).batch, amp="bf16" if gpu else "off", device=args.device)
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(train_preset(name, 60, **sizes), folder)
+        config = train_preset(name, 60, **sizes)
+        run = Run(replace(config, model=replace(config.model, backend=backend)), folder)
         warm = chunks_of(4 * run.config.tbptt_len, run.config.batch, run.config.tbptt_len, 60, gpu)
         for exact in (True, False): timed(run, warm, exact)
-        made = dict(preset=name, batch=run.config.batch, tbptt_len=run.config.tbptt_len, amp=run.config.amp,
+        made = dict(preset=name, backend=backend, batch=run.config.batch, tbptt_len=run.config.tbptt_len, amp=run.config.amp,
                     state_bytes=state_bytes(run, run.config.batch), records=[])
         for steps in args.steps:
             r = measure(args, run, steps, args.repeats if steps <= args.compare else 1, steps <= args.compare)
             made["records"].append(r)
             gib = f"{r['peak_allocated'] / 2**30:.3f} GiB on the device, " if gpu else ""
             ratio = f", {r['ratio']['median']:.2f}x truncated" if "ratio" in r else ""
-            print(f"{name} {steps:>7} steps: {gib}{r['boundary_states'] / 2**20:.0f} MiB of states, "
+            print(f"{name}, {backend} {steps:>7} steps: {gib}{r['boundary_states'] / 2**20:.0f} MiB of states, "
                   f"{r['exact_tokens_per_s']['median']:,.0f} tokens/s{ratio}", flush=True)
             yield made
 
@@ -139,21 +143,26 @@ def main() -> int:
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to run")
     p.add_argument("--threads", type=int, default=2, help="of torch on a CPU")
     p.add_argument("--presets", nargs="+", help="models; default: both on a GPU, tiny on a CPU")
+    p.add_argument("--backends", nargs="+", help="of the scan; default: mamba_ssm and torch on a GPU, torch on a CPU")
     p.add_argument("--batch", type=int, default=0, help="streams; 0: the preset's")
     p.add_argument("--steps", type=int, nargs="+", help="lengths of history; default: 8k to 256k on a GPU, 1k to 8k on a CPU")
     p.add_argument("--compare", type=int, default=32768, help="longest history read truncated too")
-    p.add_argument("--repeats", type=int, default=3, help="readings in turn where both are timed")
+    p.add_argument("--repeats", type=int, default=9, help="readings in turn where both are timed")
     args = p.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available(): p.error("--device cuda: no GPU here; give --device cpu")
     gpu = args.device == "cuda"
     if not gpu: torch.set_num_threads(args.threads)
     args.presets = args.presets or (["baseline", "mhsa"] if gpu else ["tiny"])
+    args.backends = args.backends or (["mamba_ssm", "torch"] if gpu else ["torch"])
+    try:
+        for name in args.backends: choose_backend(name, torch.zeros(1, device=args.device))
+    except ValueError as unfit: p.error(f"--backends: {unfit}")
     args.steps = args.steps or ([2**n for n in range(13, 19)] if gpu else [1024, 2048, 4096, 8192])
     report = dict(device=describe_device(args.device), versions=versions(), commit=args.commit, date=now(), how=HOW,
                   sweeps=[])
     report["sweeps"] = started(args.out, report)
-    for name in args.presets:
-        for made in sweep(args, name):
+    for name, backend in itertools.product(args.presets, args.backends):
+        for made in sweep(args, name, backend):
             report["sweeps"] = joined(report["sweeps"], made)
             if args.out: write_atomic(args.out, report)
     if not args.out: print(json.dumps(report["sweeps"], indent=1))
