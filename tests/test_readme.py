@@ -1,6 +1,7 @@
 "What README says about commands, notebooks and results is what the checkout holds."
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -120,9 +121,11 @@ def test_exact_gradient_is_what_was_measured():
     for sweep in gpu["sweeps"]:
         peaks = [r["peak_allocated"] / 1e9 for r in sweep["records"]]
         assert max(peaks) <= 1.05 * min(peaks) and sweep["records"][-1]["steps"] == 2**18
-        assert f"{max(peaks):.1f} GB ({sweep['preset']}" in text, (sweep["preset"], max(peaks))
+        after = {"mamba_ssm": ",", "torch": ")"}[sweep["backend"]]
+        assert f"{max(peaks):.1f} GB ({sweep['preset']}{after}" in text, (sweep["preset"], sweep["backend"], max(peaks))
         assert max(peaks) <= 1.002 * min(peaks), "README says: flat within 0.2 %"
-    states = [f"{s['records'][-1]['boundary_states'] / 1e9:.1f}" for s in gpu["sweeps"]]
+    assert {(s["preset"], s["backend"]) for s in gpu["sweeps"]} == set(product(("baseline", "mhsa"), ("mamba_ssm", "torch")))
+    states = [f"{s['records'][-1]['boundary_states'] / 1e9:.1f}" for s in gpu["sweeps"] if s["backend"] == "torch"]
     assert f"{' and '.join(states)} GB at the longest" in text, states
     for report, told in ((gpu, "times truncated on the H100"), (cpu, "on two CPU cores")):
         ratios = [r["ratio"]["median"] for s in report["sweeps"] for r in s["records"] if "ratio" in r]
