@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed
 import torch  # noqa: E402
 from vram import clear, describe_device, peaks, quantiles, synchronize, versions, write_atomic  # noqa: E402
 
-from cryptopredict.mamba2_block import choose_backend, map_state  # noqa: E402
-from cryptopredict.multitask import Targets  # noqa: E402
+from cryptopredict.mamba2_block import BACKENDS, choose_backend, map_state  # noqa: E402
+from cryptopredict.multitask import PRESETS, Targets  # noqa: E402
 from cryptopredict.streams import Chunk  # noqa: E402
 from cryptopredict.tbptt_trainer import Run, train_preset, train_step  # noqa: E402
 
@@ -40,7 +40,8 @@ HOW = dict(
     time="seconds from synchronised host clocks; tokens are steps times streams; the ratio is exact to truncated time per token, "
          "the two in turn, after a warm-up of both",
     memory="bytes; peak_allocated on the GPU since weights, moments and gradients existed and the cache was emptied, of the last "
-           "exact update; boundary_states and inputs are what lies in pinned host memory for them (on a CPU: in memory)")
+           "exact update, truncated_peak of the truncated updates after it; boundary_states and inputs are what lies in pinned "
+           "host memory for them (on a CPU: in memory)")
 
 
 def chunks_of(steps: int, batch: int, length: int, features: int, pin: bool) -> list[Chunk]:
@@ -84,23 +85,28 @@ def measure(args: argparse.Namespace, run: Run, steps: int, repeats: int, both: 
         seconds, one = timed(run, chunks, True)
         memory = peaks(args.device)
         losses += one
+        if args.device == "cuda": torch.cuda.reset_peak_memory_stats()
         pairs.append((seconds, timed(run, chunks, False)[0] if both else None))
+        truncated = peaks(args.device)["peak_allocated"]
         if both: clear(args.device)
     tokens, inputs = steps * c.batch, sum(chunk.x.numel() * chunk.x.element_size() for chunk in chunks)
     record = dict(steps=steps, chunks=len(chunks), peak_allocated=memory["peak_allocated"], peak_reserved=memory["peak_reserved"],
                   commit=args.commit, date=now(), boundary_states=(len(chunks) - 1) * state_bytes(run, c.batch), inputs=inputs,
                   exact_tokens_per_s=quantiles([tokens / a for a, _ in pairs]), losses_finite=all(map(math.isfinite, losses)))
     if not both: return record
-    record |= dict(truncated_tokens_per_s=quantiles([tokens / b for _, b in pairs]), ratio=quantiles([a / b for a, b in pairs]))
+    record |= dict(truncated_peak=truncated, truncated_tokens_per_s=quantiles([tokens / b for _, b in pairs]),
+                   ratio=quantiles([a / b for a, b in pairs]))
     return record
 
 
 def started(path: Path | None, report: dict) -> list[dict]:
     """Sweeps of an earlier report of the same device and versions, which is gone on with."""
     if path is None or not path.is_file(): return []
-    before = json.loads(path.read_text())
+    try: before = json.loads(path.read_text())
+    except ValueError as broken: raise SystemExit(f"{path} cannot be read ({broken}): give another --out") from broken
     for key in ("device", "versions"):
-        if before[key] != report[key]: raise SystemExit(f"{path} is of another {key} ({before[key]}): give another --out")
+        old = before.get(key) if isinstance(before, dict) else None
+        if old != report[key]: raise SystemExit(f"{path} is of another {key} ({old}): give another --out")
     return before["sweeps"]
 
 
@@ -135,19 +141,27 @@ def sweep(args: argparse.Namespace, name: str, backend: str) -> Iterator[dict]:
             yield made
 
 
+def whole(text: str) -> int:
+    """A number of at least one."""
+    if (number := int(text)) < 1: raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
 def main() -> int:
     """Measure and write."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", type=Path, help="JSON report, also of a run cut off; goes on with one that is there")
     p.add_argument("--commit", default="", help="version of the code, for the report")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to run")
-    p.add_argument("--threads", type=int, default=2, help="of torch on a CPU")
-    p.add_argument("--presets", nargs="+", help="models; default: both on a GPU, tiny on a CPU")
-    p.add_argument("--backends", nargs="+", help="of the scan; default: mamba_ssm and torch on a GPU, torch on a CPU")
-    p.add_argument("--batch", type=int, default=0, help="streams; 0: the preset's")
-    p.add_argument("--steps", type=int, nargs="+", help="lengths of history; default: 8k to 256k on a GPU, 1k to 8k on a CPU")
+    p.add_argument("--threads", type=whole, default=2, help="of torch on a CPU")
+    p.add_argument("--presets", nargs="+", choices=PRESETS, help="models; default: both on a GPU, tiny on a CPU")
+    p.add_argument("--backends", nargs="+", choices=BACKENDS,
+                   help="of the scan; default: mamba_ssm and torch on a GPU, torch on a CPU")
+    p.add_argument("--batch", type=whole, help="streams; default: the preset's")
+    p.add_argument("--steps", type=whole, nargs="+",
+                   help="lengths of history, multiples of tbptt_len; default: 8k to 256k on a GPU, 1k to 8k on a CPU")
     p.add_argument("--compare", type=int, default=32768, help="longest history read truncated too")
-    p.add_argument("--repeats", type=int, default=9, help="readings in turn where both are timed")
+    p.add_argument("--repeats", type=whole, default=9, help="readings in turn where both are timed")
     args = p.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available(): p.error("--device cuda: no GPU here; give --device cpu")
     gpu = args.device == "cuda"
@@ -158,9 +172,14 @@ def main() -> int:
         for name in args.backends: choose_backend(name, torch.zeros(1, device=args.device))
     except ValueError as unfit: p.error(f"--backends: {unfit}")
     args.steps = args.steps or ([2**n for n in range(13, 19)] if gpu else [1024, 2048, 4096, 8192])
+    for name, steps in itertools.product(args.presets, args.steps):
+        length = train_preset(name).tbptt_len
+        if steps % length: p.error(f"--steps: {steps} is no multiple of {length}, the tbptt_len of {name}")
     report = dict(device=describe_device(args.device), versions=versions(), commit=args.commit, date=now(), how=HOW,
                   sweeps=[])
     report["sweeps"] = started(args.out, report)
+    try: args.out and write_atomic(args.out, report)  # what cannot be written is told before hours are spent
+    except OSError as error: p.error(f"--out: {args.out} cannot be written ({error})")
     for name, backend in itertools.product(args.presets, args.backends):
         for made in sweep(args, name, backend):
             report["sweeps"] = joined(report["sweeps"], made)

@@ -171,8 +171,10 @@ def write_atomic(path: Path, content: dict) -> None:
     """JSON that is there whole, or as it was before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally: temporary.unlink(missing_ok=True)
 
 
 # -- run: clocks and memory ------------------------------------------------------------------------
