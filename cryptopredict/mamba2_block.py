@@ -74,9 +74,10 @@ def running_sum(
 def _sum_by_products(v: Tensor, dim: int, block: int) -> Tensor:
     "Running sums, a block at a time."
     before, sums = 0., []
-    for part in v.transpose(dim, -1).split(block, -1):
-        sums.append(before + part @ torch.ones(part.shape[-1], part.shape[-1], dtype=v.dtype, device=v.device).triu())
-        before = sums[-1][..., -1:]
+    with torch.autocast(v.device.type, enabled=False):
+        for part in v.transpose(dim, -1).split(block, -1):
+            sums.append(before + part @ torch.ones(part.shape[-1], part.shape[-1], dtype=v.dtype, device=v.device).triu())
+            before = sums[-1][..., -1:]
     return torch.cat(sums, -1).transpose(dim, -1)
 
 # %% ../nbs/03_mamba2_block.ipynb #a35b338b
@@ -204,9 +205,9 @@ def check_finite(name: str, value: Tensor) -> None:
 
 # %% ../nbs/03_mamba2_block.ipynb #38234762
 def check_tensors(**given) -> None:
-    "A `ValueError` that names the first argument that is neither a tensor nor None."
+    "A `ValueError` that names the first argument that is no tensor."
     for name, value in given.items():
-        if not isinstance(value, Tensor | None): raise ValueError(f"{name} is {type(value).__name__}; expected a torch.Tensor")
+        if not isinstance(value, Tensor): raise ValueError(f"{name} is {type(value).__name__}; expected a torch.Tensor")
 
 # %% ../nbs/03_mamba2_block.ipynb #34fb2725
 def check_reset(reset: Tensor | None, x: Tensor, name: str) -> None:
@@ -221,7 +222,8 @@ def check_reset(reset: Tensor | None, x: Tensor, name: str) -> None:
 # %% ../nbs/03_mamba2_block.ipynb #5e6a4969
 def _check_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor | None) -> None:
     "A `ValueError` that names the argument and both shapes where they do not fit."
-    check_tensors(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=state)
+    optional = {name: value for name, value in dict(D=D, initial_state=state).items() if value is not None}
+    check_tensors(x=x, dt=dt, A=A, B=B, C=C, **optional)
     if x.dim() != 4 or not x.is_floating_point() or 0 in x.shape:
         raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; expected floats (batch, time, head, headdim), none 0")
     b, t, h, p = x.shape
@@ -687,6 +689,10 @@ def _config_of(weights: Mapping[str, Tensor], ngroups: int) -> Mamba2Config:
     inner, heads = weights["norm.weight"].shape[0], weights["A_log"].shape[0]
     if inner % d_model or inner % heads or (channels - inner) % (2 * ngroups):
         raise ValueError(f"norm.weight ({inner},), A_log ({heads},), conv1d.weight ({channels}, ..) do not fit {ngroups} groups")
+    fits = {"in_proj.weight": (inner + channels + heads, d_model), "D": (heads,), "out_proj.weight": (d_model, inner)}
+    for name, shape in fits.items():
+        if (found := tuple(weights[name].shape)) == shape: continue
+        raise ValueError(f"{name} has shape {found}; this mixer, of {inner} inner channels, expects {shape}")
     return Mamba2Config(d_model, (channels - inner) // (2 * ngroups), inner // d_model, inner // heads, ngroups, d_conv)
 
 Mamba2Config.of = staticmethod(_config_of)

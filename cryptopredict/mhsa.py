@@ -5,6 +5,7 @@
 # %% ../nbs/04_mhsa.ipynb #97fd3abc
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -79,6 +80,8 @@ class MHSAConfig:
             raise ValueError(f"{name} is {value!r}: give a whole number, at least {least}")
         if self.d_model % (2 * self.n_heads):
             raise ValueError(f"n_heads {self.n_heads} does not divide d_model {self.d_model} into heads of even width")
+        if not isinstance(self.base, int | float) or not 1 < self.base < math.inf:
+            raise ValueError(f"base is {self.base!r}: give a number above 1")
 
 # %% ../nbs/04_mhsa.ipynb #ed931c30
 def _attend_reference(q: Tensor, k: Tensor, v: Tensor, window: int, seen: Tensor, series: Tensor | None) -> Tensor:
@@ -174,6 +177,8 @@ class HybridBlock(nn.Module):
 
     def __init__(self, cfg: Mamba2Config, mlp: int, attention: MHSAConfig, dropout: float = 0.):
         super().__init__()
+        if attention.d_model != cfg.d_model:
+            raise ValueError(f"attention has d_model {attention.d_model}, the mixer {cfg.d_model}: give both the same")
         self.base = Mamba2Block(cfg, mlp, dropout)
         self.norm, self.attention = RMSNorm(cfg.d_model), MHSA(attention)
         self.gate = no_weight_decay(nn.Parameter(torch.full((cfg.d_model,), .01)))

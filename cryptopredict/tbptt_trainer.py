@@ -114,8 +114,8 @@ def lr_factor(step: int, steps: int, warmup: float) -> float:
 
 # %% ../nbs/05_tbptt_trainer.ipynb #37626ea3
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    "Parameter groups of AdamW: with weight decay, and without where marked."
-    exempt = [p for p in model.parameters() if getattr(p, "_no_weight_decay", False)]
+    "Parameter groups of AdamW: with weight decay, and without where marked or no matrix: a deep copy of a model has no marks."
+    exempt = [p for p in model.parameters() if getattr(p, "_no_weight_decay", False) or p.ndim < 2]
     ids = {id(p) for p in exempt}
     decayed = [p for p in model.parameters() if id(p) not in ids]
     return [dict(params=decayed, weight_decay=weight_decay), dict(params=exempt, weight_decay=0.)]
@@ -383,6 +383,7 @@ def _by_rows(run: Run, span: Sequence[Chunk], state: ModelState | None) -> Itera
 def _gradients(run: Run, span: Sequence[Chunk], state: ModelState | None) -> tuple[ModelState, dict[str, Tensor]]:
     "Add up the gradients of a span; returns the state after it and the mean losses."
     learned, ends, parts = sum(_learns(run, chunk) for chunk in span), [], []
+    if not learned: raise ValueError("span holds nothing to learn from: give a chunk with labels that is no burn-in")
 
     def loss(forecast: Forecast, piece: _Piece) -> Tensor | None:
         if not piece.learned: return None
