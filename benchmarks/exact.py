@@ -1,7 +1,7 @@
 """Exact backpropagation through the whole history beside truncated: memory and time against the length of the history.
 
-    python benchmarks/exact.py --device cuda --out results/exact.json         both presets and backends, bf16, 12 minutes
-    python benchmarks/exact.py --device cpu --out results/exact_cpu.json      preset tiny, two threads, a minute
+    python benchmarks/exact.py --device cuda --out results/exact.json         both presets and backends, bf16, 14 minutes
+    python benchmarks/exact.py --device cpu --out results/exact_cpu.json      preset tiny, two threads, three minutes
 
 On random inputs. One update of `bptt="exact"` reads the same chunks as the truncated updates it is compared with, in turn with
 them. Needs torch, numpy, pandas, einops and safetensors only.
@@ -178,7 +178,8 @@ def main() -> int:
     report = dict(device=describe_device(args.device), versions=versions(), commit=args.commit, date=now(), how=HOW,
                   sweeps=[])
     report["sweeps"] = started(args.out, report)
-    try: args.out and write_atomic(args.out, report)  # what cannot be written is told before hours are spent
+    try:
+        if args.out: write_atomic(args.out, report)  # what cannot be written is told before anything is measured
     except OSError as error: p.error(f"--out: {args.out} cannot be written ({error})")
     for name, backend in itertools.product(args.presets, args.backends):
         for made in sweep(args, name, backend):
