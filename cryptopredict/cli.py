@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import tyro
 
 # %% auto #0
-__all__ = ['DESCRIPTION', 'COMMANDS', 'Evaluate', 'Run', 'Audit', 'Prepare', 'Forecast', 'Train', 'Runs', 'Fetch', 'Plan', 'main']
+__all__ = ['LEAST_MEMORY', 'DESCRIPTION', 'COMMANDS', 'Evaluate', 'Run', 'Audit', 'Prepare', 'Forecast', 'Train', 'Runs', 'Fetch',
+           'Plan', 'main']
 
 # %% ../nbs/06a_cli.ipynb #003ba86d
 def _say(text: str = "") -> None:
@@ -36,20 +37,48 @@ def _new_folder(what: str) -> Path:
     return next(p for p in names if not p.exists())
 
 # %% ../nbs/06a_cli.ipynb #2ae0faa3
-def _built_in(years: int, seed: int) -> tuple:
-    "The built-in market as (panel, tables, provenance, name)."
+class _Loaded(NamedTuple):
+    "A panel and where it came from."
+    panel: object  # DataFrame
+    tables: list | None  # daily source tables
+    provenance: object  # row of its table behind each daily cell
+    name: str
+    inventory: object  # DataFrame, as from `sources.inventory`
+
+def _built_in(years: int, seed: int) -> _Loaded:
+    "The built-in market."
     from cryptopredict.simulate import simulate_market
+    from cryptopredict.sources import inventory
     if not 1 <= years <= 50: raise ValueError(f"--years {years}: give 1 to 50")
     panel, _ = simulate_market(24 * 365 * years, seed)
-    return panel, None, None, f"built-in market, {years} years, seed {seed}"
+    return _Loaded(panel, None, None, f"built-in market, {years} years, seed {seed}", inventory(panel))
 
 # %% ../nbs/06a_cli.ipynb #3e99fc73
-def _files(data: Path, repairs: tuple[str, ...]) -> tuple:
-    "The files of a folder as (panel, tables, provenance, name)."
-    from cryptopredict.sources import data_files, join_panel, load_tables
-    bars, tables = load_tables(data, repairs)
-    panel, provenance = join_panel(bars, tables)
-    return panel, tables, provenance, "files " + ", ".join(p.name for p in data_files(data))
+def _files(data: Path, repairs: tuple[str, ...]) -> _Loaded:
+    "The files of a folder, and their inventory printed."
+    from cryptopredict.sources import build, read_folder
+    found = read_folder(data, repairs)
+    panel, provenance, inventory = build(found)
+    _print_inventory(inventory, panel, data)
+    names = ", ".join(Path(t.attrs["file"]).name for t in found.read)
+    return _Loaded(panel, [t.drop(columns="file") for t in found.tables], provenance, f"files {names}", inventory)
+
+def _print_inventory(inventory, panel, data: Path) -> None:
+    "A line for each file that was read, then what has to be known about files and panel."
+    from cryptopredict.files import shorten
+    from cryptopredict.readers import utc_now
+    _say(f"files of {data}:")
+    for file, row in inventory[inventory["rows"].notna()].iloc[:-1].iterrows():
+        name, holds = file if len(file) <= 32 else f"…{file[-31:]}", row["asset"] if row["holds"] == "bars" else row["holds"]
+        _say(f"  {name:<32} {shorten(holds, 14):<14} {row['rows']:>7} rows {row['first']:%Y-%m-%d} to {row['last']:%Y-%m-%d}")
+    for file, row in inventory.iloc[:-1].iterrows():
+        said = [row["repairs"] and f"repaired, rows: {row['repairs']}", row["note"]]
+        if any(said): _say(f"  {file}: {'; '.join(filter(None, said))}")
+    row = inventory.iloc[-1]
+    _say(f"panel: {row['rows']} hours, {row['first']:%Y-%m-%d %H:%M} to {row['last']:%Y-%m-%d %H:%M} UTC, the newest bar "
+         f"{_age((utc_now() - row['last']).total_seconds())} old\n  {row['filled']} hours without a trade, {row['longest_hole']} of them in a row at most")
+    for note in row["note"].split("; "):
+        if note: _say(f"  {note}")
 
 # %% ../nbs/06a_cli.ipynb #46b8276d
 def _training_line(record: dict) -> str:
@@ -103,7 +132,7 @@ class _Source:
     seed: int | None = None  # Seed of the built-in market, of forecasters and of the bootstrap. Default: 0.
     repair: tuple[str, ...] = ()  # Repairs allowed on the files: sort drop_duplicates drop_invalid assume_utc convert_utc.
 
-    def _load(self) -> tuple:
+    def _load(self) -> _Loaded:
         if self.data is None and self.repair: raise ValueError("--repair needs --data: the built-in market has nothing to repair")
         return _built_in(self.years, self._market_seed()) if self.data is None else _files(self.data, self.repair)
 
@@ -225,6 +254,16 @@ def _say_scores(out: Path) -> None:
     Console(file=sys.stdout, force_jupyter=False).print(table)
 
 # %% ../nbs/06a_cli.ipynb #a0031024
+def _say_left_out(config, panel) -> None:
+    "What holes of the price cost, before anything is trained."
+    from cryptopredict.evaluate import left_out
+    from cryptopredict.labels import make_labels
+    if not panel["close"].isna().any(): return
+    gone = left_out(config, panel, make_labels(panel["close"], config.horizon, config.vol_window, config.threshold))
+    for hole in gone["holes"]: _say(f"hole: no bars from {hole['begin'][:16]} to {hole['end'][:16]} UTC, {hole['hours']} h")
+    _say(f"  of {gone['origins']} daily origins {gone['forecast']} are not forecast, by any model (the price is unknown within "
+         f"{gone['history']} before), and {gone['label']} more have no label")
+
 @dataclass
 class Evaluate(_Folder):
     "Walk-forward only: folds x models x seeds to predictions.parquet and scores.json."
@@ -233,11 +272,12 @@ class Evaluate(_Folder):
         from cryptopredict.evaluate import walk_forward_run
         from cryptopredict.track import together
         config = self._config()
-        panel, _, _, name = loaded or self._load()
-        out = self.out or _new_folder("run")
+        loaded, out = loaded or self._load(), self.out or _new_folder("run")
         if self.out is None: _say(f"folder: {out}")
+        _say_left_out(config, loaded.panel)
         with self._trackers() as trackers, _Progress() as progress:
-            self.out = walk_forward_run(config, panel, out, name, audits, progress, together(progress.watch, trackers))
+            watch = together(progress.watch, trackers)
+            self.out = walk_forward_run(config, loaded.panel, out, loaded.name, audits, progress, watch, loaded.inventory)
         _say_scores(self.out)
         return 0
 
@@ -252,7 +292,8 @@ class Run(_Folder):
         config = self._config()
         self._trackers().close()  # what they lack is said before the long part
         _say("panel ...")
-        panel, tables, provenance, name = self._load()
+        loaded = self._load()
+        panel, tables, provenance, name, _ = loaded
         _say(f"  {name}: {len(panel)} hours, {panel.index[0]:%Y-%m-%d} to {panel.index[-1]:%Y-%m-%d}")
         _say("audit ...")
         audits = _audits(panel, tables, provenance, config, self.n_cuts)
@@ -261,7 +302,7 @@ class Run(_Folder):
             return 1
         _say("walk-forward ...")
         walk = Evaluate(**{k: getattr(self, k) for k in _Folder.__dataclass_fields__})
-        walk(audits, (panel, tables, provenance, name))
+        walk(audits, loaded)
         _say(f"report: {write_report(walk.out)}")
         return 0
 
@@ -326,7 +367,7 @@ class Audit(_Walk):
         own = self.what or self.fn
         function, config = _function(own) if own else None, self._config()
         if self.out and self.out.exists(): raise ValueError(f"{self.out} exists: choose another --out")
-        panel, tables, came, name = self._load()
+        panel, tables, came, name, _ = self._load()
         _say(f"{name}: {len(panel)} hours, {panel.index[0]:%Y-%m-%d} to {panel.index[-1]:%Y-%m-%d}")
         if own: reports = {own: _audit_own(function, own, panel, self.n_cuts, config.seed)}
         else: reports = _audits(panel, tables, came, config, self.n_cuts)
@@ -350,10 +391,12 @@ class Prepare(_Source):
         out = self.out or _new_folder("prepare")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} is not an empty folder: choose another --out")
-        panel, _, _, name = self._load()
+        from cryptopredict.sources import inventory_json
+        panel, _, _, name, inventory = self._load()
         tables = {"panel": panel, "features": build_features(panel), "labels": make_labels(panel["close"])}
         out.mkdir(parents=True, exist_ok=True)
         _say(name)
+        write_atomic(out / "inventory.json", inventory_json(inventory))
         for kind, table in tables.items():
             write_atomic(out / f"{kind}.parquet", table.to_parquet(None))
             rows, columns, known = *table.shape, 100 * table.notna().mean().mean()
@@ -367,17 +410,22 @@ class Forecast(_Walk):
     out: Path | None = None  # JSON file for the forecasts; an existing one is never overwritten. Default: none.
 
     def __call__(self) -> int:
+        from cryptopredict.checkpoint import write_atomic
         from cryptopredict.evaluate import newest_forecast
         from cryptopredict.results import newest_table
+        from cryptopredict.sources import inventory_json
         config = self._config()
-        panel, _, _, name = self._load()
-        if self.out and self.out.exists(): raise ValueError(f"{self.out} exists: choose another --out")
+        panel, _, _, name, inventory = self._load()
+        beside = self.out and self.out.with_name(f"{self.out.stem}.inventory.json")
+        for path in filter(None, (self.out, beside)):
+            if path.exists(): raise ValueError(f"{path} exists: choose another --out")
         with _Progress() as progress: made = newest_forecast(config, panel, progress, watch=progress.watch)
         _say(f"{name}\nmade at {panel.index[-1]:%Y-%m-%d %H:%M} UTC, close {panel['close'].iloc[-1]:.2f}")
         _say(newest_table(made, config.horizon, config.vol_window).to_string())
         if self.out:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            made.to_json(self.out, orient="records", date_format="iso", indent=1)
+            write_atomic(beside, inventory_json(inventory))
+            write_atomic(self.out, made.to_json(orient="records", date_format="iso", indent=1))
         return 0
 
 # %% ../nbs/06a_cli.ipynb #ba168897
@@ -417,13 +465,13 @@ class Train(_Walk, _Tracked):
         from cryptopredict.results import newest_table
         from cryptopredict.track import together
         config, out = self._config(), self.out or _new_folder("train")
-        panel, _, _, name = self._load()
+        panel, _, _, name, inventory = self._load()
         _say(f"{name}: {len(panel)} hours, {panel.index[0]:%Y-%m-%d} to {panel.index[-1]:%Y-%m-%d}")
         _say(f"preset {config.preset}, at most {config.epochs} epochs")
         if self.dry_run: return _say_expected(config, panel)
         if self.out is None: _say(f"folder: {out}")
         with self._trackers() as trackers, _Progress() as progress:
-            made = train_newest(config, panel, out, name, progress, together(progress.watch, trackers))
+            made = train_newest(config, panel, out, name, progress, together(progress.watch, trackers), inventory)
         choice = json.loads((out / "choice.json").read_text())
         heads = ", ".join(choice["heads"]) or "none: it repeats its anchors"
         _say(f"chosen on validation: {choice['epochs']} epochs, heads that help: {heads}")
@@ -534,6 +582,16 @@ def _on_terminate():
     return lambda: signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/06a_cli.ipynb #aad938e4
+LEAST_MEMORY = 3 * 2**30  # bytes of address space; below, libraries hang or abort while they are loaded
+
+def _check_memory() -> None:
+    "A `ValueError` where this process is not allowed the memory that libraries and data need."
+    try: import resource
+    except ImportError: return  # not on this platform
+    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if allowed != resource.RLIM_INFINITY and allowed < LEAST_MEMORY:
+        raise ValueError(f"the memory of this process is limited to {allowed / 2**30:.1f} GiB (ulimit -v): allow {LEAST_MEMORY / 2**30:.0f} GiB or more")
+
 DESCRIPTION = """Long-horizon Bitcoin forecasting that can be believed.
 
 First steps:  cryptopredict run                     the whole path on the built-in market
@@ -549,6 +607,7 @@ def main(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait by spinning starve each other on a busy machine
     try:
         command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cryptopredict", description=DESCRIPTION, args=args)
+        _check_memory()
         return command()
     except PermissionError as error:
         told = f"{error.filename} may not be read or written: change its permissions, or choose another"
@@ -556,6 +615,10 @@ def main(
         return 2
     except (ValueError, OSError) as error:
         print(f"cryptopredict: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        told = " ".join(str(error).split()) or "an allocation failed"
+        print(f"cryptopredict: error: out of memory ({told}): free memory, raise the limit, or load less with smaller files", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, _Terminated) as stop:
         print("cryptopredict: interrupted; the same --out goes on where it stopped", file=sys.stderr)

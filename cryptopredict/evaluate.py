@@ -28,23 +28,24 @@ from .baselines import BASELINES
 from .calibration import reliability
 from .checkpoint import code_commit, dotted, refuse_other, remove_orphans, to_toml, write_atomic
 from .features import build_features
-from .labels import make_labels
+from .labels import hours_in, make_labels
 from .leakage import (Fold, LeakReport, audit, audit_availability, audit_folds, audit_labels, audit_model,
                                    audit_pipeline, live_fold, walk_forward)
 from .multitask import DERIVED, PRESETS, Bound, ModelConfig, MultitaskModel, read_preset
 from .scores import SCHEMA, compare, dm_test, loss_table, summarise
 from .simulate import conditional_law
+from .sources import holes, inventory_json
 from .streams import FoldData, fold_data, warm_forecast
 from .tbptt_trainer import (Run, TrainConfig, TrainSettings, alone, best_epoch, check_device, deterministic,
                                          estimate, precision, train)
 
 # %% auto #0
-__all__ = ['FORECAST_COLUMNS', 'FORECASTERS', 'HEAD_LOSSES', 'HEAD_COLUMNS', 'LEVEL', 'SHORT', 'HOURS', 'AUDITS', 'Truth',
-           'ConfigError', 'EvaluateConfig', 'load_config', 'default_first_test', 'origins', 'make_folds',
-           'audit_inputs', 'panel_hash', 'provenance_of', 'check_config', 'write_config', 'open_run', 'fit_predict',
-           'Anchor', 'combine', 'head_evidence', 'Prepared', 'choice_folds', 'Network', 'check_network',
-           'expected_trainings', 'audit_network', 'certificate', 'predict_folds', 'score_run', 'newest_forecast',
-           'train_newest', 'training_summary', 'walk_forward_run']
+__all__ = ['FORECAST_COLUMNS', 'FORECASTERS', 'HISTORY', 'HEAD_LOSSES', 'HEAD_COLUMNS', 'LEVEL', 'SHORT', 'HOURS', 'AUDITS',
+           'Truth', 'ConfigError', 'EvaluateConfig', 'load_config', 'default_first_test', 'origins', 'has_history',
+           'forecast_rows', 'left_out', 'make_folds', 'audit_inputs', 'panel_hash', 'provenance_of', 'check_config',
+           'write_config', 'open_run', 'fit_predict', 'Anchor', 'combine', 'head_evidence', 'Prepared', 'choice_folds',
+           'Network', 'check_network', 'expected_trainings', 'audit_network', 'certificate', 'predict_folds',
+           'score_run', 'newest_forecast', 'train_newest', 'training_summary', 'walk_forward_run']
 
 # %% ../nbs/05f_evaluate.ipynb #719566b7
 FORECAST_COLUMNS = SCHEMA[4:]  # p_down p_flat p_up p10 p90 sigma
@@ -209,6 +210,41 @@ def origins(index: pd.DatetimeIndex, rows: np.ndarray) -> np.ndarray:
     "Those of `rows` that are official origins: 00:00 UTC."
     return rows[np.asarray((index[rows].hour == 0) & (index[rows].minute == 0))]
 
+HISTORY = "90D"  # what a baseline looks back on at most: log-HAR's longest window
+
+def has_history(
+    panel: pd.DataFrame,  # hourly panel
+) -> np.ndarray:
+    """For each hour whether the close is known there and all through `HISTORY` before it (as far as the panel reaches back).
+    Where it is not, no model forecasts: all are scored on the same origins."""
+    unknown = np.r_[0, panel["close"].isna().cumsum()]
+    now = np.arange(1, len(panel) + 1)
+    return unknown[now] == unknown[np.maximum(now - hours_in(HISTORY) - 1, 0)]
+
+def forecast_rows(
+    panel: pd.DataFrame,  # hourly panel
+    rows: np.ndarray,  # of a test or validation span; a single one need not be an origin
+) -> np.ndarray:
+    "The official origins among `rows` that every model can forecast at."
+    rows = rows if len(rows) == 1 else origins(panel.index, rows)
+    return rows[has_history(panel)[rows]]
+
+def left_out(
+    config: EvaluateConfig,  # first test, horizon
+    panel: pd.DataFrame,  # hourly panel
+    labels: pd.DataFrame,  # its labels
+) -> dict:
+    """What holes of the price cost a walk-forward: `origins` in its test spans, those without `forecast` (the price is unknown
+    within `HISTORY` before) and those with one but without `label` (it is unknown later), and the `holes`."""
+    first = pd.Timestamp(config.first_test or default_first_test(panel.index))
+    first = first.tz_localize("UTC") if first.tz is None else first
+    last = panel.index[-1] - max(pd.Timedelta(config.horizon), pd.Timedelta(config.vol_window))
+    rows = origins(panel.index, np.flatnonzero((panel.index >= first) & (panel.index <= last)))
+    able = has_history(panel)[rows]
+    scored = labels[["label_end", "sigma_end"]].iloc[rows].notna().all(axis=1).to_numpy()
+    stretches = [dict(begin=str(h.begin), end=str(h.end), hours=int(h.hours)) for h in holes(panel).itertuples()]
+    return dict(history=HISTORY, origins=len(rows), forecast=int((~able).sum()), label=int((able & ~scored).sum()), holes=stretches)
+
 # %% ../nbs/05f_evaluate.ipynb #571a10fa
 def _check_step(step: str) -> None:
     "A `ValueError` for test spans of hours, before thousands of folds are made."
@@ -221,14 +257,15 @@ def make_folds(
     config: EvaluateConfig,  # folds as configured
     labels: pd.DataFrame,  # labels by hourly decision time, with `label_end`, `sigma_end`
 ) -> list[Fold]:
-    "Walk-forward folds of a run; a `ValueError` says what is missing when the history is too short."
+    """Walk-forward folds of a run, without test spans that lie in a hole of the price; a `ValueError` says what is missing when
+    the history is too short."""
     index, first = labels.index, config.first_test or default_first_test(labels.index)
     ends, spans = labels[["label_end", "sigma_end"]], dict(step=config.step, validation=config.validation, embargo=config.embargo)
     if ends["label_end"].isna().all():
         raise ValueError(f"no label: the data ({index[0]} to {index[-1]}) are shorter than the horizon of {config.horizon}; "
                          "bring more history or shorten horizon")
     _check_step(config.step)
-    try: return walk_forward(index, ends, first_test=first, **spans)
+    try: return walk_forward(index, ends, first_test=first, skip_unlabelled=True, **spans)
     except ValueError as error:
         raise ValueError(f"{error} [first_test {first}; the data are {index[0]} to {index[-1]}]") from None
 
@@ -383,8 +420,10 @@ def fit_predict(
     watch: Callable[[Run, dict], None] = _unwatched,  # called after each update of one that trains, as by `train_epoch`
 ) -> pd.DataFrame:
     "Forecasts at the origins of `fold.test` in the prediction schema, without the fold's number."
-    rows = fold.test if len(fold.test) == 1 else origins(panel.index, fold.test)
-    if not len(rows): raise ValueError(f"the fold tested from {panel.index[fold.test[0]]} holds no 00:00 UTC: make step longer")
+    rows = forecast_rows(panel, fold.test)
+    if not len(rows):
+        raise ValueError(f"the fold tested from {panel.index[fold.test[0]]} holds no 00:00 UTC with a price known for {HISTORY} before: "
+                         "make step longer, or bring the missing bars")
     forecaster = _make(model, config, folder=folder, watch=watch).fit(panel, features, labels, fold, seed)
     return forecaster.predict(panel, features, rows).rename_axis("time").reset_index().assign(seed=seed, model=model)
 
@@ -484,7 +523,7 @@ def choice_folds(
         begin = begin - span
         train, inside = rows[ends.iloc[rows] <= begin - embargo], (index[rows] >= begin) & (index[rows] < begin + span)
         if len(train) < least or not inside.any(): break
-        pairs.append(replace(fold, train=train, valid=rows[inside]))
+        pairs.append(fold.replace(train=train, valid=rows[inside]))
     return pairs[::-1]
 
 # %% ../nbs/05f_evaluate.ipynb #21a92b82
@@ -503,11 +542,13 @@ def _choose(model: Network, panel: pd.DataFrame, features: pd.DataFrame, labels:
     if not best: return dict(epochs=0, heads=[], best_epoch=0, spans=spans)
     for f, (run, prepared) in zip(folds, trials):
         run.at_epoch(best)
-        rows = origins(panel.index, f.valid)
+        rows = forecast_rows(panel, f.valid)
+        if not len(rows): continue  # a hole of the price
         anchor = _anchor_forecast(prepared.anchor, panel, rows)
         pairs.append((combine(anchor, _network_forecast(run.model, prepared, panel, features, rows), list(HEAD_COLUMNS)), anchor))
     days = pd.Timedelta(model.horizon) // pd.Timedelta("1D")
     overlaps = dict(direction=days, band=days, volatility=pd.Timedelta(model.vol_window) // pd.Timedelta("1D"))
+    if not pairs: return dict(epochs=0, heads=[], best_epoch=best, spans=spans)
     evidence = head_evidence(*(pd.concat(side) for side in zip(*pairs)), labels, overlaps)
     heads = [head for head, e in evidence.items() if e["helps"]]
     return dict(epochs=best if heads else 0, heads=heads, best_epoch=best, spans=spans, evidence=evidence)
@@ -638,9 +679,13 @@ SHORT = dict(horizon="20D", vol_window="7D")  # labels of the audited fold
 HOURS = 24 * 220  # of the panel's end that the audited fold is made of
 
 def _short_fold(panel: pd.DataFrame, config: EvaluateConfig) -> tuple[pd.DataFrame, pd.DataFrame, Fold]:
-    "Panel, features (`f:`) and labels (`y:`) as one frame over the last hours, the ends of its labels, and one fold of it."
-    short = panel.iloc[-HOURS:]
-    labels, features = make_labels(short["close"], **SHORT, threshold=config.threshold), build_features(panel).iloc[-HOURS:]
+    "Panel, features (`f:`) and labels (`y:`) as one frame over the last hours without a hole, the ends of its labels, and one fold of it."
+    unknown = np.r_[0, panel["close"].isna().cumsum()]
+    whole = np.flatnonzero(unknown[HOURS:] == unknown[:-HOURS])
+    if not len(whole): raise ValueError(f"the price is never known for {HOURS} hours without a hole: the network cannot be audited")
+    at = slice(whole[-1], whole[-1] + HOURS)
+    short = panel.iloc[at]
+    labels, features = make_labels(short["close"], **SHORT, threshold=config.threshold), build_features(panel).iloc[at]
     ends = labels[["label_end", "sigma_end"]]
     first = str(short.index[0].ceil("D") + pd.Timedelta("170D"))
     folds = walk_forward(short.index, ends, first_test=first, step="10D", validation="30D", embargo=config.embargo)
@@ -747,7 +792,7 @@ def score_run(
     labels: pd.DataFrame,  # labels by decision time
 ) -> dict:
     "Tables `summary`, `by_year`, `comparison`, `reliability` as records, and how much they rest on."
-    matured = labels[labels["label_end"].notna()]
+    matured = labels[labels[["label_end", "sigma_end"]].notna().all(axis=1)]
     scored = predictions[predictions["time"].isin(matured.index)]
     if scored.empty: raise ValueError("no forecast has a matured label: nothing can be scored")
     losses = loss_table(scored, matured)
@@ -779,7 +824,12 @@ def newest_forecast(
     folder: Path | None = None,  # where a forecaster that trains keeps its history
     watch: Callable[[Run, dict], None] = _unwatched,  # called after each update of training
 ) -> pd.DataFrame:
-    "Every model fitted on all labels matured by the last hour, and its forecast there: prediction schema, fold -1."
+    """Every model fitted on all labels matured by the last hour, and its forecast there: prediction schema, fold -1. A
+    `ValueError` where the price is unknown within `HISTORY` before."""
+    if not has_history(panel)[-1]:
+        hole = holes(panel).iloc[-1]
+        raise ValueError(f"no model can forecast at {panel.index[-1]}: there are no bars from {hole['begin']} to {hole['end']}, and models "
+                         f"look back {HISTORY}; add the missing bars")
     labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     fold = live_fold(panel.index, labels[["label_end", "sigma_end"]], validation=config.validation, embargo=config.embargo)
     features = build_features(panel) if any(getattr(FORECASTERS[m], "needs_features", False) for m in config.models) else None
@@ -799,6 +849,7 @@ def train_newest(
     source: str = "panel",  # what the panel is
     progress: Callable[[int, int, str], None] = _quiet,  # called with models done, models in all, and what is next
     watch: Callable[[Run, dict], None] = _unwatched,  # called after each update of training
+    inventory: pd.DataFrame | None = None,  # as from `sources.inventory`, kept as `inventory.json`
 ) -> pd.DataFrame:
     "The newest forecast of a network that is kept in a folder, with `config.toml` as soon as it is trained there."
     out, config = Path(out), config.model_copy(update=dict(models=("mamba2",)))
@@ -807,18 +858,26 @@ def train_newest(
     _check_trainings(out)
     new, kept = not out.exists(), out / "config.toml"
 
+    def begin() -> None:
+        write_config(out, config, source)
+        _write_inventory(out, inventory)
+
     def begun(run: Run, record: dict) -> None:
-        if not kept.exists(): write_config(out, config, source)  # the folder was found to be free, or of this
+        if not kept.exists(): begin()  # the folder was found to be free, or of this
         watch(run, record)
     out.mkdir(parents=True, exist_ok=True)
     try:
         with alone(out): made = newest_forecast(config, panel, progress, out, begun)
-        write_config(out, config, source)
+        begin()
     finally:
         if new and not any(out.iterdir()): out.rmdir()
     return made
 
 # %% ../nbs/05f_evaluate.ipynb #e70ee736
+def _write_inventory(out: Path, inventory: pd.DataFrame | None) -> None:
+    "`inventory.json`, what became of the source files; one that stands there is of the same data and stays."
+    if inventory is not None and not (out / "inventory.json").exists(): write_atomic(out / "inventory.json", inventory_json(inventory))
+
 def _check_trainings(out: Path) -> None:
     "A `ValueError` for a folder of other things."
     there = [path.name for path in out.iterdir()] if out.exists() else []
@@ -865,23 +924,28 @@ def walk_forward_run(
     audits: dict[str, LeakReport] | None = None,  # reports of `audit_inputs` and `audit_network`, kept in `certificate.json`
     progress: Callable[[int, int, str], None] = _quiet,  # called with parts done, parts in all, and what is next
     watch: Callable[[Run, dict], None] = _unwatched,  # called after each update of training
+    inventory: pd.DataFrame | None = None,  # as from `sources.inventory`, kept as `inventory.json`
 ) -> Path:
     "Loop folds x models x seeds; writes `predictions.parquet`, `scores.json` and what the report needs into the run folder."
     labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
-    folds = make_folds(config, labels)  # before the folder: a run that cannot start leaves nothing behind
+    # Before the folder: a run that cannot start leaves nothing behind.
+    folds = [fold for fold in make_folds(config, labels) if len(forecast_rows(panel, fold.test)) or not len(origins(panel.index, fold.test))]
+    if not folds: raise ValueError(f"no origin has a price known for {HISTORY} before it: bring the missing bars")
     if "mamba2" in config.models: check_network(config)
     made_by = provenance_of(panel, source)
     out = open_run(out, config, made_by)
     with alone(out):
         write_config(out, config, made_by["source"])
+        _write_inventory(out, inventory)
         predictions = predict_folds(config, panel, labels, folds, out, progress, watch)
         write_atomic(out / "predictions.parquet", _parquet(predictions))
         write_atomic(out / "origins.parquet", _parquet(_origin_table(panel, labels)))
-        newest = newest_forecast(config, panel, progress, out / "network" / "newest", watch)
+        if has_history(panel)[-1]: newest = newest_forecast(config, panel, progress, out / "network" / "newest", watch)
+        else: newest = predictions.iloc[:0]  # no model can forecast there
         write_atomic(out / "forecast.parquet", _parquet(newest))
         paper = _kept_certificate(out) if audits is None else certificate(audits, made_by)
         write_atomic(out / "certificate.json", json.dumps(paper := paper or certificate({}, made_by), indent=1))
-        head = dict(provenance=made_by, config=config.plain(), folds=_fold_table(panel.index, folds))
+        head = dict(provenance=made_by, config=config.plain(), folds=_fold_table(panel.index, folds), left_out=left_out(config, panel, labels))
         training = training_summary(out / "network")
         audited = dict(audits=paper["audits"], untested=paper["untested"])
         scores = dict(**head, **audited, training=training, **score_run(config, predictions, labels))

@@ -157,17 +157,47 @@ def point_in_time(
     return (panel, came) if provenance else panel
 
 # %% ../nbs/00_leakage.ipynb #a3dd3483
-@dataclass(frozen=True, eq=False)
+def _as_ranges(rows) -> tuple[range, ...] | np.ndarray:
+    "Positions as runs of neighbours, in their order; what holds no integers stays as it is, for an audit to name."
+    if isinstance(rows, range): return (rows,)
+    rows = np.asarray(rows)
+    if not len(rows) or rows.dtype.kind not in "iu": return rows
+    cuts = np.flatnonzero(np.diff(rows) != 1) + 1
+    if len(cuts) > len(rows) // 8: return rows  # shuffled, or every n-th row: as ranges it would be larger
+    return tuple(range(int(rows[i]), int(rows[j - 1]) + 1) for i, j in zip([0, *cuts], [*cuts, len(rows)]))
+
+def _as_positions(ranges: tuple[range, ...] | np.ndarray) -> np.ndarray:
+    "Ranges as one array of positions."
+    if isinstance(ranges, np.ndarray): return ranges
+    return np.concatenate([np.arange(r.start, r.stop) for r in ranges])
+
 class Fold:
-    "Row positions of one walk-forward fold; no label of an earlier part ends after the first time of a later one."
-    train: np.ndarray  # for choices: labels end before `valid` begins
-    valid: np.ndarray  # for choices: labels end before `test` begins
-    test: np.ndarray  # never used for a choice
-    refit: np.ndarray  # all rows whose labels matured before `test` begins
+    """Row positions of one walk-forward fold; no label of an earlier part ends after the first time of a later one.
+
+    Parts are kept as ranges, as monthly folds of a million hours would fill 9.5 GB as arrays; reading a part, `fold.train`,
+    makes its array. `ranges` holds them as they are kept."""
+    PARTS = ("train", "valid", "test", "refit")
+
+    def __init__(
+        self,
+        train: Sequence[int],  # for choices: labels end before `valid` begins
+        valid: Sequence[int],  # for choices: labels end before `test` begins
+        test: Sequence[int],  # never used for a choice
+        refit: Sequence[int],  # all rows whose labels matured before `test` begins
+    ):
+        self.ranges = {name: _as_ranges(rows) for name, rows in zip(self.PARTS, (train, valid, test, refit))}
+
+    train = property(lambda self: _as_positions(self.ranges["train"]), doc="Positions for choices whose labels end before `valid`.")
+    valid = property(lambda self: _as_positions(self.ranges["valid"]), doc="Positions that choices are judged on.")
+    test = property(lambda self: _as_positions(self.ranges["test"]), doc="Positions that are forecast, never used for a choice.")
+    refit = property(lambda self: _as_positions(self.ranges["refit"]), doc="Positions whose labels matured before the test begins.")
+
+    def replace(self, **parts: Sequence[int]) -> Fold:
+        "The same fold with other rows in some parts."
+        return Fold(**{name: parts.get(name, getattr(self, name)) for name in self.PARTS})
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{k} {len(v)}" for k, v in vars(self).items())
-        return f"Fold({sizes} rows)"
+        return f"Fold({', '.join(f'{name} {len(getattr(self, name))}' for name in self.PARTS)} rows)"
 
 # %% ../nbs/00_leakage.ipynb #ab6a2ec0
 def _longest_label(label_end: pd.Series | pd.DataFrame, index: pd.DatetimeIndex) -> pd.DatetimeIndex:
@@ -188,26 +218,37 @@ def _longest_label(label_end: pd.Series | pd.DataFrame, index: pd.DatetimeIndex)
     return ends
 
 # %% ../nbs/00_leakage.ipynb #b91aaf23
-def _matured(ends: pd.DatetimeIndex, rows: np.ndarray, before: pd.Timestamp) -> np.ndarray:
-    "Those of `rows` whose label ends at or before `before`."
-    return rows[np.asarray(ends[rows] <= before)]
+class _Matured:
+    "Which rows have a label that has ended: positions by the time of the label's end, found without a pass over all rows."
+
+    def __init__(self, ends: pd.DatetimeIndex):
+        self.rows = np.flatnonzero(ends.notna())
+        self.ends = _nanoseconds(ends)[self.rows]
+        self.in_order = bool((np.diff(self.ends) >= 0).all())
+
+    def __call__(self, begin: int, stop: int, until: pd.Timestamp) -> range | np.ndarray:
+        "Positions from `begin` to before `stop` whose label ends at or before `until`."
+        low, high = np.searchsorted(self.rows, [begin, stop])
+        if self.in_order: found = self.rows[low:max(low, min(high, np.searchsorted(self.ends, until.value, side="right")))]
+        else: found = self.rows[low:high][self.ends[low:high] <= until.value]
+        whole = len(found) and found[-1] - found[0] == len(found) - 1  # they increase: without a gap they are a range
+        return range(int(found[0]), int(found[-1]) + 1) if whole else found
 
 # %% ../nbs/00_leakage.ipynb #b3e49f2c
-def _make_fold(index: pd.DatetimeIndex, ends: pd.DatetimeIndex, test: np.ndarray, validation, embargo) -> Fold:
+def _make_fold(index: pd.DatetimeIndex, matured: _Matured, test: range, validation, embargo) -> Fold:
     "The fold whose test rows are `test`; a `ValueError` says which part came out empty and why."
     validation, embargo, start = pd.Timedelta(validation), pd.Timedelta(embargo), index[test[0]]
     if embargo < pd.Timedelta(0) or validation <= pd.Timedelta(0):
         raise ValueError(f"embargo {embargo} must not be negative and validation {validation} must be longer than zero")
-    past = np.arange(test[0])
     cut = start - validation
-    valid = _matured(ends, past[np.asarray(index[past] >= cut)], start - embargo)
-    train = _matured(ends, past[np.asarray(index[past] < cut)], cut - embargo)
+    first = int(index.searchsorted(cut))
+    valid, train = matured(first, test[0], start - embargo), matured(0, first, cut - embargo)
     for name, rows in (("valid", valid), ("train", train)):
         if not len(rows):
             raise ValueError(
                 f"the fold tested from {start} has no matured label in '{name}': too little history for the label's length; "
                 f"start later (first_test), shorten the horizon or bring earlier data (this begins {index[0]})")
-    return Fold(train, valid, test, _matured(ends, past, start - embargo))
+    return Fold(train, valid, test, matured(0, test[0], start - embargo))
 
 # %% ../nbs/00_leakage.ipynb #dd79440b
 def live_fold(
@@ -219,7 +260,7 @@ def live_fold(
 ) -> Fold:
     "The fold whose only test row is the last one: what a forecaster may use today."
     ends = _longest_label(label_end, check_times(index))
-    return _make_fold(index, ends, np.array([len(index) - 1]), validation, embargo)
+    return _make_fold(index, _Matured(ends), range(len(index) - 1, len(index)), validation, embargo)
 
 # %% ../nbs/00_leakage.ipynb #45be6e05
 def _utc(time: str | pd.Timestamp) -> pd.Timestamp:
@@ -247,6 +288,7 @@ def walk_forward(
     step: str | pd.Timedelta | pd.DateOffset = "YS",  # length of a test span: a duration ("365D") or a calendar offset ("YS")
     validation: str | pd.Timedelta = "365D",  # span before each test that choices are made on
     embargo: str | pd.Timedelta = "0D",  # further time between a label's end and what comes next
+    skip_unlabelled: bool = False,  # leave out test spans without any label, as in a hole of the price; else a `ValueError`
 ) -> list[Fold]:
     "Expanding walk-forward folds, purged and embargoed, up to the last row that has a label."
     ends, first = _longest_label(label_end, check_times(index)), _utc(first_test)
@@ -255,12 +297,13 @@ def walk_forward(
                          f"too little history for the label's length (data end {index[-1]})")
     if first <= index[0]: raise ValueError(f"first_test {first} leaves nothing to train on: the data begin {index[0]}")
     cuts = index.searchsorted(pd.DatetimeIndex(_test_bounds(first, index[ends.notna()][-1], step)))
-    tests = [np.arange(a, b) for a, b in zip(cuts[:-1], cuts[1:]) if b > a]
-    for test in tests:
-        if ends[test].isna().all():
-            raise ValueError(f"no label in the fold tested from {index[test[0]]}: the price is missing there; "
-                             "bring the data or change step")
-    return [_make_fold(index, ends, test, validation, embargo) for test in tests]
+    tests, known = [range(a, b) for a, b in zip(cuts[:-1], cuts[1:]) if b > a], np.r_[0, ends.notna().cumsum()]
+    empty = [test for test in tests if known[test.stop] == known[test.start]]
+    if empty and not skip_unlabelled:
+        raise ValueError(f"no label in the fold tested from {index[empty[0][0]]}: the price is missing there; "
+                         "bring the data or change step")
+    matured = _Matured(ends)
+    return [_make_fold(index, matured, test, validation, embargo) for test in tests if test not in empty]
 
 # %% ../nbs/00_leakage.ipynb #c27b160d
 def _audit_order(name: str, rows: np.ndarray, label: str) -> list[dict]:

@@ -21,7 +21,8 @@ from .labels import DIRECTIONS
 # %% auto #0
 __all__ = ['COLOURS', 'SCORE_NAMES', 'GROUPS', 'CURVES', 'REPORTED', 'STYLE', 'read_run', 'score_table', 'claims', 'figure_skill',
            'figure_reliability', 'figure_coverage', 'figure_fan', 'figure_newest', 'network_sentence',
-           'figure_training', 'training_table', 'figure_vram', 'findings', 'newest_table', 'write_report']
+           'figure_training', 'training_table', 'figure_vram', 'findings', 'newest_table', 'missing_prices',
+           'write_report']
 
 # %% ../nbs/06_results.ipynb #264a86bd
 def read_run(
@@ -374,6 +375,16 @@ def _fold_dates(folds: list[dict]) -> pd.DataFrame:
     return pd.DataFrame([{f"{part} {side}": f[part][side][:10] for part, side in sides} for f in folds])
 
 # %% ../nbs/06_results.ipynb #bee6bd06
+def missing_prices(
+    scores: dict,  # content of `scores.json`
+) -> list[str]:
+    "What holes of the price cost a run, in a sentence; none where there is no hole."
+    gone = scores.get("left_out", {})
+    if not gone.get("holes"): return []
+    spans = ", ".join(f"{h['begin'][:16]} to {h['end'][:16]} ({h['hours']} h)" for h in gone["holes"])
+    return [f"There are no bars from {spans}. Of {gone['origins']} daily origins {gone['forecast']} were not forecast, by any model, because "
+            f"the price is unknown within {gone['history']} before them, and {gone['label']} more have no label."]
+
 def _facts(scores: dict) -> pd.DataFrame:
     "Provenance and configuration, one row each."
     config = {f"config: {k}": v for k, v in scores["config"].items()}
@@ -384,12 +395,13 @@ def _sections(scores: dict, predictions: pd.DataFrame, daily: pd.DataFrame, newe
     "Titles and contents (HTML text or figures) of the report."
     models, horizon, table = scores["config"]["models"], scores["config"]["horizon"], score_table(scores)
     fan = next((m for m in reversed(models) if m != "truth"), models[0])
-    said = "".join(f"<li>{html.escape(s)}</li>" for s in findings(scores))
+    said = "".join(f"<li>{html.escape(s)}</li>" for s in [*findings(scores), *missing_prices(scores)])
     text = "Mean and 90 % block-bootstrap interval; lower is better, coverage should be 0.80. Seeds are averaged before scoring."
     parts = [f"<h3>{title}</h3>{_table(table[[SCORE_NAMES[s] for s in names]])}" for title, names in GROUPS.items()]
     every = f"<details><summary>All comparisons</summary>{_table(claims(scores), index=False)}</details>"
-    bands = figure_newest(newest, daily, models, horizon)
-    now = [_table(newest_table(newest, horizon, scores["config"]["vol_window"])), bands]
+    made = f", made at {newest['time'].iloc[0]:%Y-%m-%d %H:%M} UTC" if len(newest) else ""
+    now = ["<p>None: the price is unknown for a part of the 90 days before the newest hour.</p>"]
+    if made: now = [_table(newest_table(newest, horizon, scores["config"]["vol_window"])), figure_newest(newest, daily, models, horizon)]
     trained = any(r["curve"] for r in scores.get("training", []))
     about = figure_training(scores), _table(training_table(scores), index=False)
     training = [("The network's training", [*about])] if trained else []
@@ -399,7 +411,7 @@ def _sections(scores: dict, predictions: pd.DataFrame, daily: pd.DataFrame, newe
             *training,
             ("Calibration", [figure_reliability(scores), figure_coverage(scores)]),
             ("Forecasts on the price", [figure_fan(predictions, daily, fan, horizon)]),
-            (f"Newest forecast, made at {newest['time'].iloc[0]:%Y-%m-%d %H:%M} UTC", now),
+            (f"Newest forecast{made}", now),
             ("Leak certificate", [_audit_section(scores["audits"], scores.get("untested", ()), scores["provenance"])]),
             ("Folds", [_table(_fold_dates(scores["folds"]))]),
             ("Provenance", [_table(_facts(scores), kind="text")])]
