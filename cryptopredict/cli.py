@@ -45,6 +45,11 @@ class _Loaded(NamedTuple):
     name: str
     inventory: object  # DataFrame, as from `sources.inventory`
 
+    def print_span(self) -> None:
+        "What the panel is; of files the inventory has said it."
+        begin, end = self.panel.index[[0, -1]]
+        if self.tables is None: _say(f"{self.name}: {len(self.panel)} hours, {begin:%Y-%m-%d} to {end:%Y-%m-%d}")
+
 def _built_in(years: int, seed: int) -> _Loaded:
     "The built-in market."
     from cryptopredict.simulate import simulate_market
@@ -69,14 +74,18 @@ def _print_inventory(inventory, panel, data: Path) -> None:
     from cryptopredict.readers import utc_now
     _say(f"files of {data}:")
     for file, row in inventory[inventory["rows"].notna()].iloc[:-1].iterrows():
-        name, holds = file if len(file) <= 32 else f"…{file[-31:]}", row["asset"] if row["holds"] == "bars" else row["holds"]
+        name = file if len(file) <= 32 else f"...{file[-29:]}"
+        columns = row["holds"].split()
+        holds = row["asset"] if row["holds"] == "bars" else columns[0] if len(columns) == 1 else f"{len(columns)} columns"
         _say(f"  {name:<32} {shorten(holds, 14):<14} {row['rows']:>7} rows {row['first']:%Y-%m-%d} to {row['last']:%Y-%m-%d}")
     for file, row in inventory.iloc[:-1].iterrows():
         said = [row["repairs"] and f"repaired, rows: {row['repairs']}", row["note"]]
         if any(said): _say(f"  {file}: {'; '.join(filter(None, said))}")
     row = inventory.iloc[-1]
-    _say(f"panel: {row['rows']} hours, {row['first']:%Y-%m-%d %H:%M} to {row['last']:%Y-%m-%d %H:%M} UTC, the newest bar "
-         f"{_age((utc_now() - row['last']).total_seconds())} old\n  {row['filled']} hours without a trade, {row['longest_hole']} of them in a row at most")
+    age = _age((utc_now() - row["last"]).total_seconds())
+    span = f"{row['first']:%Y-%m-%d %H:%M} to {row['last']:%Y-%m-%d %H:%M} UTC"
+    _say(f"panel: {row['rows']} hours, {span}; its newest bar is {age} old")
+    _say(f"  {row['filled']} hours without a trade, {row['longest_hole']} in a row at most")
     for note in row["note"].split("; "):
         if note: _say(f"  {note}")
 
@@ -293,8 +302,8 @@ class Run(_Folder):
         self._trackers().close()  # what they lack is said before the long part
         _say("panel ...")
         loaded = self._load()
-        panel, tables, provenance, name, _ = loaded
-        _say(f"  {name}: {len(panel)} hours, {panel.index[0]:%Y-%m-%d} to {panel.index[-1]:%Y-%m-%d}")
+        panel, tables, provenance, _, _ = loaded
+        loaded.print_span()
         _say("audit ...")
         audits = _audits(panel, tables, provenance, config, self.n_cuts)
         if not all(r.ok for r in audits.values()):
@@ -367,8 +376,9 @@ class Audit(_Walk):
         own = self.what or self.fn
         function, config = _function(own) if own else None, self._config()
         if self.out and self.out.exists(): raise ValueError(f"{self.out} exists: choose another --out")
-        panel, tables, came, name, _ = self._load()
-        _say(f"{name}: {len(panel)} hours, {panel.index[0]:%Y-%m-%d} to {panel.index[-1]:%Y-%m-%d}")
+        loaded = self._load()
+        panel, tables, came, name, _ = loaded
+        loaded.print_span()
         if own: reports = {own: _audit_own(function, own, panel, self.n_cuts, config.seed)}
         else: reports = _audits(panel, tables, came, config, self.n_cuts)
         if self.out:
@@ -392,10 +402,11 @@ class Prepare(_Source):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} is not an empty folder: choose another --out")
         from cryptopredict.sources import inventory_json
-        panel, _, _, name, inventory = self._load()
+        loaded = self._load()
+        panel, inventory = loaded.panel, loaded.inventory
         tables = {"panel": panel, "features": build_features(panel), "labels": make_labels(panel["close"])}
         out.mkdir(parents=True, exist_ok=True)
-        _say(name)
+        loaded.print_span()
         write_atomic(out / "inventory.json", inventory_json(inventory))
         for kind, table in tables.items():
             write_atomic(out / f"{kind}.parquet", table.to_parquet(None))
@@ -415,16 +426,18 @@ class Forecast(_Walk):
         from cryptopredict.results import newest_table
         from cryptopredict.sources import inventory_json
         config = self._config()
-        panel, _, _, name, inventory = self._load()
+        loaded = self._load()
+        panel = loaded.panel
         beside = self.out and self.out.with_name(f"{self.out.stem}.inventory.json")
         for path in filter(None, (self.out, beside)):
             if path.exists(): raise ValueError(f"{path} exists: choose another --out")
         with _Progress() as progress: made = newest_forecast(config, panel, progress, watch=progress.watch)
-        _say(f"{name}\nmade at {panel.index[-1]:%Y-%m-%d %H:%M} UTC, close {panel['close'].iloc[-1]:.2f}")
+        loaded.print_span()
+        _say(f"made at {panel.index[-1]:%Y-%m-%d %H:%M} UTC, close {panel['close'].iloc[-1]:.2f}")
         _say(newest_table(made, config.horizon, config.vol_window).to_string())
         if self.out:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(beside, inventory_json(inventory))
+            write_atomic(beside, inventory_json(loaded.inventory))
             write_atomic(self.out, made.to_json(orient="records", date_format="iso", indent=1))
         return 0
 
@@ -465,13 +478,15 @@ class Train(_Walk, _Tracked):
         from cryptopredict.results import newest_table
         from cryptopredict.track import together
         config, out = self._config(), self.out or _new_folder("train")
-        panel, _, _, name, inventory = self._load()
-        _say(f"{name}: {len(panel)} hours, {panel.index[0]:%Y-%m-%d} to {panel.index[-1]:%Y-%m-%d}")
+        loaded = self._load()
+        panel = loaded.panel
+        loaded.print_span()
         _say(f"preset {config.preset}, at most {config.epochs} epochs")
         if self.dry_run: return _say_expected(config, panel)
         if self.out is None: _say(f"folder: {out}")
         with self._trackers() as trackers, _Progress() as progress:
-            made = train_newest(config, panel, out, name, progress, together(progress.watch, trackers), inventory)
+            watch = together(progress.watch, trackers)
+            made = train_newest(config, panel, out, loaded.name, progress, watch, loaded.inventory)
         choice = json.loads((out / "choice.json").read_text())
         heads = ", ".join(choice["heads"]) or "none: it repeats its anchors"
         _say(f"chosen on validation: {choice['epochs']} epochs, heads that help: {heads}")
@@ -590,7 +605,8 @@ def _check_memory() -> None:
     except ImportError: return  # not on this platform
     allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
     if allowed != resource.RLIM_INFINITY and allowed < LEAST_MEMORY:
-        raise ValueError(f"the memory of this process is limited to {allowed / 2**30:.1f} GiB (ulimit -v): allow {LEAST_MEMORY / 2**30:.0f} GiB or more")
+        raise ValueError(f"the memory of this process is limited to {allowed / 2**30:.1f} GiB (ulimit -v): "
+                         f"allow {LEAST_MEMORY / 2**30:.0f} GiB or more")
 
 DESCRIPTION = """Long-horizon Bitcoin forecasting that can be believed.
 
@@ -618,7 +634,7 @@ def main(
         return 2
     except MemoryError as error:
         told = " ".join(str(error).split()) or "an allocation failed"
-        print(f"cryptopredict: error: out of memory ({told}): free memory, raise the limit, or load less with smaller files", file=sys.stderr)
+        print(f"cryptopredict: error: out of memory ({told}): free memory or raise the limit", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, _Terminated) as stop:
         print("cryptopredict: interrupted; the same --out goes on where it stopped", file=sys.stderr)

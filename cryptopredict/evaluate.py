@@ -243,7 +243,8 @@ def left_out(
     able = has_history(panel)[rows]
     scored = labels[["label_end", "sigma_end"]].iloc[rows].notna().all(axis=1).to_numpy()
     stretches = [dict(begin=str(h.begin), end=str(h.end), hours=int(h.hours)) for h in holes(panel).itertuples()]
-    return dict(history=HISTORY, origins=len(rows), forecast=int((~able).sum()), label=int((able & ~scored).sum()), holes=stretches)
+    counts = dict(origins=len(rows), forecast=int((~able).sum()), label=int((able & ~scored).sum()))
+    return dict(history=HISTORY, **counts, holes=stretches)
 
 # %% ../nbs/05f_evaluate.ipynb #571a10fa
 def _check_step(step: str) -> None:
@@ -422,8 +423,8 @@ def fit_predict(
     "Forecasts at the origins of `fold.test` in the prediction schema, without the fold's number."
     rows = forecast_rows(panel, fold.test)
     if not len(rows):
-        raise ValueError(f"the fold tested from {panel.index[fold.test[0]]} holds no 00:00 UTC with a price known for {HISTORY} before: "
-                         "make step longer, or bring the missing bars")
+        raise ValueError(f"the fold tested from {panel.index[fold.test[0]]} holds no 00:00 UTC with a price known for {HISTORY} "
+                         "before it: make step longer, or bring the missing bars")
     forecaster = _make(model, config, folder=folder, watch=watch).fit(panel, features, labels, fold, seed)
     return forecaster.predict(panel, features, rows).rename_axis("time").reset_index().assign(seed=seed, model=model)
 
@@ -679,10 +680,12 @@ SHORT = dict(horizon="20D", vol_window="7D")  # labels of the audited fold
 HOURS = 24 * 220  # of the panel's end that the audited fold is made of
 
 def _short_fold(panel: pd.DataFrame, config: EvaluateConfig) -> tuple[pd.DataFrame, pd.DataFrame, Fold]:
-    "Panel, features (`f:`) and labels (`y:`) as one frame over the last hours without a hole, the ends of its labels, and one fold of it."
+    """Panel, features (`f:`) and labels (`y:`) as one frame over the last hours without a hole, the ends of its labels, and one
+    fold of it."""
     unknown = np.r_[0, panel["close"].isna().cumsum()]
     whole = np.flatnonzero(unknown[HOURS:] == unknown[:-HOURS])
-    if not len(whole): raise ValueError(f"the price is never known for {HOURS} hours without a hole: the network cannot be audited")
+    if not len(whole):
+        raise ValueError(f"the price is never known for {HOURS} hours without a hole: the network cannot be audited")
     at = slice(whole[-1], whole[-1] + HOURS)
     short = panel.iloc[at]
     labels, features = make_labels(short["close"], **SHORT, threshold=config.threshold), build_features(panel).iloc[at]
@@ -828,8 +831,8 @@ def newest_forecast(
     `ValueError` where the price is unknown within `HISTORY` before."""
     if not has_history(panel)[-1]:
         hole = holes(panel).iloc[-1]
-        raise ValueError(f"no model can forecast at {panel.index[-1]}: there are no bars from {hole['begin']} to {hole['end']}, and models "
-                         f"look back {HISTORY}; add the missing bars")
+        raise ValueError(f"no model can forecast at {panel.index[-1]}: there are no bars from {hole['begin']} to {hole['end']}, "
+                         f"and models look back {HISTORY}; add the missing bars")
     labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     fold = live_fold(panel.index, labels[["label_end", "sigma_end"]], validation=config.validation, embargo=config.embargo)
     features = build_features(panel) if any(getattr(FORECASTERS[m], "needs_features", False) for m in config.models) else None
@@ -876,7 +879,8 @@ def train_newest(
 # %% ../nbs/05f_evaluate.ipynb #e70ee736
 def _write_inventory(out: Path, inventory: pd.DataFrame | None) -> None:
     "`inventory.json`, what became of the source files; one that stands there is of the same data and stays."
-    if inventory is not None and not (out / "inventory.json").exists(): write_atomic(out / "inventory.json", inventory_json(inventory))
+    path = out / "inventory.json"
+    if inventory is not None and not path.exists(): write_atomic(path, inventory_json(inventory))
 
 def _check_trainings(out: Path) -> None:
     "A `ValueError` for a folder of other things."
@@ -929,7 +933,8 @@ def walk_forward_run(
     "Loop folds x models x seeds; writes `predictions.parquet`, `scores.json` and what the report needs into the run folder."
     labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     # Before the folder: a run that cannot start leaves nothing behind.
-    folds = [fold for fold in make_folds(config, labels) if len(forecast_rows(panel, fold.test)) or not len(origins(panel.index, fold.test))]
+    spoiled = lambda rows: len(origins(panel.index, rows)) and not len(forecast_rows(panel, rows))
+    folds = [fold for fold in make_folds(config, labels) if not spoiled(fold.test)]
     if not folds: raise ValueError(f"no origin has a price known for {HISTORY} before it: bring the missing bars")
     if "mamba2" in config.models: check_network(config)
     made_by = provenance_of(panel, source)
@@ -945,7 +950,8 @@ def walk_forward_run(
         write_atomic(out / "forecast.parquet", _parquet(newest))
         paper = _kept_certificate(out) if audits is None else certificate(audits, made_by)
         write_atomic(out / "certificate.json", json.dumps(paper := paper or certificate({}, made_by), indent=1))
-        head = dict(provenance=made_by, config=config.plain(), folds=_fold_table(panel.index, folds), left_out=left_out(config, panel, labels))
+        head = dict(provenance=made_by, config=config.plain(), folds=_fold_table(panel.index, folds))
+        head["left_out"] = left_out(config, panel, labels)
         training = training_summary(out / "network")
         audited = dict(audits=paper["audits"], untested=paper["untested"])
         scores = dict(**head, **audited, training=training, **score_run(config, predictions, labels))

@@ -187,10 +187,10 @@ class Fold:
     ):
         self.ranges = {name: _as_ranges(rows) for name, rows in zip(self.PARTS, (train, valid, test, refit))}
 
-    train = property(lambda self: _as_positions(self.ranges["train"]), doc="Positions for choices whose labels end before `valid`.")
-    valid = property(lambda self: _as_positions(self.ranges["valid"]), doc="Positions that choices are judged on.")
-    test = property(lambda self: _as_positions(self.ranges["test"]), doc="Positions that are forecast, never used for a choice.")
-    refit = property(lambda self: _as_positions(self.ranges["refit"]), doc="Positions whose labels matured before the test begins.")
+    train = property(lambda self: _as_positions(self.ranges["train"]), doc="For choices; labels end before `valid` begins.")
+    valid = property(lambda self: _as_positions(self.ranges["valid"]), doc="Judges choices; labels end before `test`.")
+    test = property(lambda self: _as_positions(self.ranges["test"]), doc="Forecast; never used for a choice.")
+    refit = property(lambda self: _as_positions(self.ranges["refit"]), doc="Labels matured before the test begins.")
 
     def replace(self, **parts: Sequence[int]) -> Fold:
         "The same fold with other rows in some parts."

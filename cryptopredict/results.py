@@ -382,8 +382,8 @@ def missing_prices(
     gone = scores.get("left_out", {})
     if not gone.get("holes"): return []
     spans = ", ".join(f"{h['begin'][:16]} to {h['end'][:16]} ({h['hours']} h)" for h in gone["holes"])
-    return [f"There are no bars from {spans}. Of {gone['origins']} daily origins {gone['forecast']} were not forecast, by any model, because "
-            f"the price is unknown within {gone['history']} before them, and {gone['label']} more have no label."]
+    return [f"There are no bars from {spans}. Of {gone['origins']} daily origins {gone['forecast']} were not forecast, by any "
+            f"model, because the price is unknown within {gone['history']} before them, and {gone['label']} more have no label."]
 
 def _facts(scores: dict) -> pd.DataFrame:
     "Provenance and configuration, one row each."
@@ -401,7 +401,8 @@ def _sections(scores: dict, predictions: pd.DataFrame, daily: pd.DataFrame, newe
     every = f"<details><summary>All comparisons</summary>{_table(claims(scores), index=False)}</details>"
     made = f", made at {newest['time'].iloc[0]:%Y-%m-%d %H:%M} UTC" if len(newest) else ""
     now = ["<p>None: the price is unknown for a part of the 90 days before the newest hour.</p>"]
-    if made: now = [_table(newest_table(newest, horizon, scores["config"]["vol_window"])), figure_newest(newest, daily, models, horizon)]
+    if made: now = [_table(newest_table(newest, horizon, scores["config"]["vol_window"])),
+                    figure_newest(newest, daily, models, horizon)]
     trained = any(r["curve"] for r in scores.get("training", []))
     about = figure_training(scores), _table(training_table(scores), index=False)
     training = [("The network's training", [*about])] if trained else []

@@ -12,6 +12,7 @@ from helpers import BASELINES
 from cryptopredict import leakage, scores, sources
 from cryptopredict.evaluate import EvaluateConfig, score_run
 from cryptopredict.features import ALL, build_features, registry
+from cryptopredict.files import list_files
 from cryptopredict.labels import make_labels
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -76,7 +77,7 @@ def test_reader_on_its_file(data_dir, path, kind, rows, begin, end):
 
 
 def test_every_file_is_read_by_these(data_dir):
-    there = {p.relative_to(data_dir).as_posix() for p in sources.data_files(data_dir)}
+    there = {p.relative_to(data_dir).as_posix() for p in list_files(data_dir).files}
     assert there == {f[0] for f in FILES}
 
 

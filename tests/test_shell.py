@@ -47,8 +47,9 @@ FAULTS = {  # command -> words its one line must hold
     "too little history for the horizon": ("run --data {}/short --n-cuts 1", "90D history"),
     "horizon longer than the data": ("evaluate --data {}/good --horizon 900D", "900D history"),
     "nothing before the first test": ("evaluate --data {}/good --config {}/short.toml --first-test 2017-01-05", "first_test"),
-    "no label in a fold": ("run --data {}/hole --config {}/short.toml --n-cuts 1", "no label in the fold 2017-06-30"),
-    "no label in a fold, evaluate": ("evaluate --data {}/hole --config {}/short.toml", "no label in the fold 2017-06-30"),
+    "a hole before every origin": ("evaluate --data {}/hole --config {}/short.toml --first-test 2017-06-19 --step 200D",
+                                   "price known 90D bars"),
+    "a hole before the newest hour": ("forecast --data {}/hole --config {}/short.toml", "no bars 2017-06-10 2017-09-10 90D"),
     "unknown config key": ("run --config {}/key.toml", "key.toml nonsense unknown key horizon"),
     "unknown key of a table": ("train --config {}/deep.toml", "deep.toml model.d_modle unknown key d_model"),
     "out of its bound": ("train --config {}/high.toml", "high.toml train.lr less than or equal to 1"),
@@ -106,7 +107,8 @@ HELP = {"run": f"{WALK} --out --n-cuts", "audit": f"{WALK} --n-cuts --fn --out",
         "forecast": f"{WALK} --out", "train": f"{WALK} --preset --epochs --out --dry-run", "fetch": "", "plan": "",
         "runs": "[PATH]", "prepare": "--data --years --seed --repair --out"}
 # Cases that get a process of their own; the others are called within this one, where a command takes a tenth of the time.
-OWN = {"missing directory", "empty file", "unknown format", "unknown config key", "too little history", "no label in a fold",
+OWN = {"missing directory", "empty file", "unknown format", "unknown config key", "too little history",
+       "a hole before every origin",
        "function that raises", "another seed", "other data", "run into a folder of others", "prepare into a file",
        "run.json cut short", "honest", "centred", *MISSPELT, *HELP}
 MINE = """import numpy as np
@@ -176,7 +178,7 @@ def test_default_run_says_where_and_nothing_else(default_run):
 
 def test_run_folder_is_whole(default_run):
     tables = {f"{n}.parquet" for n in ("forecast", "origins", "predictions")}
-    others = {"certificate.json", "config.toml", "parts", "report.html", "run.json", "scores.json"}
+    others = {"certificate.json", "config.toml", "inventory.json", "parts", "report.html", "run.json", "scores.json"}
     assert {p.name for p in default_run.out.iterdir()} - {"network"} == tables | others
     scores, paper = (json.loads((default_run.out / f"{name}.json").read_text()) for name in ("scores", "certificate"))
     assert paper["ok"] and paper["audits"] == scores["audits"] and paper["provenance"] == scores["provenance"]
@@ -473,7 +475,8 @@ def test_prepare_writes_three_tables_and_never_over(tmp_path):
     from cryptopredict.labels import make_labels
     done = shell("prepare", "--years", "1", "--out", "out", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "") and [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"panel.parquet", "features.parquet", "labels.parquet"}
+    made = {"panel.parquet", "features.parquet", "labels.parquet", "inventory.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == made
     panel, features, labels = (pd.read_parquet(tmp_path / "out" / f"{n}.parquet") for n in ("panel", "features", "labels"))
     assert len(panel) == 365 * 24 and panel.index.name == "time" and str(panel.index.tz) == "UTC"
     pd.testing.assert_frame_equal(features, build_features(panel), check_freq=False)
