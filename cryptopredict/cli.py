@@ -36,6 +36,13 @@ def _new_folder(what: str) -> Path:
     names = (Path("runs") / f"{what}-{stamp}{suffix}" for suffix in ["", *(f"-{k}" for k in range(1, 100))])
     return next(p for p in names if not p.exists())
 
+# %% ../nbs/06a_cli.ipynb #ba168897
+def _age(seconds: float) -> str:
+    "A duration in its largest unit."
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size: return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
 # %% ../nbs/06a_cli.ipynb #2ae0faa3
 class _Loaded(NamedTuple):
     "A panel and where it came from."
@@ -45,33 +52,21 @@ class _Loaded(NamedTuple):
     name: str
     inventory: object  # DataFrame, as from `sources.inventory`
 
-    def print_span(self) -> None:
-        "What the panel is; of files the inventory has said it."
-        begin, end = self.panel.index[[0, -1]]
-        if self.tables is None: _say(f"{self.name}: {len(self.panel)} hours, {begin:%Y-%m-%d} to {end:%Y-%m-%d}")
-
 def _built_in(years: int, seed: int) -> _Loaded:
-    "The built-in market."
+    "The built-in market, and a line about it printed."
     from cryptopredict.simulate import simulate_market
     from cryptopredict.sources import inventory
     if not 1 <= years <= 50: raise ValueError(f"--years {years}: give 1 to 50")
     panel, _ = simulate_market(24 * 365 * years, seed)
-    return _Loaded(panel, None, None, f"built-in market, {years} years, seed {seed}", inventory(panel))
+    name, begin, end = f"built-in market, {years} years, seed {seed}", *panel.index[[0, -1]]
+    _say(f"{name}: {len(panel)} hours, {begin:%Y-%m-%d} to {end:%Y-%m-%d}")
+    return _Loaded(panel, None, None, name, inventory(panel))
 
 # %% ../nbs/06a_cli.ipynb #3e99fc73
-def _files(data: Path, repairs: tuple[str, ...]) -> _Loaded:
-    "The files of a folder, and their inventory printed."
-    from cryptopredict.sources import build, read_folder
-    found = read_folder(data, repairs)
-    panel, provenance, inventory = build(found)
-    _print_inventory(inventory, panel, data)
-    names = ", ".join(Path(t.attrs["file"]).name for t in found.read)
-    return _Loaded(panel, [t.drop(columns="file") for t in found.tables], provenance, f"files {names}", inventory)
-
-def _print_inventory(inventory, panel, data: Path) -> None:
-    "A line for each file that was read, then what has to be known about files and panel."
+def _print_inventory(inventory, data: Path) -> None:
+    "A line for each file that was read, then repairs and notes, and the panel."
     from cryptopredict.files import shorten
-    from cryptopredict.readers import utc_now
+    from cryptopredict.checks import utc_now
     _say(f"files of {data}:")
     for file, row in inventory[inventory["rows"].notna()].iloc[:-1].iterrows():
         name = file if len(file) <= 32 else f"...{file[-29:]}"
@@ -79,15 +74,25 @@ def _print_inventory(inventory, panel, data: Path) -> None:
         holds = row["asset"] if row["holds"] == "bars" else columns[0] if len(columns) == 1 else f"{len(columns)} columns"
         _say(f"  {name:<32} {shorten(holds, 14):<14} {row['rows']:>7} rows {row['first']:%Y-%m-%d} to {row['last']:%Y-%m-%d}")
     for file, row in inventory.iloc[:-1].iterrows():
-        said = [row["repairs"] and f"repaired, rows: {row['repairs']}", row["note"]]
-        if any(said): _say(f"  {file}: {'; '.join(filter(None, said))}")
+        notes = [row["status"] if row["status"] in ("left out", "not read") else "",
+                 f"repairs: {row['repairs']}" if row["repairs"] else "", row["note"]]
+        if any(notes): _say(f"  {file}: {'; '.join(filter(None, notes))}")
     row = inventory.iloc[-1]
     age = _age((utc_now() - row["last"]).total_seconds())
     span = f"{row['first']:%Y-%m-%d %H:%M} to {row['last']:%Y-%m-%d %H:%M} UTC"
     _say(f"panel: {row['rows']} hours, {span}; its newest bar is {age} old")
-    _say(f"  {row['filled']} hours without a trade, {row['longest_hole']} in a row at most")
+    _say(f"  {row['filled']} hours without a bar or a trade, {row['longest_hole']} in a row at most")
     for note in row["note"].split("; "):
         if note: _say(f"  {note}")
+
+def _files(data: Path, repairs: tuple[str, ...]) -> _Loaded:
+    "The files of a folder, and their inventory printed."
+    from cryptopredict.sources import build_panel, read_folder
+    found = read_folder(data, repairs)
+    panel, provenance, inventory = build_panel(found)
+    _print_inventory(inventory, data)
+    names = ", ".join(Path(t.attrs["file"]).name for t in found.files)
+    return _Loaded(panel, found.source_tables, provenance, f"files {names}", inventory)
 
 # %% ../nbs/06a_cli.ipynb #46b8276d
 def _training_line(record: dict) -> str:
@@ -263,15 +268,14 @@ def _say_scores(out: Path) -> None:
     Console(file=sys.stdout, force_jupyter=False).print(table)
 
 # %% ../nbs/06a_cli.ipynb #a0031024
-def _say_left_out(config, panel) -> None:
-    "What holes of the price cost, before anything is trained."
-    from cryptopredict.evaluate import left_out
+def _print_lost_origins(config, panel) -> None:
+    "What gaps in the price cost, before anything is trained."
+    from cryptopredict.evaluate import lost_origins
     from cryptopredict.labels import make_labels
+    from cryptopredict.results import missing_prices
     if not panel["close"].isna().any(): return
-    gone = left_out(config, panel, make_labels(panel["close"], config.horizon, config.vol_window, config.threshold))
-    for hole in gone["holes"]: _say(f"hole: no bars from {hole['begin'][:16]} to {hole['end'][:16]} UTC, {hole['hours']} h")
-    _say(f"  of {gone['origins']} daily origins {gone['forecast']} are not forecast, by any model (the price is unknown within "
-         f"{gone['history']} before), and {gone['label']} more have no label")
+    labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
+    for sentence in missing_prices(dict(lost_origins=lost_origins(config, panel, labels))): _say(sentence)
 
 @dataclass
 class Evaluate(_Folder):
@@ -283,7 +287,7 @@ class Evaluate(_Folder):
         config = self._config()
         loaded, out = loaded or self._load(), self.out or _new_folder("run")
         if self.out is None: _say(f"folder: {out}")
-        _say_left_out(config, loaded.panel)
+        _print_lost_origins(config, loaded.panel)
         with self._trackers() as trackers, _Progress() as progress:
             watch = together(progress.watch, trackers)
             self.out = walk_forward_run(config, loaded.panel, out, loaded.name, audits, progress, watch, loaded.inventory)
@@ -303,7 +307,6 @@ class Run(_Folder):
         _say("panel ...")
         loaded = self._load()
         panel, tables, provenance, _, _ = loaded
-        loaded.print_span()
         _say("audit ...")
         audits = _audits(panel, tables, provenance, config, self.n_cuts)
         if not all(r.ok for r in audits.values()):
@@ -378,7 +381,6 @@ class Audit(_Walk):
         if self.out and self.out.exists(): raise ValueError(f"{self.out} exists: choose another --out")
         loaded = self._load()
         panel, tables, came, name, _ = loaded
-        loaded.print_span()
         if own: reports = {own: _audit_own(function, own, panel, self.n_cuts, config.seed)}
         else: reports = _audits(panel, tables, came, config, self.n_cuts)
         if self.out:
@@ -406,7 +408,6 @@ class Prepare(_Source):
         panel, inventory = loaded.panel, loaded.inventory
         tables = {"panel": panel, "features": build_features(panel), "labels": make_labels(panel["close"])}
         out.mkdir(parents=True, exist_ok=True)
-        loaded.print_span()
         write_atomic(out / "inventory.json", inventory_json(inventory))
         for kind, table in tables.items():
             write_atomic(out / f"{kind}.parquet", table.to_parquet(None))
@@ -432,7 +433,6 @@ class Forecast(_Walk):
         for path in filter(None, (self.out, beside)):
             if path.exists(): raise ValueError(f"{path} exists: choose another --out")
         with _Progress() as progress: made = newest_forecast(config, panel, progress, watch=progress.watch)
-        loaded.print_span()
         _say(f"made at {panel.index[-1]:%Y-%m-%d %H:%M} UTC, close {panel['close'].iloc[-1]:.2f}")
         _say(newest_table(made, config.horizon, config.vol_window).to_string())
         if self.out:
@@ -440,13 +440,6 @@ class Forecast(_Walk):
             write_atomic(beside, inventory_json(loaded.inventory))
             write_atomic(self.out, made.to_json(orient="records", date_format="iso", indent=1))
         return 0
-
-# %% ../nbs/06a_cli.ipynb #ba168897
-def _age(seconds: float) -> str:
-    "A duration in its largest unit."
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size: return f"{seconds / size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
 
 # %% ../nbs/06a_cli.ipynb #59f18df5
 def _say_expected(config, panel) -> int:
@@ -480,7 +473,6 @@ class Train(_Walk, _Tracked):
         config, out = self._config(), self.out or _new_folder("train")
         loaded = self._load()
         panel = loaded.panel
-        loaded.print_span()
         _say(f"preset {config.preset}, at most {config.epochs} epochs")
         if self.dry_run: return _say_expected(config, panel)
         if self.out is None: _say(f"folder: {out}")

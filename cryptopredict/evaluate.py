@@ -34,7 +34,7 @@ from .leakage import (Fold, LeakReport, audit, audit_availability, audit_folds, 
 from .multitask import DERIVED, PRESETS, Bound, ModelConfig, MultitaskModel, read_preset
 from .scores import SCHEMA, compare, dm_test, loss_table, summarise
 from .simulate import conditional_law
-from .sources import holes, inventory_json
+from .sources import inventory_json, price_gaps
 from .streams import FoldData, fold_data, warm_forecast
 from .tbptt_trainer import (Run, TrainConfig, TrainSettings, alone, best_epoch, check_device, deterministic,
                                          estimate, precision, train)
@@ -42,7 +42,7 @@ from .tbptt_trainer import (Run, TrainConfig, TrainSettings, alone, best_epoch, 
 # %% auto #0
 __all__ = ['FORECAST_COLUMNS', 'FORECASTERS', 'HISTORY', 'HEAD_LOSSES', 'HEAD_COLUMNS', 'LEVEL', 'SHORT', 'HOURS', 'AUDITS',
            'Truth', 'ConfigError', 'EvaluateConfig', 'load_config', 'default_first_test', 'origins', 'has_history',
-           'forecast_rows', 'left_out', 'make_folds', 'audit_inputs', 'panel_hash', 'provenance_of', 'check_config',
+           'forecast_rows', 'lost_origins', 'make_folds', 'audit_inputs', 'panel_hash', 'provenance_of', 'check_config',
            'write_config', 'open_run', 'fit_predict', 'Anchor', 'combine', 'head_evidence', 'Prepared', 'choice_folds',
            'Network', 'check_network', 'expected_trainings', 'audit_network', 'certificate', 'predict_folds',
            'score_run', 'newest_forecast', 'train_newest', 'training_summary', 'walk_forward_run']
@@ -210,13 +210,14 @@ def origins(index: pd.DatetimeIndex, rows: np.ndarray) -> np.ndarray:
     "Those of `rows` that are official origins: 00:00 UTC."
     return rows[np.asarray((index[rows].hour == 0) & (index[rows].minute == 0))]
 
+# %% ../nbs/05f_evaluate.ipynb #b271eceb
 HISTORY = "90D"  # what a baseline looks back on at most: log-HAR's longest window
 
 def has_history(
     panel: pd.DataFrame,  # hourly panel
 ) -> np.ndarray:
-    """For each hour whether the close is known there and all through `HISTORY` before it (as far as the panel reaches back).
-    Where it is not, no model forecasts: all are scored on the same origins."""
+    """For each hour whether the close is known there and throughout `HISTORY` before it, as far as the panel reaches back. Hours
+    without it get no forecast from any model, so that all are scored on the same origins."""
     unknown = np.r_[0, panel["close"].isna().cumsum()]
     now = np.arange(1, len(panel) + 1)
     return unknown[now] == unknown[np.maximum(now - hours_in(HISTORY) - 1, 0)]
@@ -229,22 +230,22 @@ def forecast_rows(
     rows = rows if len(rows) == 1 else origins(panel.index, rows)
     return rows[has_history(panel)[rows]]
 
-def left_out(
+def lost_origins(
     config: EvaluateConfig,  # first test, horizon
     panel: pd.DataFrame,  # hourly panel
     labels: pd.DataFrame,  # its labels
 ) -> dict:
-    """What holes of the price cost a walk-forward: `origins` in its test spans, those without `forecast` (the price is unknown
-    within `HISTORY` before) and those with one but without `label` (it is unknown later), and the `holes`."""
+    """What gaps in the price cost a walk-forward: the number of daily `origins` in its test spans, those `without_forecast` (no
+    `has_history`), those with a forecast but `without_label` (the price is unknown later), and the `gaps`."""
     first = pd.Timestamp(config.first_test or default_first_test(panel.index))
     first = first.tz_localize("UTC") if first.tz is None else first
     last = panel.index[-1] - max(pd.Timedelta(config.horizon), pd.Timedelta(config.vol_window))
     rows = origins(panel.index, np.flatnonzero((panel.index >= first) & (panel.index <= last)))
     able = has_history(panel)[rows]
     scored = labels[["label_end", "sigma_end"]].iloc[rows].notna().all(axis=1).to_numpy()
-    stretches = [dict(begin=str(h.begin), end=str(h.end), hours=int(h.hours)) for h in holes(panel).itertuples()]
-    counts = dict(origins=len(rows), forecast=int((~able).sum()), label=int((able & ~scored).sum()))
-    return dict(history=HISTORY, **counts, holes=stretches)
+    gaps = [dict(begin=str(g.begin), end=str(g.end), hours=int(g.hours)) for g in price_gaps(panel).itertuples()]
+    lost = dict(without_forecast=int((~able).sum()), without_label=int((able & ~scored).sum()))
+    return dict(history=HISTORY, origins=len(rows), **lost, gaps=gaps)
 
 # %% ../nbs/05f_evaluate.ipynb #571a10fa
 def _check_step(step: str) -> None:
@@ -258,7 +259,7 @@ def make_folds(
     config: EvaluateConfig,  # folds as configured
     labels: pd.DataFrame,  # labels by hourly decision time, with `label_end`, `sigma_end`
 ) -> list[Fold]:
-    """Walk-forward folds of a run, without test spans that lie in a hole of the price; a `ValueError` says what is missing when
+    """Walk-forward folds of a run, without test spans that lie in a gap of the price; a `ValueError` says what is missing when
     the history is too short."""
     index, first = labels.index, config.first_test or default_first_test(labels.index)
     ends, spans = labels[["label_end", "sigma_end"]], dict(step=config.step, validation=config.validation, embargo=config.embargo)
@@ -544,7 +545,7 @@ def _choose(model: Network, panel: pd.DataFrame, features: pd.DataFrame, labels:
     for f, (run, prepared) in zip(folds, trials):
         run.at_epoch(best)
         rows = forecast_rows(panel, f.valid)
-        if not len(rows): continue  # a hole of the price
+        if not len(rows): continue  # in a gap of the price
         anchor = _anchor_forecast(prepared.anchor, panel, rows)
         pairs.append((combine(anchor, _network_forecast(run.model, prepared, panel, features, rows), list(HEAD_COLUMNS)), anchor))
     days = pd.Timedelta(model.horizon) // pd.Timedelta("1D")
@@ -680,12 +681,12 @@ SHORT = dict(horizon="20D", vol_window="7D")  # labels of the audited fold
 HOURS = 24 * 220  # of the panel's end that the audited fold is made of
 
 def _short_fold(panel: pd.DataFrame, config: EvaluateConfig) -> tuple[pd.DataFrame, pd.DataFrame, Fold]:
-    """Panel, features (`f:`) and labels (`y:`) as one frame over the last hours without a hole, the ends of its labels, and one
+    """Panel, features (`f:`) and labels (`y:`) as one frame over the last hours without a gap, the ends of its labels, and one
     fold of it."""
     unknown = np.r_[0, panel["close"].isna().cumsum()]
     whole = np.flatnonzero(unknown[HOURS:] == unknown[:-HOURS])
     if not len(whole):
-        raise ValueError(f"the price is never known for {HOURS} hours without a hole: the network cannot be audited")
+        raise ValueError(f"the price is never known for {HOURS} hours without a gap: the network cannot be audited")
     at = slice(whole[-1], whole[-1] + HOURS)
     short = panel.iloc[at]
     labels, features = make_labels(short["close"], **SHORT, threshold=config.threshold), build_features(panel).iloc[at]
@@ -830,8 +831,8 @@ def newest_forecast(
     """Every model fitted on all labels matured by the last hour, and its forecast there: prediction schema, fold -1. A
     `ValueError` where the price is unknown within `HISTORY` before."""
     if not has_history(panel)[-1]:
-        hole = holes(panel).iloc[-1]
-        raise ValueError(f"no model can forecast at {panel.index[-1]}: there are no bars from {hole['begin']} to {hole['end']}, "
+        gap = price_gaps(panel).iloc[-1]
+        raise ValueError(f"no model can forecast at {panel.index[-1]}: there are no bars from {gap['begin']} to {gap['end']}, "
                          f"and models look back {HISTORY}; add the missing bars")
     labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     fold = live_fold(panel.index, labels[["label_end", "sigma_end"]], validation=config.validation, embargo=config.embargo)
@@ -951,7 +952,7 @@ def walk_forward_run(
         paper = _kept_certificate(out) if audits is None else certificate(audits, made_by)
         write_atomic(out / "certificate.json", json.dumps(paper := paper or certificate({}, made_by), indent=1))
         head = dict(provenance=made_by, config=config.plain(), folds=_fold_table(panel.index, folds))
-        head["left_out"] = left_out(config, panel, labels)
+        head["lost_origins"] = lost_origins(config, panel, labels)
         training = training_summary(out / "network")
         audited = dict(audits=paper["audits"], untested=paper["untested"])
         scores = dict(**head, **audited, training=training, **score_run(config, predictions, labels))

@@ -378,12 +378,13 @@ def _fold_dates(folds: list[dict]) -> pd.DataFrame:
 def missing_prices(
     scores: dict,  # content of `scores.json`
 ) -> list[str]:
-    "What holes of the price cost a run, in a sentence; none where there is no hole."
-    gone = scores.get("left_out", {})
-    if not gone.get("holes"): return []
-    spans = ", ".join(f"{h['begin'][:16]} to {h['end'][:16]} ({h['hours']} h)" for h in gone["holes"])
-    return [f"There are no bars from {spans}. Of {gone['origins']} daily origins {gone['forecast']} were not forecast, by any "
-            f"model, because the price is unknown within {gone['history']} before them, and {gone['label']} more have no label."]
+    "One sentence on what gaps in the price cost a run; an empty list if there are none."
+    lost = scores.get("lost_origins", {})
+    if not lost.get("gaps"): return []
+    spans = ", ".join(f"{g['begin'][:16]} to {g['end'][:16]} ({g['hours']} h)" for g in lost["gaps"])
+    return [f"There are no bars from {spans}. Of {lost['origins']} daily origins {lost['without_forecast']} get no forecast from "
+            f"any model, because the price is unknown within {lost['history']} before them, and {lost['without_label']} more "
+            "have no label."]
 
 def _facts(scores: dict) -> pd.DataFrame:
     "Provenance and configuration, one row each."
@@ -400,7 +401,7 @@ def _sections(scores: dict, predictions: pd.DataFrame, daily: pd.DataFrame, newe
     parts = [f"<h3>{title}</h3>{_table(table[[SCORE_NAMES[s] for s in names]])}" for title, names in GROUPS.items()]
     every = f"<details><summary>All comparisons</summary>{_table(claims(scores), index=False)}</details>"
     made = f", made at {newest['time'].iloc[0]:%Y-%m-%d %H:%M} UTC" if len(newest) else ""
-    now = ["<p>None: the price is unknown for a part of the 90 days before the newest hour.</p>"]
+    now = ["<p>None: the price is unknown for a part of the time that models look back on.</p>"]
     if made: now = [_table(newest_table(newest, horizon, scores["config"]["vol_window"])),
                     figure_newest(newest, daily, models, horizon)]
     trained = any(r["curve"] for r in scores.get("training", []))

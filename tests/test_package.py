@@ -17,9 +17,9 @@ from helpers import ENV
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "cryptopredict"
 # The notebooks in the order in which data flow; a module imports only what stands before it.
-ORDER = ["leakage", "files", "readers", "sources", "simulate", "features", "labels", "mamba2_block", "mhsa", "multitask",
-         "streams", "checkpoint", "tbptt_trainer", "vram", "scores", "baselines", "calibration", "forecast", "evaluate", "track",
-         "results", "cli"]
+ORDER = ["leakage", "files", "checks", "readers", "sources", "simulate", "features", "labels", "mamba2_block", "mhsa",
+         "multitask", "streams", "checkpoint", "tbptt_trainer", "vram", "scores", "baselines", "calibration", "forecast",
+         "evaluate", "track", "results", "cli"]
 # These need torch: the network, and what trains it.
 NETWORK = {"mamba2_block", "mhsa", "multitask", "streams", "checkpoint", "tbptt_trainer", "vram", "forecast",
            "evaluate", "track", "results"}
