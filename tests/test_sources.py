@@ -93,6 +93,10 @@ SWAPPED = "\n".join(",".join([*r[:5], r[7], r[6], r[5], *r[8:]]) for r in (line.
 HOURS = pd.date_range("2024-01-02 01:00", periods=4, freq="h")
 WORK = pd.bdate_range("2024-01-02", periods=12)
 
+LONG = pd.bdate_range("2024-01-01", periods=90)
+RANDOM = np.round(42000 * np.exp(np.random.default_rng(1).normal(0, .006, 24 * 60).cumsum()), 2)
+LEVELS = {"BTCUSDT-1h.csv": klines("2024-01-01", RANDOM)}
+SHIFTED = "time,PriceUSD,TxCnt\n" + "".join(f"{d:%Y-%m-%d},{RANDOM[24 * (k + 2) - 1]:.2f},300000\n" for k, d in enumerate(pd.date_range("2024-01-01", periods=58)))
 # what is in the folder -> what the one line must hold
 REFUSED = {
     # 1. which asset a file holds
@@ -105,6 +109,13 @@ REFUSED = {
                                           "bars.csv ETH/USDT"),
     "two coins in a symbol column": ({"bars.csv": headed("2024-01-01", prices(48), "ts,symbol,open,high,low,close,volume").replace("BTC/", "ETH/", 9)},
                                      "bars.csv several assets symbol"),
+    "euro in the middle of a name": ({"btc_1h_in_euro.csv": headed("2024-01-01", prices(48, 38500))}, "btc_1h_in_euro.csv Bitcoin in EUR"),
+    "euro as a folder": ({"EUR/btc.csv": headed("2024-01-01", prices(48, 38500))}, "EUR Bitcoin in EUR"),
+    "a pair in another case and with its period": ({"EthUsdt1h.csv": klines("2024-01-01", prices(48, 2300))}, "EthUsdt1h.csv ETH"),
+    "a neutral name, alone": ({"bars.csv": headed("2024-01-01", prices(48, 2300))}, "bars.csv 2024-01 closes around 2300"),
+    "dollars in the name, euro in the rows": ({"BTCUSD.csv": headed("2024-01-01", prices(48), "ts,symbol,open,high,low,close,volume").replace("BTC/USDT", "BTC/EUR")}, "BTCUSD.csv symbol BTC/EUR"),
+    "a supply larger than Bitcoin's": ({**BARS, "chain.csv": chain("2024-01-01", 20, price=None).replace("19500000", "120000000")}, "chain.csv SplyCur"),
+    "index and future": ({**BARS, "DX-Y.NYB.csv": quotes(WORK), "DX=F.csv": quotes(WORK, 102.2)}, "DX=F.csv DX-Y.NYB.csv days"),
     "neutral names, one after the other": ({"one.csv": headed("2024-01-01", prices(48)), "two.csv": headed("2024-01-03", prices(48, 2300))}, "one.csv two.csv opens closes"),
     "neutral name, two coins in one file": ({"bars.csv": headed("2024-01-01", np.r_[prices(48), prices(48, 2300)])}, "bars.csv row 50 close"),
     "neutral name, same hours, another venue": ({**BARS, "bitstamp.csv": headed("2024-01-01", prices(48, 2300))}, "bitstamp.csv BTCUSDT closes are"),
@@ -134,6 +145,17 @@ REFUSED = {
     "days under ts": ({"bars.csv": headed("2024-01-01", prices(3), step="1D")}, "bars.csv row 1d hour"),
     "one day a file under ts": ({f"bars{k}.csv": headed(f"2024-01-0{k}", [42000.]) for k in (1, 2, 3, 4)}, "bars 1d hour"),
     "a daily Kraken file": ({"XBTUSD_1440.csv": kraken("2024-01-01", [42000.])}, "XBTUSD_1440.csv 1d"),
+    "days, then hours": ({"btc.csv": headed("2023-12-01", prices(20), step="1D") + headed("2024-01-01", prices(48)).split("\n", 1)[1]}, "btc.csv row 3 1d"),
+    "hours, then 4 h": ({"btc.csv": headed("2024-01-01", prices(48)) + headed("2024-01-03 03:00", prices(20), step="4h").split("\n", 1)[1]}, "btc.csv row 50 4h"),
+    "4 h off the grid of midnight": ({"btc.csv": headed("2024-01-01 01:00", prices(6), step="4h")}, "btc.csv row 4h"),
+    "one day a file beside hours": ({"btc.csv": headed("2024-01-01", prices(48)), **{f"btc-{k}.csv": headed(f"2024-01-0{k}", [42000.]) for k in (4, 5, 6, 7)}}, "btc 1d hour"),
+    "means of months on every day": ({**BARS, "DGS10.csv": fred(LONG, values=[f"{3 + d.month / 10:.2f}" for d in LONG])}, "DGS10.csv month daily"),
+    "yields as fractions": ({**BARS, "DGS10.csv": fred(LONG, values=[f"{.04 + k % 9 / 1000:.3f}" for k in range(len(LONG))])}, "DGS10.csv per cent"),
+    "days of the index shifted by a zone": ({**BARS, "DXY.csv": quotes([d - pd.Timedelta("1D") for d in WORK])}, "DXY.csv Sundays"),
+    "on-chain days shifted": ({**LEVELS, "btc.csv": SHIFTED}, "btc.csv PriceUSD another day"),
+    "two clocks in one file": ({"bars.csv": "unix,date,open,high,low,close,volume\n" + "".join(f"{1704067200 + 3600 * k},2024-01-01T{k + 3:02}:00:00Z,42000,42100,41900,42000,5\n" for k in range(9))}, "bars.csv unix date UTC"),
+    "venues whose clocks differ": ({"BTCUSDT.csv": headed("2024-01-01", RANDOM), "bitstamp.csv": headed("2024-01-01 03:00", RANDOM)}, "bitstamp.csv BTCUSDT.csv 3 hours UTC"),
+    "bars of hours to come": ({"bars.csv": headed(str(pd.Timestamp.now("UTC").floor("h").tz_localize(None) - pd.Timedelta("40h")), prices(44))}, "bars.csv row future zone"),
     "minutes": ({"bars.csv": headed("2024-01-01", prices(90), step="15min")}, "bars.csv 15m hour"),
     "Yahoo's daily Bitcoin as bars": ({"BTC-USD.csv": quotes(pd.date_range("2024-01-01", periods=9), 42000.)}, "BTC-USD.csv daily quotes hourly"),
     "Yahoo's daily Bitcoin beside bars": ({**BARS, "BTC-USD.csv": quotes(pd.date_range("2024-01-01", periods=9), 42000.)}, "BTC-USD.csv daily quotes"),
@@ -186,6 +208,8 @@ def test_a_folder_that_cannot_be_trusted_is_refused_in_one_line(tmp_path, case):
 JUMP = klines("2024-01-01", prices(60, 42000)) + klines("2024-02-10", prices(60, 84000))
 CUT = BTC.split()[:4] + [f"{utc('2024-01-01 04:00').value // 10**6},42000,42100,41900,42010,3,{utc('2024-01-01 04:28:14.788').value // 10**6},1,1,1,1,0"] + BTC.split()[6:]
 CLOSES, HEADED = prices(48), headed("2024-01-01", prices(48))
+FIRST = HEADED
+def RUNNING(volume): return "\n".join([*HEADED.splitlines()[:20], ",".join([*HEADED.splitlines()[20].split(",")[:2], *HEADED.splitlines()[20].split(",")[1:2] * 3, str(volume)])]) + "\n"
 LOADED = {  # what is in the folder -> hours in the panel
     "klines": (BARS, 48),
     "ms and us files side by side": ({"BTCUSDT-1h-2024-12.csv": klines("2024-12-31", prices(24)),
@@ -200,6 +224,13 @@ LOADED = {  # what is in the folder -> hours in the panel
     "thin Kraken hours": ({"XBTUSD_60.csv": "".join(np.array(kraken("2014-01-01", prices(400, 800)).splitlines(True))[[0, *np.flatnonzero(np.random.default_rng(0).random(398) < .38) + 1, 399]])}, 400),
     "two venues in the same hours": ({**BARS, "bitstamp.csv": headed("2024-01-01", prices(48, 42100))}, 48),
     "a rough day": ({"bars.csv": headed("2024-01-01", 42000 * np.exp(np.r_[np.zeros(20), np.linspace(0, -.5, 5), np.full(23, -.4)]))}, 48),
+    "many honest names": ({f"{name}.csv": "\n".join(BTC.split()[k:k + 3]) for k, name in zip(range(0, 48, 3), (
+        "USDT_BTC-1h", "my_eth_free_btc", "btc_link_data", "arb_btc", "prices_etc", "KRAKENUSD", "HOURLYBTC", "market_data_etc/bars", "UNI/bars", "ripple_effect_btc",
+        "ETH_comparison/BTCUSDT", "ETH_BTC_both/btc", "usd_btc_hourly", "btc_vs_dollar_index", "sol_y_mar", "comp_btc"))}, 48),
+    "venues told by their folders": ({"kraken/BTCUSD_1h.csv": headed("2024-01-01", prices(48, 42050)), "binance/BTCUSDT_1h.csv": FIRST}, 48),
+    "dollars and a stable coin": ({"BTCUSD_1h.csv": headed("2024-01-01", prices(48, 42050)), "BTCUSDT_1h.csv": FIRST}, 48),
+    "a thin venue beside a large one": ({"XBTUSD_60.csv": kraken("2014-01-01", prices(48, 800)), "bitstamp.csv": headed("2014-01-01", prices(48, 801), volume=4000)}, 48),
+    "three downloads, two of a running bar": ({"a.csv": RUNNING(3), "b.csv": RUNNING(6), "c.csv": FIRST}, 48),
     "a neutral name": ({"bars.csv": HEADED}, 48),
     "a name in other words": ({"bitcoin_hourly_near_real_time.csv": HEADED}, 48),
     "a single hour at midnight, by its name": ({**BARS, "BTC-1h-3.csv": headed("2024-01-03", prices(1), "date,open,high,low,close,volume")}, 49),
@@ -446,6 +477,29 @@ def test_memory_that_runs_out_later_is_one_line_too(tmp_path, monkeypatch):
     assert done.returncode == 2 and "out of memory" in one_line(done.stderr) and not (tmp_path / "made").exists()
     monkeypatch.setattr(files, "check_lines", full)
     with pytest.raises(sources.SourceError, match="BTCUSDT_1h.csv: does not fit into memory"): sources.read(tmp_path / "data" / "BTCUSDT_1h.csv")
+
+
+def test_a_small_parquet_file_cannot_unpack_to_a_large_one(tmp_path):
+    pd.DataFrame(dict(ts=["x" * 3000] * 300_000)).to_parquet(tmp_path / "bomb.parquet")
+    assert (tmp_path / "bomb.parquet").stat().st_size < 1_000_000
+    with pytest.raises(sources.SourceError, match="bomb.parquet: has more than"): sources.read(tmp_path / "bomb.parquet")
+
+
+def test_holes_of_a_daily_series_are_reported(tmp_path):
+    days = [d for d in pd.bdate_range("2024-01-02", periods=250) if not "2024-03-01" <= str(d)[:10] < "2024-09-01"]
+    place = make(tmp_path, {"BTCUSDT.csv": klines("2024-01-01", prices(24 * 330)), "DGS10.csv": fred(days)})
+    note = sources.inventory(place).loc["(panel)", "note"]
+    assert "dgs10 empty for 181 days from 2024-03-07" in note and "no file for" in note, note
+
+
+def test_a_week_without_bars_is_named(tmp_path):
+    place = make(tmp_path, {"BTCUSDT.csv": klines("2024-01-01", prices(240)) + klines("2024-01-18", prices(240))})
+    assert "longest stretch without a trade: 168 h from 2024-01-11 01:00" in sources.inventory(place).loc["(panel)", "note"]
+
+
+def test_a_level_out_of_range_is_noted_where_the_name_says_bitcoin(tmp_path):
+    place = make(tmp_path, {"BTCUSDT.csv": klines("2024-01-01", prices(48, 42))})
+    assert "suspect: closes around 42" in sources.inventory(place).loc["BTCUSDT.csv", "note"]
 
 
 def test_a_file_is_read_within_its_bounds(tmp_path):
