@@ -125,7 +125,8 @@ REFUSED = {
     "a share whose name begins like the index": ({**BARS, "DXCM.csv": quotes(WORK, 120)}, "DXCM.csv dollar index"),
     "a share under the index's name": ({**BARS, "DX-Y.NYB.csv": THREE.format("AAPL")}, "DX-Y.NYB.csv AAPL"),
     "a level that is no dollar index": ({**BARS, "DXY.csv": quotes(WORK, 13)}, "DXY.csv dollar index"),
-    "on-chain of another coin, neutral name": ({**BARS, "btc.csv": chain("2024-01-01", 20), "chain.csv": chain("2024-01-01", 20, 3, None)}, "btc.csv chain.csv TxCnt times"),
+    "on-chain of two coins, neutral names": ({**BARS, "chain_1.csv": chain("2024-01-01", 20, price=None), "chain_2.csv": chain("2024-01-01", 20, 3, None)}, "chain_1.csv chain_2.csv TxCnt times"),
+    "two files named after Bitcoin that differ": ({**BARS, "btc.csv": chain("2024-01-01", 20), "btc_2.csv": chain("2024-01-01", 20, 3, None)}, "btc.csv btc_2.csv TxCnt times"),
     "on-chain whose price is another coin's": ({**BARS, "chain.csv": chain("2023-12-20", 30, price=2300.)}, "chain.csv PriceUSD BTCUSDT"),
     "a series named after another": ({**BARS, "DGS10.csv": fred(WORK, "DGS2")}, "DGS10 DGS2"),
     # 2. the period of a row
@@ -410,10 +411,11 @@ def test_every_file_is_in_the_inventory(tmp_path):
 
 
 def test_a_clone_of_a_seven_coin_folder_gives_bitcoins_chain(tmp_path):
-    coins = {f"{coin}.csv": chain("2024-01-01", 20, k + 2., 100. * k) for k, coin in enumerate(("ada", "bch", "doge", "eth", "ltc", "xrp"))}
+    coins = {f"{coin}.csv": chain("2024-01-01", 20, k + 2., 100. * k) for k, coin in enumerate(("ada", "bch", "doge", "eth", "ltc", "xrp", "usdt", "usdc_eth", "grin", "gno"))}
     alone = sources.load_panel(make(tmp_path / "one", {**BARS, "btc.csv": chain("2024-01-01", 20)}))
     cloned = sources.load_panel(make(tmp_path / "seven", {**BARS, "btc.csv": chain("2024-01-01", 20), **coins}))
     pd.testing.assert_frame_equal(cloned, alone)
+    assert sources.inventory(tmp_path / "seven").loc[list(coins), "status"].eq("left out").all()
 
 
 def test_a_stray_month_of_one_venue_costs_no_hour_of_the_other(tmp_path):
