@@ -36,8 +36,9 @@ def main() -> None:
     command = [sys.executable, __file__, "--data", args.data, "--one"]
     made = [json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(args.readings)]
     seconds = sorted(m["seconds"] for m in made)
-    figures = dict(files=made[0]["files"], hours=made[0]["hours"], readings=len(made), seconds_median=round(statistics.median(seconds), 3),
-                   seconds_least=round(seconds[0], 3), seconds_most=round(seconds[-1], 3),
+    figures = dict(files=made[0]["files"], hours=made[0]["hours"], readings=len(made),
+                   seconds_median=round(statistics.median(seconds), 3), seconds_least=round(seconds[0], 3),
+                   seconds_most=round(seconds[-1], 3),
                    peak_mib=round(max(m["peak_mib"] for m in made)), python=platform.python_version())
     print(json.dumps(figures, indent=1))
     if args.out: args.out.write_text(json.dumps(figures, indent=1) + "\n")
