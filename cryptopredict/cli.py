@@ -91,7 +91,7 @@ def _files(data: Path, repairs: tuple[str, ...]) -> _Loaded:
     found = read_folder(data, repairs)
     panel, provenance, inventory = build_panel(found)
     _print_inventory(inventory, data)
-    names = ", ".join(Path(t.attrs["file"]).name for t in found.files)
+    names = ", ".join(path.name for t in found.files if (path := Path(t.attrs["file"])) not in found.skipped)
     return _Loaded(panel, found.source_tables, provenance, f"files {names}", inventory)
 
 # %% ../nbs/06a_cli.ipynb #46b8276d
