@@ -63,6 +63,14 @@ def _built_in(years: int, seed: int) -> _Loaded:
     return _Loaded(panel, None, None, name, inventory(panel))
 
 # %% ../nbs/06a_cli.ipynb #3e99fc73
+def _wrap(text: str) -> None:
+    "An indented line, wrapped at the width of the terminal."
+    import shutil
+    import textwrap
+    width = max(shutil.get_terminal_size().columns, 60)
+    whole = dict(break_long_words=False, break_on_hyphens=False)
+    _say(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="    ", **whole))
+
 def _print_inventory(inventory, data: Path) -> None:
     "A line for each file that was read, then repairs and notes, and the panel."
     from cryptopredict.files import shorten
@@ -76,14 +84,14 @@ def _print_inventory(inventory, data: Path) -> None:
     for file, row in inventory.iloc[:-1].iterrows():
         notes = [row["status"] if row["status"] in ("left out", "not read") else "",
                  f"repairs: {row['repairs']}" if row["repairs"] else "", row["note"]]
-        if any(notes): _say(f"  {file}: {'; '.join(filter(None, notes))}")
+        if any(notes): _wrap(f"{file}: {'; '.join(filter(None, notes))}")
     row = inventory.iloc[-1]
     age = _age((utc_now() - row["last"]).total_seconds())
     span = f"{row['first']:%Y-%m-%d %H:%M} to {row['last']:%Y-%m-%d %H:%M} UTC"
     _say(f"panel: {row['rows']} hours, {span}; its newest bar is {age} old")
     _say(f"  {row['filled']} hours without a bar or a trade, {row['longest_hole']} in a row at most")
     for note in row["note"].split("; "):
-        if note: _say(f"  {note}")
+        if note: _wrap(note)
 
 def _files(data: Path, repairs: tuple[str, ...]) -> _Loaded:
     "The files of a folder, and their inventory printed."

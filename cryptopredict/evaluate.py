@@ -269,7 +269,10 @@ def make_folds(
     _check_step(config.step)
     try: return walk_forward(index, ends, first_test=first, skip_unlabelled=True, **spans)
     except ValueError as error:
-        raise ValueError(f"{error} [first_test {first}; the data are {index[0]} to {index[-1]}]") from None
+        known = labels["r90"].notna().to_numpy()
+        inside = np.flatnonzero(~known[:known.nonzero()[0].max()])  # rows without a label before the last one that has one
+        gap = f"; labels are missing between {index[inside[0]]} and {index[inside[-1]]}: are bars missing?" if len(inside) else ""
+        raise ValueError(f"{error} [first_test {first}; the data are {index[0]} to {index[-1]}{gap}]") from None
 
 # %% ../nbs/05f_evaluate.ipynb #5aa90952
 def _labels_as_known(frame: pd.DataFrame, config: EvaluateConfig) -> pd.DataFrame:

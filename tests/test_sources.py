@@ -93,7 +93,9 @@ SWAPPED = "\n".join(",".join([*r[:5], r[7], r[6], r[5], *r[8:]]) for r in (line.
 HOURS = pd.date_range("2024-01-02 01:00", periods=4, freq="h")
 WORK = pd.bdate_range("2024-01-02", periods=12)
 
-LONG = pd.bdate_range("2024-01-01", periods=90)
+LONG, DAYS = pd.bdate_range("2024-01-01", periods=90), pd.date_range("2023-09-01", "2024-01-20")
+def CHART(level): return "".join(f"{d:%Y-%m-%d} 00:00:00,{level + k:.0f}\n" for k, d in enumerate(pd.date_range("2024-01-01", periods=6)))
+def drifting(seed): return 30000 * np.exp(np.random.default_rng(seed).normal(0, .006, 24 * 365 * 5).cumsum())
 RANDOM = np.round(42000 * np.exp(np.random.default_rng(1).normal(0, .006, 24 * 60).cumsum()), 2)
 LEVELS = {"BTCUSDT-1h.csv": klines("2024-01-01", RANDOM)}
 SHIFTED = "time,PriceUSD,TxCnt\n" + "".join(f"{d:%Y-%m-%d},{RANDOM[24 * (k + 2) - 1]:.2f},300000\n" for k, d in enumerate(pd.date_range("2024-01-01", periods=58)))
@@ -115,6 +117,9 @@ REFUSED = {
     "a neutral name, alone": ({"bars.csv": headed("2024-01-01", prices(48, 2300))}, "bars.csv 2024-01 closes around 2300"),
     "dollars in the name, euro in the rows": ({"BTCUSD.csv": headed("2024-01-01", prices(48), "ts,symbol,open,high,low,close,volume").replace("BTC/USDT", "BTC/EUR")}, "BTCUSD.csv symbol BTC/EUR"),
     "a supply larger than Bitcoin's": ({**BARS, "chain.csv": chain("2024-01-01", 20, price=None).replace("19500000", "120000000")}, "chain.csv SplyCur"),
+    "an unlisted coin's month after Bitcoin's": ({**BARS, "FOOUSDT-1h-2024-01.csv": klines("2024-01-03", prices(48))}, "FOOUSDT BTCUSDT"),
+    "gold": ({"XAUUSD_60.csv": kraken("2018-01-01", prices(48, 1300))}, "XAUUSD_60.csv XAU/USD"),
+    "two charts that differ": ({**BARS, "utxo-count.csv": CHART(170e6), "utxo-count_2.csv": CHART(50e6)}, "utxo-count.csv utxo-count_2.csv"),
     "index and future": ({**BARS, "DX-Y.NYB.csv": quotes(WORK), "DX=F.csv": quotes(WORK, 102.2)}, "DX=F.csv DX-Y.NYB.csv days"),
     "neutral names, one after the other": ({"one.csv": headed("2024-01-01", prices(48)), "two.csv": headed("2024-01-03", prices(48, 2300))}, "one.csv two.csv opens closes"),
     "neutral name, two coins in one file": ({"bars.csv": headed("2024-01-01", np.r_[prices(48), prices(48, 2300)])}, "bars.csv row 50 close"),
@@ -150,6 +155,10 @@ REFUSED = {
     "hours, then 4 h": ({"btc.csv": headed("2024-01-01", prices(48)) + headed("2024-01-03 03:00", prices(20), step="4h").split("\n", 1)[1]}, "btc.csv row 50 4h"),
     "4 h off the grid of midnight": ({"btc.csv": headed("2024-01-01 01:00", prices(6), step="4h")}, "btc.csv row 4h"),
     "one day a file beside hours": ({"btc.csv": headed("2024-01-01", prices(48)), **{f"btc-{k}.csv": headed(f"2024-01-0{k}", [42000.]) for k in (4, 5, 6, 7)}}, "btc 1d hour"),
+    "months with empty days between": ({**BARS, "DGS10.csv": fred(DAYS, values=[4.1 if d.day == 1 else "" for d in DAYS])}, "DGS10.csv month daily"),
+    "weeks on every day": ({**BARS, "DGS10.csv": fred(LONG, values=[f"{4 + (k // 5) % 7 / 100:.2f}" for k in range(len(LONG))])}, "DGS10.csv week daily"),
+    "yields in basis points": ({**BARS, "DGS10.csv": fred(WORK, values=["401", "402"] * 6)}, "DGS10.csv per cent"),
+    "two hours apart in two small files": ({"a.csv": headed("2024-01-01", prices(3), step="2h"), "b.csv": headed("2024-01-02", prices(3), step="2h")}, "b.csv 2 h apart"),
     "means of months on every day": ({**BARS, "DGS10.csv": fred(LONG, values=[f"{3 + d.month / 10:.2f}" for d in LONG])}, "DGS10.csv month daily"),
     "yields as fractions": ({**BARS, "DGS10.csv": fred(LONG, values=[f"{.04 + k % 9 / 1000:.3f}" for k in range(len(LONG))])}, "DGS10.csv per cent"),
     "days of the index shifted by a zone": ({**BARS, "DXY.csv": quotes([d - pd.Timedelta("1D") for d in WORK])}, "DXY.csv Sundays"),
@@ -236,6 +245,11 @@ LOADED = {  # what is in the folder -> hours in the panel
     "a name in other words": ({"bitcoin_hourly_near_real_time.csv": HEADED}, 48),
     "a single hour at midnight, by its name": ({**BARS, "BTC-1h-3.csv": headed("2024-01-03", prices(1), "date,open,high,low,close,volume")}, 49),
     "Mt. Gox above the others": ({"XBTUSD_60.csv": kraken("2014-01-01", prices(48, 800)), "mtgox_BTCUSD.csv": headed("2014-01-01", prices(48, 860))}, 48),
+    "a made-up history that drifts far away": ({"bars.csv": headed("2018-01-01", drifting(3))}, 24 * 365 * 5),
+    "times that end in UTC, volume as vol": ({"data.csv": headed("2024-01-01", prices(48), form="%Y-%m-%d %H:%M:%S UTC").replace("volume", "vol")}, 48),
+    "another coin's chart beside Bitcoin's": ({**BARS, "utxo-count.csv": CHART(170e6), "ltc_utxo-count.csv": CHART(50e6)}, 48),
+    "quotes that change every few days": ({**BARS, "DXY.csv": quotes(LONG[:40]).splitlines()[0] + "\n" + "".join(f"{d:%Y-%m-%d},{v},{v},{v},{v},0\n" for d, v in zip(LONG[:40], [102] * 20 + [103] * 12 + [104] * 8))}, 48),
+    "constant macro series": ({**BARS, "DXY.csv": quotes(WORK).splitlines()[0] + "\n" + "".join(f"{d:%Y-%m-%d},102,102,102,102,0\n" for d in WORK), "DGS10.csv": fred(WORK, values=["4.0"] * 12)}, 48),
     "gzip and zip": ({"a.csv.gz": gzip.compress(klines("2024-01-01", CLOSES[:24]).encode()), "b.zip": zipped("BTCUSDT-1h.csv", klines("2024-01-02", CLOSES[24:]))}, 48),
 }
 HEADERS = {
@@ -256,6 +270,7 @@ def test_valid_folders_load(tmp_path, case):
     contents, hours = LOADED[case]
     panel = sources.load_panel(make(tmp_path, contents))
     assert len(panel) == hours and not panel["close"].iloc[[0, -1]].isna().any()
+    if "chart" in case: assert not panel["utxo_count"].between(4e7, 6e7).any()
     if case in HEADERS:
         other = sources.load_panel(make(tmp_path / "klines", {"BTCUSDT_1h.csv": BTC}))
         pd.testing.assert_frame_equal(panel, other)
