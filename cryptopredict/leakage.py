@@ -174,7 +174,7 @@ def _as_positions(ranges: tuple[range, ...] | np.ndarray) -> np.ndarray:
 class Fold:
     """Row positions of one walk-forward fold; no label of an earlier part ends after the first time of a later one.
 
-    Parts are kept as ranges, as monthly folds of a million hours would fill 9.5 GB as arrays; reading a part, `fold.train`,
+    Parts are kept as ranges, as monthly folds of a million hours would fill 10.8 GB as arrays; reading a part, `fold.train`,
     makes its array. `ranges` holds them as they are kept."""
     PARTS = ("train", "valid", "test", "refit")
 
