@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from .labels import DIRECTIONS
+from .labels import DIRECTIONS, check_labels
 from .scores import block_bootstrap
 
 # %% auto #0
@@ -51,7 +51,7 @@ def reliability(
     columns = [f"p_{d}" for d in DIRECTIONS]
     for model, part in predictions.groupby("model", sort=False):
         mean = part.groupby("time")[columns].mean()
-        truth = labels["direction"].reindex(mean.index)
+        truth = check_labels(labels[["direction"]].reindex(mean.index))["direction"]
         mean, truth = mean[truth.notna()], truth.dropna().to_numpy(dtype=int)
         for k, column in enumerate(columns):
             curve = _curve(mean[column].to_numpy(), truth == k, n_bins, block, n_boot, seed)

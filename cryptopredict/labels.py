@@ -11,7 +11,7 @@ import pandas as pd
 from .leakage import check_times
 
 # %% auto #0
-__all__ = ['DIRECTIONS', 'hours_in', 'check_hourly', 'make_labels']
+__all__ = ['DIRECTIONS', 'hours_in', 'check_hourly', 'check_labels', 'make_labels']
 
 # %% ../nbs/02_labels.ipynb #ae6e45f1
 DIRECTIONS = ("down", "flat", "up")  # the classes 0, 1, 2
@@ -42,6 +42,18 @@ def _ends(index: pd.DatetimeIndex, hours: int, known: pd.Series) -> pd.Series:
 def _path_quantile(log_close: pd.Series, hours: int, q: float) -> pd.Series:
     "The q-quantile of log(c[s] / c[t]) over the hours s in (t, t + hours]."
     return log_close.rolling(hours).quantile(q).shift(-hours) - log_close
+
+def check_labels(labels: pd.DataFrame) -> pd.DataFrame:
+    "`labels` unchanged, or a `ValueError` that names time and column of the first value that no label has."
+    tests = dict(direction=(lambda v: ~np.isin(v, (0, 1, 2)), "is no class: give 0 (down), 1 (flat), 2 (up) or NA"),
+                 sigma=(lambda v: ~((v >= 0) & np.isfinite(v)), "is no volatility: give a finite number of at least 0, or NaN"),
+                 r90=(lambda v: ~np.isfinite(v), "is no log return: give a finite number or NaN"))
+    for column in [c for c in tests if c in labels]:
+        is_wrong, remedy = tests[column]
+        values = labels[column].to_numpy(dtype=float, na_value=np.nan)
+        wrong = np.flatnonzero(is_wrong(values) & ~np.isnan(values))
+        if len(wrong): raise ValueError(f"labels, time {labels.index[wrong[0]]}, column {column}: {values[wrong[0]]:g} {remedy}")
+    return labels
 
 # %% ../nbs/02_labels.ipynb #2013441a
 def make_labels(

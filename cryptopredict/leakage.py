@@ -24,7 +24,7 @@ __all__ = ['FINDING_COLUMNS', 'TOLERANCE', 'MODES', 'RAISED', 'HINT_COLUMNS', 'L
            'audit_availability', 'audit_model', 'audit_pipeline', 'audit_labels', 'lint']
 
 # %% ../nbs/00_leakage.ipynb #e98250f3
-FINDING_COLUMNS = ["column", "kind", "time", "magnitude", "detail"]
+FINDING_COLUMNS = ["severity", "column", "kind", "time", "magnitude", "detail"]
 
 class LeakageError(ValueError):
     "A leak was found; the message names the first one."
@@ -32,35 +32,55 @@ class LeakageError(ValueError):
 # %% ../nbs/00_leakage.ipynb #4f8ad731
 @dataclass
 class LeakReport:
-    "What an audit found, and what it tried."
-    findings: pd.DataFrame  # one row a finding: `column, kind, time, magnitude, detail`
+    """What an audit found, and what it tried. A finding of severity `leak` is one; a `suspect` is worth a look, as an honest
+    feature or split can look the same."""
+    findings: pd.DataFrame  # one row a finding: `severity, column, kind, time, magnitude, detail`
     tested: dict = field(default_factory=dict)  # what was tried, for example `{"cuts": 32}`
 
     @property
+    def leaks(self) -> pd.DataFrame:
+        "The findings of severity `leak`."
+        return self.findings[self.findings["severity"] == "leak"]
+
+    @property
+    def enough(self) -> bool:
+        "Whether at least half of the cuts could be tested."
+        return 2 * self.tested.get("cuts without output", 0) <= self.tested.get("cuts", 0)
+
+    @property
     def ok(self) -> bool:
-        "True when nothing was found."
-        return self.findings.empty
+        "True when no leak was found and enough was tested."
+        return self.leaks.empty and self.enough
 
     def raise_if_leaky(self) -> LeakReport:
-        "Raise `LeakageError` naming the first finding, or return the report itself."
+        "The report itself, or a `LeakageError` that names the first leak, or says that too little was tested."
         if self.ok: return self
-        first = self.findings.iloc[0]
+        if self.leaks.empty: raise LeakageError(f"{self.verdict}: give a longer frame, or a function that needs fewer rows")
+        first = self.leaks.iloc[0]
         where = f"column '{first['column']}', {first['kind']}, at {first['time']}: {first['detail']}"
-        raise LeakageError(f"{len(self.findings)} leak(s); first: {where}")
+        raise LeakageError(f"{len(self.leaks)} leak(s); first: {where}")
+
+    @property
+    def verdict(self) -> str:
+        "The result in a few words."
+        leaks, suspects = len(self.leaks), len(self.findings) - len(self.leaks)
+        found = [f"{leaks} leak(s) found" if leaks else "no leak found", *([f"{suspects} suspect"] if suspects else [])]
+        silent, cuts = self.tested.get("cuts without output", 0), self.tested.get("cuts", 0)
+        return ", ".join(found) + ("" if self.enough else f", but only {cuts - silent} of {cuts} cuts could be tested")
 
     def __repr__(self) -> str:
-        head = "no leak found" if self.ok else f"{len(self.findings)} leak(s) found"
         tried = ", ".join(f"{k} {v}" for k, v in self.tested.items())
-        return f"LeakReport: {head} ({tried})" + ("" if self.ok else "\n" + self.findings.to_string(index=False))
+        table = "" if self.findings.empty else "\n" + self.findings.to_string(index=False)
+        return f"LeakReport: {self.verdict} ({tried}){table}"
 
     def _repr_html_(self) -> str:
         head = repr(self).splitlines()[0]
-        return f"<p><b>{head}</b></p>" + ("" if self.ok else self.findings.to_html(index=False))
+        return f"<p><b>{head}</b></p>" + ("" if self.findings.empty else self.findings.to_html(index=False))
 
 # %% ../nbs/00_leakage.ipynb #c77a6e62
 def _report(findings: list[dict], tested: dict) -> LeakReport:
-    "A report from a list of findings, the earliest first."
-    frame = pd.DataFrame(findings, columns=FINDING_COLUMNS)
+    "A report from a list of findings, the earliest first; one that does not say otherwise is a leak."
+    frame = pd.DataFrame([dict(severity="leak") | f for f in findings], columns=FINDING_COLUMNS)
     return LeakReport(frame.sort_values("time", kind="stable", ignore_index=True) if len(frame) else frame, tested)
 
 # %% ../nbs/00_leakage.ipynb #b3eef6be
@@ -175,7 +195,8 @@ class Fold:
     """Row positions of one walk-forward fold; no label of an earlier part ends after the first time of a later one.
 
     Parts are kept as ranges, as monthly folds of a million hours would fill 10.8 GB as arrays; reading a part, `fold.train`,
-    makes its array. `ranges` holds them as they are kept."""
+    makes its array. `ranges` holds them as they are kept. `of(label)` is the fold of one label: a label that ends earlier than
+    the longest one leaves more rows to learn from."""
     PARTS = ("train", "valid", "test", "refit")
 
     def __init__(
@@ -184,30 +205,41 @@ class Fold:
         valid: Sequence[int],  # for choices: labels end before `test` begins
         test: Sequence[int],  # never used for a choice
         refit: Sequence[int],  # all rows whose labels matured before `test` begins
+        by_label: Mapping[str, Fold] | None = None,  # the same fold for single labels; None: all share these rows
     ):
         self.ranges = {name: _as_ranges(rows) for name, rows in zip(self.PARTS, (train, valid, test, refit))}
+        self.by_label = dict(by_label or {})
 
     train = property(lambda self: _as_positions(self.ranges["train"]), doc="For choices; labels end before `valid` begins.")
     valid = property(lambda self: _as_positions(self.ranges["valid"]), doc="Judges choices; labels end before `test`.")
     test = property(lambda self: _as_positions(self.ranges["test"]), doc="Forecast; never used for a choice.")
     refit = property(lambda self: _as_positions(self.ranges["refit"]), doc="Labels matured before the test begins.")
 
+    def of(self, label: str) -> Fold:
+        "The fold of the label whose end is named, such as `sigma_end`: each row counts as soon as that label has matured."
+        return self.by_label.get(label, self)
+
     def replace(self, **parts: Sequence[int]) -> Fold:
-        "The same fold with other rows in some parts."
+        "A fold with other rows in some parts, for all labels."
         return Fold(**{name: parts.get(name, getattr(self, name)) for name in self.PARTS})
 
     def __repr__(self) -> str:
         return f"Fold({', '.join(f'{name} {len(getattr(self, name))}' for name in self.PARTS)} rows)"
 
 # %% ../nbs/00_leakage.ipynb #ab6a2ec0
-def _longest_label(label_end: pd.Series | pd.DataFrame, index: pd.DatetimeIndex) -> pd.DatetimeIndex:
-    "The end of each row's longest label; NaT where any label is missing."
-    if isinstance(label_end, pd.DataFrame): label_end = label_end.max(axis=1).where(label_end.notna().all(axis=1))
+def _label_ends(label_end: pd.Series | pd.DataFrame, index: pd.DatetimeIndex) -> dict[str, pd.DatetimeIndex]:
+    "The end of each row's label by label's name, NaT where it is missing; the first, named \"\", is that of the longest."
     if not len(index): raise ValueError("index is empty: too little history for the label's length; bring data")
     if len(label_end) != len(index): raise ValueError(f"label_end has {len(label_end)} rows, index {len(index)}: give as many")
-    own = label_end.index if isinstance(label_end, pd.Series) else None
+    own = label_end.index if isinstance(label_end, pd.Series | pd.DataFrame) else None
     if isinstance(own, pd.DatetimeIndex) and not (own == index).all():  # in pandas 2 `equals` tells seconds from nanoseconds
         raise ValueError("label_end and index have different times: reindex label_end to index")
+    labels = {name: label_end[name] for name in label_end} if isinstance(label_end, pd.DataFrame) else {}
+    whole = label_end.max(axis=1).where(label_end.notna().all(axis=1)) if labels else label_end
+    return {name: _checked_ends(ends, index) for name, ends in {"": whole, **labels}.items()}
+
+def _checked_ends(label_end, index: pd.DatetimeIndex) -> pd.DatetimeIndex:
+    "Label ends as UTC times, none before its own row."
     ends = pd.DatetimeIndex(label_end)
     if ends.isna().all(): ends = pd.DatetimeIndex(ends, tz=ends.tz or "UTC")
     if ends.tz is None: raise ValueError("label_end has naive times: localise them to UTC")
@@ -235,20 +267,24 @@ class _Matured:
         return range(int(found[0]), int(found[-1]) + 1) if whole else found
 
 # %% ../nbs/00_leakage.ipynb #b3e49f2c
-def _make_fold(index: pd.DatetimeIndex, matured: _Matured, test: range, validation, embargo) -> Fold:
+def _make_fold(index: pd.DatetimeIndex, matured: dict[str, _Matured], test: range, validation, embargo) -> Fold:
     "The fold whose test rows are `test`; a `ValueError` says which part came out empty and why."
     validation, embargo, start = pd.Timedelta(validation), pd.Timedelta(embargo), index[test[0]]
     if embargo < pd.Timedelta(0) or validation <= pd.Timedelta(0):
         raise ValueError(f"embargo {embargo} must not be negative and validation {validation} must be longer than zero")
     cut = start - validation
-    first = int(index.searchsorted(cut))
-    valid, train = matured(first, test[0], start - embargo), matured(0, first, cut - embargo)
-    for name, rows in (("valid", valid), ("train", train)):
-        if not len(rows):
-            raise ValueError(
-                f"the fold tested from {start} has no matured label in '{name}': too little history for the label's length; "
-                f"start later (first_test), shorten the horizon or bring earlier data (this begins {index[0]})")
-    return Fold(train, valid, test, matured(0, test[0], start - embargo))
+    first, made = int(index.searchsorted(cut)), {}
+    for label, ripe in matured.items():
+        valid, train = ripe(first, test[0], start - embargo), ripe(0, first, cut - embargo)
+        for name, rows in (("valid", valid), ("train", train)):
+            if not len(rows):
+                raise ValueError(
+                    f"the fold tested from {start} has no matured label in '{name}': too little history for the label's length; "
+                    f"start later (first_test), shorten the horizon or bring earlier data (this begins {index[0]})")
+        made[label] = Fold(train, valid, test, ripe(0, test[0], start - embargo))
+    fold = made.pop("")
+    fold.by_label = made
+    return fold
 
 # %% ../nbs/00_leakage.ipynb #dd79440b
 def live_fold(
@@ -259,8 +295,8 @@ def live_fold(
     embargo: str | pd.Timedelta = "0D",  # further time between a label's end and what comes next
 ) -> Fold:
     "The fold whose only test row is the last one: what a forecaster may use today."
-    ends = _longest_label(label_end, check_times(index))
-    return _make_fold(index, _Matured(ends), range(len(index) - 1, len(index)), validation, embargo)
+    matured = {name: _Matured(ends) for name, ends in _label_ends(label_end, check_times(index)).items()}
+    return _make_fold(index, matured, range(len(index) - 1, len(index)), validation, embargo)
 
 # %% ../nbs/00_leakage.ipynb #45be6e05
 def _utc(time: str | pd.Timestamp) -> pd.Timestamp:
@@ -290,28 +326,30 @@ def walk_forward(
     embargo: str | pd.Timedelta = "0D",  # further time between a label's end and what comes next
     skip_unlabelled: bool = False,  # leave out test spans without any label, as in a hole of the price; else a `ValueError`
 ) -> list[Fold]:
-    "Expanding walk-forward folds, purged and embargoed, up to the last row that has a label."
-    ends, first = _longest_label(label_end, check_times(index)), _utc(first_test)
-    if ends.isna().all() or first > index[ends.notna()][-1]:
+    """Expanding walk-forward folds, purged and embargoed, up to the last row that has a label. The parts of a fold hold the rows
+    whose labels have all matured, `fold.of(column)` those of one column of `label_end`."""
+    every, first = _label_ends(label_end, check_times(index)), _utc(first_test)
+    labelled = np.any([ends.notna() for ends in every.values()], axis=0)
+    if every[""].isna().all() or first > index[every[""].notna()][-1]:
         raise ValueError(f"no label ends in the data after first_test {first}: "
                          f"too little history for the label's length (data end {index[-1]})")
     if first <= index[0]: raise ValueError(f"first_test {first} leaves nothing to train on: the data begin {index[0]}")
-    cuts = index.searchsorted(pd.DatetimeIndex(_test_bounds(first, index[ends.notna()][-1], step)))
-    tests, known = [range(a, b) for a, b in zip(cuts[:-1], cuts[1:]) if b > a], np.r_[0, ends.notna().cumsum()]
+    cuts = index.searchsorted(pd.DatetimeIndex(_test_bounds(first, index[labelled][-1], step)))
+    tests, known = [range(a, b) for a, b in zip(cuts[:-1], cuts[1:]) if b > a], np.r_[0, labelled.cumsum()]
     empty = [test for test in tests if known[test.stop] == known[test.start]]
     if empty and not skip_unlabelled:
         raise ValueError(f"no label in the fold tested from {index[empty[0][0]]}: the price is missing there; "
                          "bring the data or change step")
-    matured = _Matured(ends)
+    matured = {name: _Matured(ends) for name, ends in every.items()}
     return [_make_fold(index, matured, test, validation, embargo) for test in tests if test not in empty]
 
 # %% ../nbs/00_leakage.ipynb #c27b160d
 def _audit_order(name: str, rows: np.ndarray, label: str) -> list[dict]:
-    "Rows of one part must increase: a shuffled or repeated row says the split was not made in time."
+    "Rows of one part should increase: a shuffled or repeated row says that the split was not made in time."
     wrong = np.flatnonzero(np.diff(rows) <= 0)
     if not len(wrong): return []
     detail = f"{label}: '{name}' rows are not increasing in time"
-    return [dict(column=name, kind="shuffled", time=None, magnitude=float(len(wrong)), detail=detail)]
+    return [dict(severity="suspect", column=name, kind="shuffled", time=None, magnitude=float(len(wrong)), detail=detail)]
 
 # %% ../nbs/00_leakage.ipynb #f921b94a
 def _positions(rows, n: int, what: str) -> np.ndarray:
@@ -323,20 +361,39 @@ def _positions(rows, n: int, what: str) -> np.ndarray:
     return rows
 
 # %% ../nbs/00_leakage.ipynb #5856a5f1
+def _depth(begin: np.ndarray, end: np.ndarray, other_begin: np.ndarray, other_end: np.ndarray, margin: int) -> np.ndarray:
+    """How far each label (begin, end] reaches into the nearest of the others, or these into it, when `margin` is added between
+    them; nanoseconds, above 0 where they share time. The others are in order of their beginnings."""
+    reach = np.maximum.accumulate(other_end)
+    last = np.searchsorted(other_begin, end + margin, side="left") - 1  # of the others, what begins before this label ends
+    first = np.searchsorted(reach, begin - margin, side="right")  # and what ends after it begins
+    met = (last >= 0) & (first < len(reach))
+    first, last = np.minimum(first, len(reach) - 1), np.maximum(last, 0)
+    return np.where(met, np.minimum(end + margin - other_begin[first], reach[last] + margin - begin), -1)
+
 def _audit_pair(index: pd.DatetimeIndex, ends: pd.DatetimeIndex, parts: dict, where: tuple, embargo: pd.Timedelta) -> list[dict]:
-    "Findings between a part and the one that comes after it: interleaved rows, labels missing or ending too late."
-    fold, name, after = where
-    earlier, found, day = parts[name], [], pd.Timedelta("1D")
-    begin, end = index[parts[after]].min(), ends[earlier]
-    def add(kind, wrong, magnitude, detail):
-        rows = earlier[np.asarray(wrong)]
-        if len(rows): found.append(dict(column=name, kind=kind, time=index[rows].min(), magnitude=magnitude(rows),
-                                        detail=f"{fold}: {len(rows)} rows of '{name}' {detail}"))
-    past = lambda limit: lambda rows: (ends[rows].max() - limit) / day
-    add("interleaved", index[earlier] >= begin, lambda rows: float(len(rows)), f"are not before '{after}' begins ({begin})")
-    add("unlabelled", end.isna(), lambda rows: np.nan, "have no matured label")
-    add("label overlap", end > begin, past(begin), f"have a label that ends after '{after}' begins; days: magnitude")
-    add("embargo", (end <= begin) & (end > begin - embargo), past(begin - embargo), f"end within the embargo of {embargo}")
+    "Findings between two parts of a fold: labels missing, or sharing time with those of the other part, before it or after it."
+    fold, name, other = where
+    rows, day, found = parts[name], pd.Timedelta("1D").value, []
+    times, label_ends = _nanoseconds(index), np.where(ends.notna(), _nanoseconds(ends), -1)
+    longest = int((label_ends - times)[ends.notna()].max(initial=0))
+    label_ends = np.where(ends.notna(), label_ends, times + longest)  # a tested label that is not known yet is as long as others
+    others, known = np.sort(parts[other]), ends[rows].notna()
+    depth = lambda margin: _depth(times[rows], label_ends[rows], times[others], label_ends[others], margin)
+    shared, near = depth(0), depth(embargo.as_unit("ns").value)
+    begin = index[others[0]]
+    close = known & (shared <= 0) & (near > 0)
+    tests = [("leak", "unlabelled", ~known, None, "have no matured label"),
+             ("leak", "label overlap", known & (shared > 0), shared, f"have labels that overlap those of '{other}'; days"),
+             ("leak", "embargo", close, near, f"lie within the embargo of {embargo}; days"),
+             ("suspect", "interleaved", index[rows] >= begin, None,
+              f"are not before '{other}' begins ({begin}): no forecaster in use could have learned from them")]
+    for severity, kind, wrong, size, detail in tests:
+        wrong = np.asarray(wrong)
+        if not wrong.any(): continue
+        magnitude = float(wrong.sum()) if size is None else size[wrong].max() / day
+        found.append(dict(severity=severity, column=name, kind=kind, time=index[rows[wrong]].min(), magnitude=magnitude,
+                          detail=f"{fold}: {wrong.sum()} rows of '{name}' {detail}"))
     return found
 
 # %% ../nbs/00_leakage.ipynb #13270683
@@ -354,22 +411,25 @@ def _as_fold(fold, number: int) -> Fold:
 # %% ../nbs/00_leakage.ipynb #fc54942a
 def audit_folds(
     folds: list[Fold | tuple],  # `train, valid, test, refit` positions each, or (train, test) as scikit-learn gives them
-    label_end: pd.Series | pd.DataFrame,  # label end(s) by decision time; a frame, a column a head: judged by the longest
+    label_end: pd.Series | pd.DataFrame,  # label end(s) by decision time; a frame, a column a label: judged by the longest
     embargo: str | pd.Timedelta = "0D",  # embargo that was asked for
 ) -> LeakReport:
-    "Overlapping labels, missing purge or embargo, shuffled or interleaved parts."
+    """Labels of training rows that share time with labels of tested ones, before or after them, and a missing embargo: leaks.
+    Training rows after the test begins, as in a purged K-fold, and shuffled rows are suspects."""
     folds = [_as_fold(f, k) for k, f in enumerate(folds)]
     if not folds: raise ValueError("folds is empty: give at least one")
     if isinstance(embargo, (int, float)): raise ValueError(f"embargo is {embargo!r}: give a duration such as '24h'")
     index = check_times(pd.DatetimeIndex(label_end.index), "label_end.index")
-    ends, embargo, findings = _longest_label(label_end, index), pd.Timedelta(embargo), []
+    every, embargo, findings = _label_ends(label_end, index), pd.Timedelta(embargo), []
     for k, f in enumerate(folds):
-        names = ("train", "valid", "test", "refit")
-        parts = {name: _positions(getattr(f, name), len(index), f"fold {k}: '{name}'") for name in names}
-        for name, rows in parts.items(): findings += _audit_order(name, rows, f"fold {k}")
-        for name, after in (("train", "valid"), ("valid", "test"), ("refit", "test"), ("train", "test")):
-            if len(parts[name]) and len(parts[after]):
-                findings += _audit_pair(index, ends, parts, (f"fold {k}", name, after), embargo)
+        own = {name: part for name, part in getattr(f, "by_label", {}).items() if name in every}
+        for label, fold in {"": f, **own}.items():
+            where = f"fold {k}{f', {label}' if label else ''}"
+            parts = {name: _positions(getattr(fold, name), len(index), f"{where}: '{name}'") for name in Fold.PARTS}
+            for name, rows in parts.items(): findings += _audit_order(name, rows, where)
+            for name, other in (("train", "valid"), ("valid", "test"), ("refit", "test"), ("train", "test")):
+                if len(parts[name]) and len(parts[other]):
+                    findings += _audit_pair(index, every[label], parts, (where, name, other), embargo)
     return _report(findings, {"folds": len(folds), "embargo": str(embargo)})
 
 # %% ../nbs/00_leakage.ipynb #32a438b7
@@ -418,6 +478,7 @@ class _Subject:
     seen: set = field(default_factory=set)  # columns that held a value in a comparison
     moves: set = field(default_factory=set)  # columns that a replaced value has moved, somewhere
     asked: set = field(default_factory=set)  # "truncation", "perturbation": what could be compared
+    silent: set = field(default_factory=set)  # cuts whose rows alone gave no value
 
     def call(self, frame: pd.DataFrame, must: bool = False) -> pd.DataFrame | None:
         "What the function says of a frame that is its to spoil; None when it raises, unless it must not."
@@ -485,7 +546,7 @@ def _compare(base: pd.DataFrame, other: pd.DataFrame, until: pd.Timestamp, kind:
     def finding(column, time, size, detail):
         return dict(column=column, kind=kind, time=time, magnitude=float(size), detail=f"{label}: {detail}")
     gone = base.columns.symmetric_difference(other.columns)
-    if len(gone): return [finding(c, until, np.inf, "the column exists only with, or only without, the future") for c in gone]
+    if len(gone): return [finding(c, until, np.inf, "the column exists in one of two futures only") for c in gone]
     gone = base.index.symmetric_difference(other.index)
     gone = gone[(base.reindex(gone).notna() | other.reindex(gone).notna()).any(axis=1)]
     if len(gone): return [finding("(rows)", gone[0], len(gone), "rows appear or vanish with the future")]
@@ -624,23 +685,34 @@ def _audit_cut(subject: _Subject, cut: int, back: int, allowed: dict, holes: boo
     start, stop = (0, len(subject.frame)) if whole else (max(0, cut - back), cut + int(rng.integers(back // 4, back)))
     given, until = subject.frame.iloc[start:stop], subject.frame.index[cut - 1]
     if holes: given = _holed(given, subject.holed, cut - start, rng)
-    rows, findings = np.arange(cut - start, len(given)), []
-    past, now = subject.call(given.iloc[:cut - start].copy()), None
+    rows, findings, now = np.arange(cut - start, len(given)), [], None
+    past = subject.call(given.iloc[:cut - start].copy())
+    if past is None and not whole and not holes: return _audit_cut(subject, cut, len(subject.frame), allowed)
+    if past is not None and not past.loc[:until].notna().any(axis=None): past = None  # says nothing of so few rows
+    if past is None and not holes: subject.silent.add(cut)
     for mode in ("as it is",) if holes else ("as it is", *MODES):
         other = given.copy() if mode == "as it is" else _changed(given, rows, mode, rng)
         out = subject.call(other)
         if out is None: continue
-        if mode == "as it is": now = out
-        if past is None and mode == "as it is": past = out  # refuses a short past: perturbation alone
-        elif past is not None:
-            kind, holed = "truncation" if mode == "as it is" else "perturbation", ", with holes" * holes
-            found = _compare(past, out, until, kind, allowed, f"cut after {until}{holed}, future {mode}")
-            blank = set(out.columns[out.isna().all()]) if holes or mode == "nothing" else ()  # missing in, missing out
-            findings += [f for f in found if f["column"] not in blank]
-            subject.asked.add(kind)
-            subject.seen |= {c for c in past if past[c].notna().any()}
-            if kind == "perturbation" and now is not None: subject.moves |= _moving(now, out, subject.moves)
-    return _audit_cut(subject, cut, len(subject.frame), allowed) if past is None and not whole and not holes else findings
+        if mode == "as it is": now, kind, base = out, "truncation", past
+        else: kind, base = "perturbation", _with_rest(past, now)
+        if base is None: continue
+        if kind == "truncation":  # a column that only one of the two has may need more rows: perturbation judges it
+            both = base.columns.intersection(out.columns)
+            base, out = base[both], out[both]
+        holed = ", with holes" * holes
+        found = _compare(base, out, until, kind, allowed, f"cut after {until}{holed}, future {mode}")
+        blank = set(out.columns[out.isna().all()]) if holes or mode == "nothing" else ()  # missing in, missing out
+        findings += [f for f in found if f["column"] not in blank]
+        subject.asked.add(kind)
+        subject.seen |= {c for c in base if base[c].notna().any()}
+        if kind == "perturbation" and now is not None: subject.moves |= _moving(now, out, subject.moves)
+    return findings
+
+def _with_rest(past: pd.DataFrame | None, now: pd.DataFrame | None) -> pd.DataFrame | None:
+    "The columns of `now`, as `past` has them where it does."
+    if past is None or now is None: return now if past is None else past
+    return pd.concat([past[[c for c in past if c in now]], now[[c for c in now if c not in past]]], axis=1)
 
 # %% ../nbs/00_leakage.ipynb #bdd6e0e8
 def _first_of_each(findings: list[dict]) -> list[dict]:
@@ -672,7 +744,7 @@ def _tested(subject: _Subject, base: pd.DataFrame) -> dict:
     blind, still = ([c for c in base if c not in some] for some in (subject.seen, subject.moves))
     if blind: tested["columns never compared"] = f"untested: {', '.join(blind)}"
     if still: tested["columns that ignore the frame's values"] = f"untested: {', '.join(still)}"
-    return tested
+    return ({"cuts without output": len(subject.silent)} if subject.silent else {}) | tested
 
 # %% ../nbs/00_leakage.ipynb #35dd256c
 def audit(
@@ -1185,7 +1257,7 @@ def audit_pipeline(
 ) -> LeakReport:
     "Is anything fitted, or forecast, from what had not happened or matured? Fitted parts and forecasts must not move by a bit."
     folds, rng, findings, parts = _check_pipeline(frame, folds, labels), np.random.default_rng(seed), [], 0
-    ends = None if label_end is None else pd.Series(_longest_label(label_end, frame.index), frame.index)
+    ends = None if label_end is None else pd.Series(_label_ends(label_end, frame.index)[""], frame.index)
     pipes = [_Pipeline(fit, predict, fold, frame.index, f"fold {k}") for k, fold in enumerate(folds)]
     for pipe in pipes:
         try:
@@ -1291,15 +1363,17 @@ def _check_features(features: pd.DataFrame, level: float, n_perm: int) -> pd.Dat
 def _audit_label(x: pd.DataFrame, y: pd.Series, length: int, level: float, n_perm: int, rng) -> tuple[list[dict], list[str]]:
     "Findings of features beside one label of `length` rows, and the features that could not be compared in both ways."
     now, other, findings = _same_time(x, y, length, n_perm, rng), _shifted(x, y, length), []
-    def add(feature, kind, size, detail): findings.append(dict(column=feature, kind=kind, magnitude=float(size), detail=detail))
+    def add(severity, feature, kind, size, detail):
+        findings.append(dict(severity=severity, column=feature, kind=kind, magnitude=float(size), detail=detail))
     for f, r in now.iterrows():
         beyond, best = 1 - (1 - r.own) / 2, "square" if r.square > r.xi else "xi"
         if not ((r.square > beyond and r.p <= level) or (r.xi > beyond and r.p_xi <= level)): continue
-        p = r.p if best == "square" else r.p_xi
-        add(f, "label in disguise", r[best], f"{best} {r[best]:.3f}, the matured label {r.own:.3f}; p {p:.3f} over all features")
+        severity, p = "leak" if r[best] > 1 - (1 - r.own) / 4 else "suspect", r.p if best == "square" else r.p_xi
+        detail = f"{best} {r[best]:.3f}, the matured label {r.own:.3f}; p {p:.3f} over all features"
+        add(severity, f, "label in disguise", r[best], detail)
     for f, r in other.iterrows():
         if r.open >= .1 * r.honest: continue
-        add(f, "shifted label", 1 - r.open, f"follows the one {r.lag:.0f} rows away, which had not matured")
+        add("leak", f, "shifted label", 1 - r.open, f"follows the one {r.lag:.0f} rows away, which had not matured")
     return findings, [f for f in x if f not in now.index or f not in other.index]
 
 # %% ../nbs/00_leakage.ipynb #7a60253b
@@ -1312,7 +1386,8 @@ def audit_labels(
     n_perm: int = 199,  # permutations behind it
     seed: int = 0,  # draws them
 ) -> LeakReport:
-    "Features that are a transform or a shifted copy of a label, or implausibly informative about it."
+    """Features that are a transform or a shifted copy of a label. One that explains half of what the matured label leaves open is
+    a suspect (honest features of built-in markets reach that now and then), one that explains three quarters of it a leak."""
     index, rng, findings, blind = check_times(features.index, "features.index"), np.random.default_rng(seed), [], {}
     x = _check_features(features, level, n_perm)
     labels = labels.to_frame(labels.name or "label") if isinstance(labels, pd.Series) else labels

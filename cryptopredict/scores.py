@@ -14,8 +14,10 @@ import numpy as np
 import pandas as pd
 import scoringrules as sr
 
+from .labels import check_labels
+
 # %% auto #0
-__all__ = ['SCORES', 'SCHEMA', 'Score', 'loss_table', 'effective_windows', 'block_bootstrap', 'summarise', 'dm_test', 'compare']
+__all__ = ['SCORES', 'SCHEMA', 'Score', 'seed_mean', 'loss_table', 'effective_windows', 'block_bootstrap', 'Null', 'summarise', 'seed_spread', 'dm_test', 'compare']
 
 # %% ../nbs/05b_scores.ipynb #c9b3da3a
 class Score(NamedTuple):
@@ -109,12 +111,23 @@ def _sigma_losses(
     }
 
 # %% ../nbs/05b_scores.ipynb #8a6a2f01
+def seed_mean(
+    predictions: pd.DataFrame,  # prediction schema, several seeds a model
+) -> pd.DataFrame:
+    "The mean forecast of a model's seeds at each origin, which is the one that is shown; seed -1 where there are several."
+    means = predictions.groupby(["model", "time"], sort=False, as_index=False).agg(
+        dict(fold="first", seed="first") | dict.fromkeys(SCHEMA[4:], "mean"))
+    several = predictions.groupby("model")["seed"].nunique() > 1
+    return means.assign(seed=means["seed"].mask(means["model"].map(several), -1))[SCHEMA]
+
 def loss_table(
     predictions: pd.DataFrame,  # schema: time, fold, seed, model, p_down, p_flat, p_up, p10, p90, sigma
     labels: pd.DataFrame,  # as from `labels.make_labels`: r90, direction, sigma by time
+    by_seed: bool = False,  # score each seed by itself, not the seeds' mean forecast
 ) -> pd.DataFrame:
-    "Every score of every forecast, one row each; NaN where its label is not known yet."
+    "Every score of each model's forecast, one row an origin; NaN where its label is not known yet."
     _check_predictions(predictions)
+    if not by_seed: predictions = seed_mean(predictions)
     if missing := {"r90", "direction", "sigma"} - set(labels.columns):
         raise ValueError(f"labels lack the column(s) {', '.join(sorted(missing))}; build them with labels.make_labels(close)")
     time = pd.DatetimeIndex(predictions["time"])
@@ -122,7 +135,8 @@ def loss_table(
     if (at < 0).any():
         t = time[at < 0][0]
         raise ValueError(f"time {t}: not in the labels' index; use the labels of the panel the forecasts were made on")
-    r90, direction, sigma = (labels[c].iloc[at].to_numpy("float64", na_value=np.nan) for c in ("r90", "direction", "sigma"))
+    known = check_labels(labels.iloc[at])
+    r90, direction, sigma = (known[c].to_numpy("float64", na_value=np.nan) for c in ("r90", "direction", "sigma"))
     p = predictions
     losses = _direction_losses(p[["p_down", "p_flat", "p_up"]].to_numpy(float), direction)
     losses |= _band_losses(p["p10"].to_numpy(float), p["p90"].to_numpy(float), r90)
@@ -193,18 +207,34 @@ def _overlapping_noise(
     return total[:, overlap:] - total[:, :-overlap]
 
 # %% ../nbs/05b_scores.ipynb #d07eef14
+class Null(NamedTuple):
+    "What overlap alone does to the statistics here, from 4000 series of overlapping noise with mean zero."
+    t: np.ndarray  # sorted |mean| / block standard error
+    t_skewed: np.ndarray  # the same of the noise squared, less its mean
+    n_eff: float  # median of variance / squared block standard error, over its true value
+
 @lru_cache(maxsize=256)
-def _null_t(
+def _null(
     n: int,  # origins
     overlap: int,  # origins that share a window
     block: int,  # rows per block
-) -> np.ndarray:
-    "Sorted |mean| / block standard error on 4000 series of overlapping noise with mean zero."
-    # Only ratios matter: a window of 15 steps stands for a longer one.
+) -> Null:
+    "The null distributions for so many origins."
+    # Only ratios matter: a window of 15 steps stands for a longer one, and 400 windows for more.
     shrink = max(1.0, overlap / 15)
     n, overlap, block = (max(1, round(v / shrink)) for v in (n, overlap, block))
-    x = _overlapping_noise(n, overlap, 4000, seed=20180101)
-    return np.sort(np.abs(x.mean(axis=1)) / _block_se(x, block))
+    n = min(n, 400 * overlap)
+    t, t_skewed, ratio = [], [], []
+    for part in range(16):  # in parts: memory stays small
+        x = _overlapping_noise(n, overlap, 250, seed=20180101 + part) / np.sqrt(overlap)
+        squares, se = x**2 - 1, _block_se(x, block)
+        t.append(np.abs(x.mean(axis=1)) / se)
+        t_skewed.append(np.abs(squares.mean(axis=1)) / _block_se(squares, block))
+        ratio.append(x.var(axis=1) / se**2)
+    lags = np.arange(1, min(overlap, n))
+    true_n_eff = n / (1 + 2 * np.sum((1 - lags / n) * (1 - lags / overlap)))
+    one = np.concatenate
+    return Null(np.sort(one(t)), np.sort(one(t_skewed)), float(np.median(one(ratio)) / true_n_eff))
 
 # %% ../nbs/05b_scores.ipynb #4334f3fb
 def _block_length(
@@ -222,9 +252,9 @@ def _interval(
     overlap: int,  # origins that share a window
     level: float,  # nominal coverage, 0.9
 ) -> tuple[float, float]:
-    "Percentile interval, stretched about the estimate by what the number of blocks demands."
-    normal = NormalDist().inv_cdf((1 + level) / 2)
-    stretch = np.quantile(_null_t(n, overlap, _block_length(n, overlap)), level) / normal
+    "Percentile interval, stretched about the estimate by what so few blocks of plain or skewed losses demand."
+    normal, null = NormalDist().inv_cdf((1 + level) / 2), _null(n, overlap, _block_length(n, overlap))
+    stretch = max(np.quantile(null.t, level), np.quantile(null.t_skewed, level)) / normal
     lo, hi = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return point + stretch * (lo - point), point + stretch * (hi - point)
 
@@ -232,11 +262,16 @@ def _interval(
 def _per_origin(
     losses: pd.DataFrame,  # from `loss_table`
 ) -> pd.DataFrame:
-    "Losses by (model, time), averaged over seeds, in time order."
+    "Losses by (model, time), in time order; a `ValueError` where a model has several at one time."
     scores = [c for c in SCORES if c in losses.columns]
     if losses.empty or not scores:
         raise ValueError("losses hold no row or no score column; build them with loss_table(predictions, labels)")
-    return losses.groupby(["model", "time"], sort=True)[scores].mean()
+    table = losses.set_index(["model", "time"])[scores].sort_index()
+    if not table.index.is_unique:
+        model, time = table.index[table.index.duplicated()][0]
+        raise ValueError(f"losses hold several seeds of model {model} at {time}: score their mean forecast, "
+                         "loss_table(predictions, labels) without by_seed")
+    return table
 
 # %% ../nbs/05b_scores.ipynb #8182edd2
 def _describe(
@@ -259,7 +294,7 @@ def _describe(
         top = np.inf if score.proper else 1.0
         out["lo"], out["hi"] = np.clip(_interval(draws, out["mean"], n, overlap, level), 0, top)
         se = _block_se(v, block)
-        out["n_eff"] = v.var() / se**2 if se > 0 else np.nan
+        if se > 0: out["n_eff"] = min(n, v.var() / se**2 / _null(n, overlap, block).n_eff)
     return out
 
 # %% ../nbs/05b_scores.ipynb #e5ecd4cc
@@ -286,19 +321,37 @@ def summarise(
                 rows.append(head | _describe(part[name].dropna(), s, span[s.label], n_boot, level, seed))
     return pd.DataFrame(rows)
 
+def seed_spread(
+    predictions: pd.DataFrame,  # prediction schema
+    labels: pd.DataFrame,  # r90, direction, sigma by time
+) -> pd.DataFrame:
+    "Of each model with several seeds and each score: how many, and the lowest and highest score of a single one."
+    losses, rows = loss_table(predictions, labels, by_seed=True), []
+    for model, table in losses.groupby("model", sort=False):
+        means = table.groupby("seed")[[c for c in SCORES if c in table]].mean()
+        if len(means) < 2: continue
+        for name in means:
+            values = np.sqrt(means[name]) if SCORES[name].root else means[name]
+            score = dict(model=model, score=SCORES[name].summary, seeds=len(means))
+            rows.append(score | dict(lowest=float(values.min()), highest=float(values.max())))
+    return pd.DataFrame(rows, columns=["model", "score", "seeds", "lowest", "highest"])
+
 # %% ../nbs/05b_scores.ipynb #53bb6bd0
 def dm_test(
     difference: np.ndarray,  # loss of one forecaster minus the other's, in time order
     overlap: int,  # origins that share a window (90 for daily origins of a 90-day label)
 ) -> tuple[float, float]:
-    "Diebold-Mariano statistic and two-sided p-value; NaN below two windows. Smallest p is 1/4001."
+    """Diebold-Mariano statistic and two-sided p-value, at least 1/4001; both NaN below two windows, and where the difference does
+    not vary. A `ValueError` names the first difference that is not finite. Where losses are skewed and windows few, the test
+    rejects too often: see `benchmarks/inference.py`."""
     d = np.asarray(difference, dtype=float)
+    wrong = np.flatnonzero(~np.isfinite(d))
+    if len(wrong):
+        raise ValueError(f"difference {wrong[0]} is {d[wrong[0]]}: leave out origins without a label or with an infinite loss")
     block = _block_length(len(d), overlap)
-    if block is None:
+    if block is None or (se := _block_se(d, block)) <= 1e-12 * np.abs(d).max():
         return np.nan, np.nan
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = d.mean() / _block_se(d, block)
-    null = _null_t(len(d), overlap, block)
+    t, null = d.mean() / se, _null(len(d), overlap, block).t
     above = len(null) - np.searchsorted(null, abs(t))
     return float(t), (1 + above) / (1 + len(null))
 
