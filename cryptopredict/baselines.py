@@ -27,7 +27,7 @@ class Forecaster(Protocol):
         panel: pd.DataFrame,  # hourly decision times, with `close`
         features: pd.DataFrame | None,  # same index
         labels: pd.DataFrame,  # same index; only the rows of the fold may be used
-        fold,  # position arrays `train, valid, test, refit`
+        fold,  # a `leakage.Fold`: position arrays `train, valid, test, refit`; `fold.of("sigma_end")`: those of sigma alone
         seed: int = 0,
     ) -> Forecaster:
         "Choose on `fold.train` and `fold.valid`, fit on `fold.refit`; returns itself."
@@ -75,13 +75,17 @@ def _smooth(
 # %% ../nbs/05c_baselines.ipynb #d613d225
 def _labelled(
     labels: pd.DataFrame,  # r90 and sigma by time
-    rows: np.ndarray,  # positions that may be used
+    fold,  # whose `refit` rows may be used, for each label those that had matured
+    label: str,  # "r90" or "sigma"
+    begin: pd.Timestamp | None = None,  # earliest time used
 ) -> np.ndarray:
-    "The rows that have both labels; ValueError if there are none."
-    rows = np.asarray(rows)
-    known = rows[labels[["r90", "sigma"]].iloc[rows].notna().all(axis=1).to_numpy()]
+    "The rows of `refit` that have the label, each label by its own end; ValueError if there are none."
+    rows = fold.of("sigma_end" if label == "sigma" else "label_end").refit
+    if begin is not None: rows = rows[labels.index[rows] >= begin]
+    known = rows[labels[label].iloc[rows].notna().to_numpy()]
     if len(known) == 0:
-        raise ValueError("fold.refit holds no row with r90 and sigma; begin the first test later, or load more history")
+        since = "" if begin is None else f" since {begin}"
+        raise ValueError(f"fold.refit holds no row with {label}{since}; begin the first test later, or load more history")
     return known
 
 # %% ../nbs/05c_baselines.ipynb #f90e18bf
@@ -109,15 +113,13 @@ class Climatology:
 
     def fit(self, panel, features, labels, fold, seed=0):
         "Count the labels of `fold.refit`."
-        rows = _labelled(labels, fold.refit)
-        if self.years:
-            begin = panel.index[fold.test[0]] - pd.DateOffset(years=self.years)
-            rows = _labelled(labels, rows[panel.index[rows] >= begin])
+        begin = panel.index[fold.test[0]] - pd.DateOffset(years=self.years) if self.years else None
+        rows, sigma_rows = (_labelled(labels, fold, label, begin) for label in ("r90", "sigma"))
         known = labels.iloc[rows]
         freq = np.bincount(known["direction"].to_numpy("int64"), minlength=3) / len(rows)
         self.probs = _smooth(freq, effective_windows(panel.index[rows], self.horizon))
-        self.p10, self.p90 = known["r90"].quantile([0.1, 0.9])
-        self.sigma = known["sigma"].median()
+        self.p10, self.median, self.p90 = known["r90"].quantile([0.1, 0.5, 0.9])
+        self.sigma = labels["sigma"].iloc[sigma_rows].median()
         return self
 
     def predict(self, panel, features, rows):
@@ -168,8 +170,8 @@ class _VolForecaster:
 
     def fit(self, panel, features, labels, fold, seed=0):
         "Estimate on the labels of `fold.refit`, and standardise their returns."
-        rows = _labelled(labels, fold.refit)
-        self._estimate(panel, labels, rows)
+        self._estimate(panel, labels, _labelled(labels, fold, "sigma"))
+        rows = _labelled(labels, fold, "r90")
         z = labels["r90"].iloc[rows] / (self._sigma(panel).iloc[rows] * self.root_years)
         self.z = np.sort(_usable(z).to_numpy())
         self.windows = effective_windows(_usable(z).index, self.horizon)

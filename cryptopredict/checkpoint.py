@@ -26,8 +26,8 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['VERSION', 'FILES', 'flatten', 'unflatten', 'write_atomic', 'to_toml', 'CheckpointError', 'NewerVersion', 'step_of',
-           'checkpoints', 'save', 'verify', 'load', 'dotted', 'refuse_other', 'code_commit', 'newest', 'remove',
-           'prune', 'remove_orphans']
+           'checkpoints', 'save', 'verify', 'load', 'dotted', 'refuse_other', 'code_commit', 'code_hash', 'newest',
+           'remove', 'prune', 'remove_orphans']
 
 # %% ../nbs/04c_checkpoint.ipynb #f7eccf81
 def flatten(
@@ -256,6 +256,14 @@ def code_commit() -> str:
         changed = git("status", "--porcelain", "--", here).stdout.strip()
         return git("rev-parse", "HEAD").stdout.strip()[:12] + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError): return "none"
+
+@cache
+def code_hash() -> str:
+    "sha256 of the package's modules and presets: it differs where code does, whatever the commit."
+    root, digest = Path(str(files("cryptopredict"))), hashlib.sha256()
+    for path in sorted(p for kind in ("*.py", "presets/*.toml") for p in root.glob(kind) if p.name != "_modidx.py"):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 # %% ../nbs/04c_checkpoint.ipynb #f788f9f9
 def newest(

@@ -13,6 +13,8 @@ import tempfile
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
+from datetime import date
+from functools import partial
 from inspect import signature
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,28 +26,30 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from . import __version__
-from .baselines import BASELINES
+from .baselines import BASELINES, Climatology
 from .calibration import reliability
-from .checkpoint import code_commit, dotted, refuse_other, remove_orphans, to_toml, write_atomic
+from .checkpoint import (checkpoints, code_commit, code_hash, dotted, prune, refuse_other, remove, remove_orphans,
+                                       to_toml, write_atomic)
 from .features import build_features
 from .labels import hours_in, make_labels
 from .leakage import (Fold, LeakReport, audit, audit_availability, audit_folds, audit_labels, audit_model,
                                    audit_pipeline, live_fold, walk_forward)
 from .multitask import DERIVED, PRESETS, Bound, ModelConfig, MultitaskModel, read_preset
-from .scores import SCHEMA, compare, dm_test, loss_table, summarise
+from .scores import SCHEMA, compare, dm_test, loss_table, seed_spread, summarise
 from .simulate import conditional_law
 from .sources import inventory_json, price_gaps
-from .streams import FoldData, fold_data, warm_forecast
+from .streams import FoldData, LabelRows, fold_data, warm_forecast
 from .tbptt_trainer import (Run, TrainConfig, TrainSettings, alone, best_epoch, check_device, deterministic,
-                                         estimate, precision, train)
+                                         estimate, keep_weights, precision, resolved, train, warn_code_changed)
 
 # %% auto #0
-__all__ = ['FORECAST_COLUMNS', 'FORECASTERS', 'HISTORY', 'HEAD_LOSSES', 'HEAD_COLUMNS', 'LEVEL', 'SHORT', 'HOURS', 'AUDITS',
-           'Truth', 'ConfigError', 'EvaluateConfig', 'load_config', 'default_first_test', 'origins', 'has_history',
-           'forecast_rows', 'lost_origins', 'make_folds', 'audit_inputs', 'panel_hash', 'provenance_of', 'check_config',
-           'write_config', 'open_run', 'fit_predict', 'Anchor', 'combine', 'head_evidence', 'Prepared', 'choice_folds',
-           'Network', 'check_network', 'expected_trainings', 'audit_network', 'certificate', 'predict_folds',
-           'score_run', 'newest_forecast', 'train_newest', 'training_summary', 'walk_forward_run']
+__all__ = ['FORECAST_COLUMNS', 'FORECASTERS', 'HISTORY', 'HEAD_LOSSES', 'HEAD_COLUMNS', 'YEARS', 'LEVEL', 'SHORT', 'HOURS',
+           'AUDITS', 'Truth', 'ConfigError', 'EvaluateConfig', 'load_config', 'default_first_test', 'origins',
+           'has_history', 'forecast_rows', 'lost_origins', 'make_folds', 'audit_inputs', 'panel_hash', 'provenance_of',
+           'check_config', 'write_config', 'open_run', 'fit_predict', 'Anchor', 'choose_climatologies', 'combine',
+           'head_evidence', 'Prepared', 'choice_folds', 'Network', 'check_network', 'expected_trainings',
+           'audit_network', 'certificate', 'Step', 'shrink_trainings', 'predict_folds', 'score_run', 'newest_forecast',
+           'train_newest', 'training_summary', 'walk_forward_run']
 
 # %% ../nbs/05f_evaluate.ipynb #719566b7
 FORECAST_COLUMNS = SCHEMA[4:]  # p_down p_flat p_up p10 p90 sigma
@@ -83,6 +87,8 @@ def _is_duration(value: str, least: str = "0D") -> str:
 def _is_time(value: str | None, field: str) -> str | None:
     "`value` if pandas reads it as what the field holds."
     if value is None: return value
+    if field == "first_test" and not re.match(r"\d{4}", value):  # pandas reads "now" and "today", another time each run
+        raise ValueError(f"{value!r} is no time such as '2018-01-01'")
     reads = dict(first_test=pd.Timestamp, step=pd.tseries.frequencies.to_offset, embargo=pd.Timedelta)
     try: read = reads[field](value)
     except (ValueError, TypeError): read = None
@@ -99,9 +105,7 @@ def _complete(values: dict) -> dict:
     if not all(isinstance(table, dict) for table in given.values()): return values  # an object, or what pydantic will refuse
     if derived := [name for name in DERIVED if name in given["model"]]:
         raise ValueError(f"model.{derived[0]} follows from the data: leave it out")
-    device = given["train"].get("device", "cuda" if torch.cuda.is_available() else "cpu")
-    where = dict(device=device, amp="bf16" if device == "cuda" else "off")
-    tables = dict(model=known.get("model", {}) | given["model"], train=where | known.get("train", {}) | given["train"])
+    tables = {name: known.get(name, {}) | given[name] for name in ("model", "train")}
     return values | tables
 
 # %% ../nbs/05f_evaluate.ipynb #46b982c4
@@ -132,6 +136,10 @@ class EvaluateConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values): return _complete(values)
+
+    @field_validator("first_test", mode="before")
+    @classmethod
+    def _as_text(cls, value): return value.isoformat() if isinstance(value, date) else value  # TOML knows dates
 
     @field_validator("first_test", "step", "embargo")
     @classmethod
@@ -183,7 +191,7 @@ def load_config(
     "Defaults, then the file, then `overrides`; a `ConfigError` names the file and the key."
     values = {}
     if path is not None:
-        try: values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        try: values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path}: is not TOML ({error}); mend the line") from error
         except (OSError, ValueError, RecursionError) as error:
@@ -200,10 +208,10 @@ def load_config(
 
 # %% ../nbs/05f_evaluate.ipynb #cf62e79d
 def default_first_test(index: pd.DatetimeIndex) -> pd.Timestamp:
-    "The first 1 January (UTC) at least four years after the data begin."
-    earliest = index[0] + pd.DateOffset(years=4)
-    year = earliest.year + (earliest > pd.Timestamp(year=earliest.year, month=1, day=1, tz="UTC"))
-    return pd.Timestamp(year=year, month=1, day=1, tz="UTC")
+    """The first 1 January (UTC) at least four years after the data begin; with too little history to test half a year from there
+    on, one or two years earlier."""
+    january = lambda years: index[0].ceil("D") + pd.DateOffset(years=years) + pd.offsets.YearBegin(0)
+    return next((t for t in map(january, (4, 3, 2)) if t + pd.Timedelta("270D") <= index[-1]), january(4))
 
 # %% ../nbs/05f_evaluate.ipynb #4ac7352a
 def origins(index: pd.DatetimeIndex, rows: np.ndarray) -> np.ndarray:
@@ -288,7 +296,7 @@ def _together(reports: list[LeakReport]) -> LeakReport:
     tested = {}
     for k, v in [pair for r in reports for pair in r.tested.items()]:
         tested[k] = tested.get(k, 0) + v if isinstance(v, int) else v
-    found = [r.findings for r in reports if not r.ok]
+    found = [r.findings for r in reports if len(r.findings)]
     return LeakReport(pd.concat(found, ignore_index=True) if found else reports[0].findings, tested)
 
 # %% ../nbs/05f_evaluate.ipynb #9a1542de
@@ -299,6 +307,7 @@ def audit_inputs(
     provenance: pd.DataFrame | None = None,  # row of its table behind each daily cell
     max_age: dict | None = None,  # oldest value allowed by column
     n_cuts: int = 32,  # cuts of the features' audit
+    progress: Callable[[str], None] = lambda name: None,  # called with the name of each audit before it begins
 ) -> dict[str, LeakReport]:
     "Reports on `features`, `labels`, `disguise`, `folds` and, where tables are given, `availability`."
     hours = min(len(panel), 6000)
@@ -307,13 +316,17 @@ def audit_inputs(
     ends = labels[["label_end", "sigma_end"]].set_axis(["r90", "sigma"], axis=1)
     folds = make_folds(config, labels)  # says first where the history is too short
     known, cuts = lambda frame: _labels_as_known(frame, config), max(n_cuts // 6, 1)
-    reports = {
-        "features": audit(build_features, panel, n_cuts=n_cuts, seed=config.seed),
-        "labels": _together([audit(known, s[["close"]], n_cuts=cuts, seed=config.seed) for s in stretches]),
-        "disguise": audit_labels(build_features(panel), labels[["r90", "sigma"]], ends, n_perm=99, seed=config.seed),
-        "folds": audit_folds(folds, labels[["label_end", "sigma_end"]], config.embargo)}
+    audits = {
+        "features": lambda: audit(build_features, panel, n_cuts=n_cuts, seed=config.seed),
+        "labels": lambda: _together([audit(known, s[["close"]], n_cuts=cuts, seed=config.seed) for s in stretches]),
+        "disguise": lambda: audit_labels(build_features(panel), labels[["r90", "sigma"]], ends, n_perm=99, seed=config.seed),
+        "folds": lambda: audit_folds(folds, labels[["label_end", "sigma_end"]], config.embargo)}
     if tables and (provenance >= 0).any(axis=None):
-        reports["availability"] = audit_availability(tables, panel, provenance, max_age)
+        audits["availability"] = lambda: audit_availability(tables, panel, provenance, max_age)
+    reports = {}
+    for name, make in audits.items():
+        progress(name)
+        reports[name] = make()
     return reports
 
 # %% ../nbs/05f_evaluate.ipynb #e11f6388
@@ -345,14 +358,13 @@ def provenance_of(panel: pd.DataFrame, source: str) -> dict:
     "Where a result comes from: data and their hash, code and versions."
     packages = ("numpy", "pandas", "scoringrules", "TA-Lib", "torch")
     data = dict(rows=len(panel), begin=str(panel.index[0]), end=str(panel.index[-1]), data_sha256=panel_hash(panel))
-    code = dict(cryptopredict=__version__, commit=code_commit(), python=platform.python_version())
+    code = dict(cryptopredict=__version__, commit=code_commit(), code_sha256=code_hash(), python=platform.python_version())
     return dict(source=source, **data, **code, **{p: _installed(p) for p in packages})
 
 # %% ../nbs/05f_evaluate.ipynb #4a6a23d8
 def _identity(config: EvaluateConfig, provenance: dict) -> dict:
     "What must be equal for a run to be gone on with."
-    same = ("data_sha256", "cryptopredict", "commit")
-    return {"config": config.plain(), **{k: provenance[k] for k in same}}
+    return {"config": config.plain(), "data_sha256": provenance["data_sha256"]}
 
 # %% ../nbs/05f_evaluate.ipynb #9241fe71
 def check_config(
@@ -382,21 +394,27 @@ def write_config(
 
 # %% ../nbs/05f_evaluate.ipynb #9267199c
 def open_run(out: str | Path, config: EvaluateConfig, provenance: dict) -> Path:
-    "The run folder, new or the same run as before; a `ValueError` names what differs and changes nothing."
-    out = Path(out)
-    known = out / "run.json"
+    """The run folder, new or the same run as before; a `ValueError` names what differs and changes nothing. Other code than
+    before is a warning, and is recorded in `run.json`."""
+    out, code = Path(out), dict(commit=provenance["commit"], code=provenance["code_sha256"])
+    known, before = out / "run.json", []
     mine = _identity(config, provenance)
     if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: choose another --out")
     if known.exists():
-        try: there, here = (dotted(d["config"]) | {k: d[k] for k in d if k != "config"}
-                            for d in (json.loads(known.read_text())["identity"], mine))
+        try:
+            content = json.loads(known.read_text())
+            there, here = (dotted(d["config"]) | {k: d[k] for k in d if k != "config"} for d in (content["identity"], mine))
+            before = [dict(commit=c["commit"], code=c["code"]) for c in content["made_by"]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{known} is damaged ({error}): choose another --out") from error
         refuse_other(out, there, here)
     elif out.is_dir() and any(path for path in out.iterdir() if not re.fullmatch(r"run\.json\.\d+\.tmp", path.name)):
         raise ValueError(f"{out} is not empty and holds no run: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    if not known.exists(): write_atomic(known, json.dumps({"identity": mine, "provenance": provenance}, indent=1))
+    if code["code"] not in [c["code"] for c in before]:
+        if before: warn_code_changed(out, before[-1])
+        made_by = [*before, code]
+        write_atomic(known, json.dumps({"identity": mine, "provenance": provenance, "made_by": made_by}, indent=1))
     (out / "parts").mkdir(exist_ok=True)
     for place in (out, out / "parts"): remove_orphans(place)
     return out
@@ -430,29 +448,72 @@ def fit_predict(
         raise ValueError(f"the fold tested from {panel.index[fold.test[0]]} holds no 00:00 UTC with a price known for {HISTORY} "
                          "before it: make step longer, or bring the missing bars")
     forecaster = _make(model, config, folder=folder, watch=watch).fit(panel, features, labels, fold, seed)
-    return forecaster.predict(panel, features, rows).rename_axis("time").reset_index().assign(seed=seed, model=model)
+    made = forecaster.predict(panel, features, rows).rename_axis("time").reset_index().assign(seed=seed, model=model)
+    if hasattr(forecaster, "describe_heads"): made.attrs["heads"] = forecaster.describe_heads()
+    return made
 
 # %% ../nbs/05f_evaluate.ipynb #9e6402eb
 HEAD_LOSSES = {"direction": ["log_loss"], "band": ["pinball10", "pinball90"], "volatility": ["se_log_sigma"]}
 HEAD_COLUMNS = {"direction": ["p_down", "p_flat", "p_up"], "band": ["p10", "p90"], "volatility": ["sigma"]}
 
 class Anchor(NamedTuple):
-    "The baselines that the network starts from, fitted on given rows."
-    climatology: object  # forecasts direction and band
+    "The baselines that the network's heads start from, fitted on given rows."
+    direction: Climatology
+    band: Climatology
     log_har: object  # forecasts sigma
 
 # %% ../nbs/05f_evaluate.ipynb #e9b29f70
-def _fit_anchor(panel: pd.DataFrame, labels: pd.DataFrame, rows: np.ndarray, horizon: str, threshold: float) -> Anchor:
-    "Climatology and log-HAR of the labels at `rows`."
-    fold = Fold(rows, rows, rows[-1:] + 1, rows)
-    baselines = BASELINES["climatology"](horizon=horizon), BASELINES["log_har"](horizon=horizon, threshold=threshold)
-    return Anchor(*(b.fit(panel, None, labels, fold) for b in baselines))
+YEARS = (4, None, 8)  # of climatology, the candidates; None: all of the past. The first wins a tie
+
+def _fit_on(fold: Fold, part: str) -> Fold:
+    "The fold on whose `part`, for each label, something is fitted; it is tested on what comes next."
+    test = fold.valid if part == "train" else fold.test
+    def one(f: Fold) -> Fold: return Fold(rows := getattr(f, part), rows, test, rows)
+    made = one(fold)
+    made.by_label = {name: one(f) for name, f in fold.by_label.items()}
+    return made
+
+def _climatology(panel: pd.DataFrame, labels: pd.DataFrame, fold: Fold, years: int | None, horizon: str) -> Climatology:
+    "Climatology of the `refit` rows of a fold; of all of them where the last `years` hold no label."
+    try: return Climatology(years, horizon).fit(panel, None, labels, fold)
+    except ValueError:
+        if years is None: raise
+        return Climatology(None, horizon).fit(panel, None, labels, fold)
 
 # %% ../nbs/05f_evaluate.ipynb #bcbdb84b
 def _anchor_forecast(anchor: Anchor, panel: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
-    "What the anchor says: direction and band of climatology, sigma of log-HAR."
-    made = anchor.climatology.predict(panel, None, rows)
+    "What the anchor forecasts: direction and band of its climatologies, sigma of log-HAR."
+    made = anchor.direction.predict(panel, None, rows)
+    made[HEAD_COLUMNS["band"]] = anchor.band.predict(panel, None, rows)[HEAD_COLUMNS["band"]]
     return made.assign(sigma=anchor.log_har.predict(panel, None, rows)["sigma"])
+
+def choose_climatologies(
+    panel: pd.DataFrame,  # hourly panel
+    labels: pd.DataFrame,  # its labels
+    folds: list[Fold],  # pairs of training and validation rows before the test
+    horizon: str = "90D",  # span of the return
+) -> dict[str, dict]:
+    """For direction and band, the mean validation loss of each climatology (`losses`, by its years, "all" for all of the past)
+    and the `years` of the best, None for all; a tie goes to the first of `YEARS`."""
+    losses = {years: [] for years in YEARS}
+    for fold in folds:
+        rows = forecast_rows(panel, fold.of("label_end").valid)
+        if not len(rows): continue  # in a gap of the price
+        for years in YEARS:
+            made = _climatology(panel, labels, _fit_on(fold, "train"), years, horizon).predict(panel, None, rows)
+            losses[years].append(loss_table(_as_predictions(made), labels))
+    if not losses[YEARS[0]]: return {head: dict(years=YEARS[0], losses={}) for head in ("direction", "band")}
+    tables, chosen = {years: pd.concat(parts) for years, parts in losses.items()}, {}
+    for head in ("direction", "band"):
+        mean = {years: float(table[HEAD_LOSSES[head]].sum(axis=1, skipna=False).mean()) for years, table in tables.items()}
+        lowest = min(mean.values())
+        best = next(years for years in YEARS if mean[years] <= lowest + 1e-9 * abs(lowest))
+        chosen[head] = dict(years=best, losses={str(years or "all"): value for years, value in mean.items()})
+    return chosen
+
+def _as_predictions(forecast: pd.DataFrame) -> pd.DataFrame:
+    "Forecasts by time in the prediction schema."
+    return forecast.rename_axis("time").reset_index().assign(fold=0, seed=0, model="one")[SCHEMA]
 
 # %% ../nbs/05f_evaluate.ipynb #48a5d998
 def combine(
@@ -477,8 +538,7 @@ def head_evidence(
     overlaps: dict[str, int],  # days that origins share, by head
 ) -> dict[str, dict]:
     "By head: mean validation loss less the anchor's, the p-value of `scores.dm_test`, origins, and whether the head helps."
-    frames = [f.rename_axis("time").reset_index().assign(fold=0, seed=0, model="one")[SCHEMA] for f in (forecast, anchor)]
-    one, two = (loss_table(f, labels) for f in frames)
+    one, two = (loss_table(_as_predictions(f), labels) for f in (forecast, anchor))
     found = {}
     for head, names in HEAD_LOSSES.items():
         d = (one[names] - two[names]).sum(axis=1, skipna=False).dropna().to_numpy()
@@ -500,12 +560,15 @@ def _log_sigma(anchor: Anchor, panel: pd.DataFrame) -> np.ndarray:
     return np.log(anchor.log_har._sigma(panel)).to_numpy()
 
 # %% ../nbs/05f_evaluate.ipynb #801ff9fa
-def _prepare(model: Network, panel: pd.DataFrame, features: pd.DataFrame, labels: pd.DataFrame, fit, valid) -> Prepared:
-    "Anchor, start and tensors of a fit on the rows `fit`, to be stopped on the rows `valid`."
-    anchor = _fit_anchor(panel, labels, fit, model.horizon, model.threshold)
-    c, middle = anchor.climatology, labels["r90"].iloc[fit].median()
-    start = torch.tensor(c.probs).float(), torch.tensor([c.p10, middle, c.p90]).float(), 1.
-    return Prepared(anchor, start, fold_data(features, labels, fit, valid, _log_sigma(anchor, panel)))
+def _prepare(model: Network, panel, features, labels, fold: Fold, part: str, years: dict[str, int | None]) -> Prepared:
+    "Anchor, start and tensors of a fit on a part of a fold: `train`, to be stopped on its validation rows, or `refit`."
+    baseline = partial(_climatology, panel, labels, _fit_on(fold, part), horizon=model.horizon)
+    direction, band = baseline(years=years["direction"]), baseline(years=years["band"])
+    log_har = BASELINES["log_har"](model.horizon, model.threshold).fit(panel, None, labels, _fit_on(fold, part))
+    anchor, quantiles = Anchor(direction, band, log_har), torch.tensor([band.p10, band.median, band.p90]).float()
+    rows, valid = LabelRows.of(fold, part), LabelRows.of(fold, "valid") if part == "train" else None
+    data = fold_data(features, labels, rows, valid, _log_sigma(anchor, panel))
+    return Prepared(anchor, (torch.tensor(direction.probs).float(), quantiles, 1.), data)
 
 # %% ../nbs/05f_evaluate.ipynb #58358045
 def _train_config(model: Network, data: FoldData, seed: int) -> TrainConfig:
@@ -521,42 +584,56 @@ def choice_folds(
     least: int = 2 * 365 * 24,  # training rows without which an earlier pair is left out
 ) -> list[Fold]:
     "`fold` with its own training and validation rows, and with earlier pairs before them: all that had matured before its test."
-    index, ends, rows = labels.index, labels[["label_end", "sigma_end"]].max(axis=1), fold.refit
+    index, ends = labels.index, labels[["label_end", "sigma_end"]]
+    every = {"": (fold, ends.max(axis=1))} | {name: (f, ends[name]) for name, f in fold.by_label.items()}
     begin, pairs = index[fold.valid[0]], [fold]
-    span, embargo = index[fold.test[0]] - begin, begin - ends.iloc[fold.train].max()
+    span, embargo = index[fold.test[0]] - begin, begin - every[""][1].iloc[fold.train].max()
     while len(pairs) < spans:
-        begin = begin - span
-        train, inside = rows[ends.iloc[rows] <= begin - embargo], (index[rows] >= begin) & (index[rows] < begin + span)
-        if len(train) < least or not inside.any(): break
-        pairs.append(fold.replace(train=train, valid=rows[inside]))
+        begin, made = begin - span, {}
+        for name, (f, end) in every.items():
+            rows = f.refit
+            train, inside = rows[end.iloc[rows] <= begin - embargo], (index[rows] >= begin) & (index[rows] < begin + span)
+            made[name] = Fold(train, rows[inside], f.test, rows)
+        pair = made.pop("")
+        if len(pair.train) < least or not len(pair.valid): break
+        pair.by_label = made
+        pairs.append(pair)
     return pairs[::-1]
 
 # %% ../nbs/05f_evaluate.ipynb #21a92b82
-def _trial(model: Network, panel, features, labels, fold: Fold, seed: int, folder: Path) -> tuple[Run, Prepared]:
+def _trial(model: Network, panel, features, labels, fold: Fold, years: dict, seed: int, folder: Path) -> tuple[Run, Prepared]:
     "A training on `fold.train`, judged on `fold.valid` after each epoch."
-    prepared = _prepare(model, panel, features, labels, fold.train, fold.valid)
+    prepared = _prepare(model, panel, features, labels, fold, "train", years)
     return train(_train_config(model, prepared.data, seed), prepared.data, folder, prepared.start, progress=model.watch), prepared
 
 # %% ../nbs/05f_evaluate.ipynb #8bd63b40
 def _choose(model: Network, panel: pd.DataFrame, features: pd.DataFrame, labels: pd.DataFrame, fold: Fold, seed: int) -> dict:
-    "Epochs and heads, from trainings judged on the purged validation spans before the fold's test."
+    "Climatologies, epochs and heads, judged on the purged validation spans before the fold's test."
     folds = choice_folds(labels, fold, model.validation_spans)
-    trials = [_trial(model, panel, features, labels, f, seed, model.folder / f"choice-{k}") for k, f in enumerate(folds)]
+    climatologies = choose_climatologies(panel, labels, folds, model.horizon)
+    years = {head: c["years"] for head, c in climatologies.items()}
+    trials = [_trial(model, panel, features, labels, f, years, seed, model.folder / f"choice-{k}") for k, f in enumerate(folds)]
     best, pairs = best_epoch(*(run.out for run, _ in trials)), []
     spans = [[str(panel.index[f.valid[k]]) for k in (0, -1)] for f in folds]
-    if not best: return dict(epochs=0, heads=[], best_epoch=0, spans=spans)
+    choice = dict(epochs=0, heads=[], best_epoch=best, spans=spans, climatologies=climatologies)
+    if not best: return choice
     for f, (run, prepared) in zip(folds, trials):
         run.at_epoch(best)
-        rows = forecast_rows(panel, f.valid)
+        rows = forecast_rows(panel, np.union1d(*LabelRows.of(f, "valid")))
         if not len(rows): continue  # in a gap of the price
         anchor = _anchor_forecast(prepared.anchor, panel, rows)
         pairs.append((combine(anchor, _network_forecast(run.model, prepared, panel, features, rows), list(HEAD_COLUMNS)), anchor))
+    if not pairs: return choice
+    # Each validation label counts only where it had matured before the test.
+    known = labels[["r90", "direction", "sigma"]].copy()
+    for names, end in ((["r90", "direction"], "label_end"), (["sigma"], "sigma_end")):
+        outside = np.setdiff1d(np.arange(len(labels)), fold.of(end).refit)
+        known.iloc[outside, [known.columns.get_loc(name) for name in names]] = np.nan
     days = pd.Timedelta(model.horizon) // pd.Timedelta("1D")
     overlaps = dict(direction=days, band=days, volatility=pd.Timedelta(model.vol_window) // pd.Timedelta("1D"))
-    if not pairs: return dict(epochs=0, heads=[], best_epoch=best, spans=spans)
-    evidence = head_evidence(*(pd.concat(side) for side in zip(*pairs)), labels, overlaps)
+    evidence = head_evidence(*(pd.concat(side) for side in zip(*pairs)), known, overlaps)
     heads = [head for head, e in evidence.items() if e["helps"]]
-    return dict(epochs=best if heads else 0, heads=heads, best_epoch=best, spans=spans, evidence=evidence)
+    return dict(choice, epochs=best if heads else 0, heads=heads, evidence=evidence)
 
 # %% ../nbs/05f_evaluate.ipynb #fe4e15a4
 def _network_forecast(net, prepared: Prepared, panel: pd.DataFrame, features: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
@@ -573,9 +650,9 @@ def _network_forecast(net, prepared: Prepared, panel: pd.DataFrame, features: pd
 def _training_identity(model: Network, data: FoldData) -> dict:
     "What must be equal for a training in a folder to be gone on with."
     names = ("epochs", "horizon", "vol_window", "threshold", "validation_spans")
-    digest = hashlib.sha256(data.x.numpy().tobytes())
+    digest, settings = hashlib.sha256(data.x.numpy().tobytes()), resolved(model.settings)
     for part in data.fit: digest.update(part.numpy().tobytes())
-    network = dotted(dict(model=vars(model.sizes), train=vars(model.settings)))
+    network = dotted(dict(model=vars(model.sizes), train=vars(settings)))
     came = dict(features=list(data.scaler.columns), data_sha256=digest.hexdigest())
     return {name: getattr(model, name) for name in names} | network | came
 
@@ -586,6 +663,7 @@ def _kept_choice(path: Path, identity: dict) -> dict:
         choice = json.loads(path.read_text())
         fits = type(choice["epochs"]) is int and choice["epochs"] >= 0 and {*choice["heads"]} <= {*HEAD_COLUMNS}
         fits = fits and isinstance(choice["heads"], list) and isinstance(choice.get("identity", {}), dict)
+        fits = fits and all(c["years"] in YEARS for c in choice["climatologies"].values())
         if not fits: raise ValueError("no epochs and heads")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
@@ -622,17 +700,23 @@ class Network:
         with deterministic(self.settings.deterministic): return self._fit(panel, features, labels, fold, seed)
 
     def _fit(self, panel, features, labels, fold, seed):
-        self.prepared, kept = _prepare(self, panel, features, labels, fold.refit, None), self.folder / "choice.json"
-        identity = _training_identity(self, self.prepared.data)
+        prepare = partial(_prepare, self, panel, features, labels, fold, "refit")
+        kept, data = self.folder / "choice.json", prepare(dict.fromkeys(("direction", "band"), YEARS[0])).data
+        identity = _training_identity(self, data)
         remove_orphans(self.folder)
         if not kept.exists():
             write_atomic(kept, json.dumps(dict(_choose(self, panel, features, labels, fold, seed), identity=identity)))
         choice = _kept_choice(kept, identity)
-        self.heads = choice["heads"]
-        config, data = _train_config(self, self.prepared.data, seed), self.prepared.data
-        out, epochs = self.folder / f"seed-{seed}", choice["epochs"]
-        self.model = train(config, data, out, self.prepared.start, until=epochs, progress=self.watch).model
+        self.heads, self.years = choice["heads"], {head: c["years"] for head, c in choice["climatologies"].items()}
+        self.prepared = prepare(self.years)
+        config, out = _train_config(self, data, seed), self.folder / f"seed-{seed}"
+        self.model = train(config, data, out, self.prepared.start, until=choice["epochs"], progress=self.watch).model
         return self
+
+    def describe_heads(self) -> dict[str, dict]:
+        "By head: the `baseline` it starts from, and whether the `network` takes part; without it the head repeats the baseline."
+        said = {head: f"climatology of {f'the last {n} years' if n else 'all years'}" for head, n in self.years.items()}
+        return {head: dict(baseline=said.get(head, "log_har"), network=head in self.heads) for head in HEAD_COLUMNS}
 
     def predict(self, panel, features, rows):
         "Forecasts at `rows`; a head that stayed at its anchor repeats it to the last digit."
@@ -649,11 +733,12 @@ def check_network(
     config: EvaluateConfig,  # sizes, backend, kernel and device of the network
 ) -> None:
     "A `ValueError` where such a network cannot be run here, found with a forward of two steps."
-    check_device(config.train.device)
+    settings = resolved(config.train)
+    check_device(settings.device)
     try:
-        with deterministic(config.train.deterministic), torch.random.fork_rng(), torch.no_grad(), precision(config.train):
-            model = MultitaskModel(replace(config.model, n_features=2, anchored=True)).to(config.train.device)
-            model(torch.zeros(1, 2, 2, device=config.train.device))
+        with deterministic(settings.deterministic), torch.random.fork_rng(), torch.no_grad(), precision(settings):
+            model = MultitaskModel(replace(config.model, n_features=2, anchored=True)).to(settings.device)
+            model(torch.zeros(1, 2, 2, device=settings.device))
     except (RuntimeError, ImportError, TypeError) as error:
         raise ValueError(f"the network cannot be run here ({' '.join(str(error).split())}): choose other settings") from error
 
@@ -669,12 +754,12 @@ def expected_trainings(
     network, features = _make("mamba2", config), build_features(panel)
     choices = enumerate(choice_folds(labels, fold, config.validation_spans))
     seeds = range(config.seed, config.seed + config.seeds)
-    rows = [(f"choice-{k}", f.train, f.valid) for k, f in choices] + [("seed", fold.refit, None)]
+    parts = [(f"choice-{k}", f, "train") for k, f in choices] + [("seed", fold, "refit")]
     made, span = [], lambda rows: f"{panel.index[rows[0]]:%Y-%m-%d} to {panel.index[rows[-1]]:%Y-%m-%d}"
-    for name, fit, valid in rows:
-        data = _prepare(network, panel, features, labels, fit, valid).data
+    for name, f, part in parts:
+        data = _prepare(network, panel, features, labels, f, part, dict.fromkeys(("direction", "band"), YEARS[0])).data
         cost = estimate(_train_config(network, data, config.seed), data)
-        spans = dict(learned=span(fit), judged="" if valid is None else span(valid))
+        spans = dict(learned=span(getattr(f, part)), judged=span(f.valid) if part == "train" else "")
         made.append(dict(training=name, **spans, length=data.stop - data.start, **cost._asdict()))
     # Other seeds are trained alike.
     return pd.DataFrame(made[:-1] + [dict(made[-1], training=f"seed-{s}") for s in seeds])
@@ -715,7 +800,7 @@ def _fitted_network(frame: pd.DataFrame, fold: Fold, ends: pd.DataFrame, config:
     with tempfile.TemporaryDirectory() as folder:
         network = Network(**settings, folder=folder)
         choice = _choose(network, panel, features, labels, fold, config.seed)
-        forced = dict(epochs=1, heads=list(HEAD_COLUMNS))  # whatever was chosen, the network must speak
+        forced = dict(choice, epochs=1, heads=list(HEAD_COLUMNS))  # whatever was chosen, the network must take part
         write_atomic(Path(folder) / "choice.json", json.dumps(forced))
         network.fit(panel, features, labels, fold, config.seed)
     anchors = [vars(a) for a in network.prepared.anchor]
@@ -726,6 +811,7 @@ def _fitted_network(frame: pd.DataFrame, fold: Fold, ends: pd.DataFrame, config:
 def audit_network(
     panel: pd.DataFrame,  # hourly panel; its last 220 days are used
     config: EvaluateConfig,  # the network, seed, threshold and embargo
+    progress: Callable[[str], None] = lambda name: None,  # called with the name of each audit before it begins
 ) -> dict[str, LeakReport]:
     "Reports on the fitted `pipeline` and on the `model`."
     if len(panel) < HOURS: raise ValueError(f"panel has {len(panel)} hours: the audit of the network needs {HOURS}")
@@ -737,7 +823,10 @@ def audit_network(
         torch.manual_seed(config.seed)
         model, x = MultitaskModel(replace(config.model, n_features=8)), torch.randn(2, 48, 8)
         for p in model.heads.parameters(): torch.nn.init.normal_(p, std=.1)  # they start at zero, which hides what is behind them
-    report = audit_pipeline(fit, predict, frame, [fold], labels=named, label_end=ends, n_cuts=1, seed=config.seed)
+    own = ends[["sigma_end" if c == "y:sigma" else "label_end" for c in named]].set_axis(named, axis=1)
+    progress("pipeline")
+    report = audit_pipeline(fit, predict, frame, [fold], labels=named, label_end=own, n_cuts=1, seed=config.seed)
+    progress("model")
     return dict(pipeline=report, model=audit_model(model, x, seed=config.seed))
 
 # %% ../nbs/05f_evaluate.ipynb #ed3a60c6
@@ -764,9 +853,46 @@ def _parts(config: EvaluateConfig, n_folds: int) -> list[tuple[int, str, int]]:
     seeds = lambda m: range(config.seed, config.seed + (config.seeds if several(m) else 1))
     return [(k, m, s) for k in range(n_folds) for m in config.models for s in seeds(m)]
 
+class Step(NamedTuple):
+    "A part of a run that is about to be made, as `progress` is told of it."
+    fold: str
+    model: str
+    seed: int
+    kind: str  # parts of a kind take time in proportion to their work
+    work: float  # hours learned from; 0: it is there already
+    rest: tuple[Step, ...] = ()  # the parts after it
+
+    def __str__(self) -> str: return f"{self.fold}, {self.model}, seed {self.seed}"
+
+def _steps(config: EvaluateConfig, labels: pd.DataFrame, folds: list[Fold], names: list[str], there: Callable) -> list[Step]:
+    "All parts of a run; `there(fold, model, seed)` says which exist."
+    steps = []
+    for k, model, seed in _parts(config, len(folds)):
+        trains, first = getattr(FORECASTERS[model], "needs_features", False), seed == config.seed
+        work = len(folds[k].refit)
+        if trains and first: work += sum(len(f.train) for f in choice_folds(labels, folds[k], config.validation_spans))
+        kind = f"{model}, first seed" if trains and first else model
+        steps.append(Step(names[k], model, seed, kind, 0 if there(k, model, seed) else work))
+    return steps
+
 # %% ../nbs/05f_evaluate.ipynb #3309f12c
 def _quiet(done: int, total: int, what: str) -> None:
     "No progress."
+
+def shrink_trainings(
+    folder: str | Path,  # trainings of one fold, all done
+    whole: bool = False,  # keep the last checkpoint of each seed, so that it can be trained further
+) -> None:
+    "Remove what a finished fold no longer needs: trainings that choices were made on, optimisers, weights that were never used."
+    choice = json.loads((Path(folder) / "choice.json").read_text())
+    for path in sorted(Path(folder).glob("*-*/checkpoints")):
+        if not checkpoints(path): continue
+        trial = path.parent.name.startswith("choice-")
+        if whole and trial: keep_weights(path.parent, choice["best_epoch"])
+        elif whole: prune(path, 1)
+        elif trial or not choice["epochs"]:
+            for one in checkpoints(path): remove(one)
+        else: keep_weights(path.parent)
 
 # %% ../nbs/05f_evaluate.ipynb #8c2c4ed3
 def predict_folds(
@@ -775,20 +901,24 @@ def predict_folds(
     labels: pd.DataFrame,  # its labels
     folds: list[Fold],  # walk-forward folds
     out: Path,  # run folder; finished parts are kept in `parts/`
-    progress: Callable[[int, int, str], None] = _quiet,  # called with parts done, parts in all, and what is next
+    progress: Callable[[int, int, Step | str], None] = _quiet,  # called with parts done, parts in all, and what is next
     watch: Callable[[Run, dict], None] = _unwatched,  # called after each update of training
 ) -> pd.DataFrame:
-    "Predictions of all parts, those of an earlier start included."
+    """Predictions of all parts, those of an earlier start included. Of the trainings of a fold that is done, only weights and
+    histories are kept."""
     todo, part = _parts(config, len(folds)), lambda k, m, s: out / "parts" / f"fold-{k:02d}-{m}-{s}.parquet"
+    names = [f"fold {k + 1} of {len(folds)}" for k in range(len(folds))]
+    steps = _steps(config, labels, folds, names, lambda *p: part(*p).exists())
     needs = [m for m in config.models if getattr(FORECASTERS[m], "needs_features", False)]
     features = build_features(panel) if needs else None
     for done, (k, model, seed) in enumerate(todo):
-        progress(done, len(todo), f"fold {k + 1} of {len(folds)}, {model}, seed {seed}")
-        path = part(k, model, seed)
+        progress(done, len(todo), steps[done]._replace(rest=tuple(steps[done + 1:])))
+        path, folder = part(k, model, seed), out / "network" / f"fold-{k:02d}"
         if not path.exists():
-            folder = out / "network" / f"fold-{k:02d}"
             made = fit_predict(model, panel, features, labels, folds[k], config, seed, folder, watch).assign(fold=k)
             write_atomic(path, _parquet(made[SCHEMA]))
+        last_seed = seed == config.seed + config.seeds - 1
+        if last_seed and (folder / "choice.json").exists(): shrink_trainings(folder)
     progress(len(todo), len(todo), "predictions done")
     return pd.concat([pd.read_parquet(part(*p)) for p in todo], ignore_index=True)
 
@@ -799,22 +929,28 @@ def score_run(
     labels: pd.DataFrame,  # labels by decision time
 ) -> dict:
     "Tables `summary`, `by_year`, `comparison`, `reliability` as records, and how much they rest on."
-    matured = labels[labels[["label_end", "sigma_end"]].notna().all(axis=1)]
+    known = {name: labels[name].where(labels["sigma_end" if name == "sigma" else "label_end"].notna())
+             for name in ("r90", "direction", "sigma")}  # each score counts the origins whose label of it has matured
+    matured = pd.DataFrame(known)[labels[["label_end", "sigma_end"]].notna().any(axis=1)]
     scored = predictions[predictions["time"].isin(matured.index)]
     if scored.empty: raise ValueError("no forecast has a matured label: nothing can be scored")
     losses = loss_table(scored, matured)
     spans = dict(horizon=config.horizon, vol_window=config.vol_window, n_boot=config.n_boot, seed=config.seed)
     overlap = round(pd.Timedelta(config.horizon) / pd.Timedelta("1D"))
-    return dict(begin=str(scored["time"].min()), end=str(scored["time"].max()), origins=int(scored["time"].nunique()),
+    times = pd.DatetimeIndex(scored["time"].unique())
+    has = {label: times[matured[label].reindex(times).notna().to_numpy()] for label in ("r90", "sigma")}
+    spans_of = {label: dict(origins=len(t), begin=str(t.min()), end=str(t.max())) for label, t in has.items() if len(t)}
+    return dict(begin=str(times.min()), end=str(times.max()), origins=len(times), origins_by_label=spans_of,
                 summary=_records(summarise(losses, **spans)), by_year=_records(summarise(losses, by="year", **spans)),
                 comparison=_records(compare(losses, reference=config.models[0], **spans)),
+                single_seeds=_records(seed_spread(scored, matured)),
                 reliability=_records(reliability(scored, matured, block=2 * overlap, n_boot=config.n_boot, seed=config.seed)))
 
 # %% ../nbs/05f_evaluate.ipynb #26faddcf
 def _origin_table(panel: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
     "Close and realised labels at every daily origin and at the newest hour: what the report draws forecasts against."
     rows = np.union1d(origins(panel.index, np.arange(len(panel))), [len(panel) - 1])
-    kept = labels.iloc[rows][["r90", "direction", "sigma", "label_end"]]
+    kept = labels.iloc[rows][["r90", "direction", "sigma", "label_end", "sigma_end"]]
     return kept.assign(close=panel["close"].iloc[rows]).rename_axis("time").reset_index()
 
 # %% ../nbs/05f_evaluate.ipynb #56b0b822
@@ -827,12 +963,13 @@ def _fold_table(index: pd.DatetimeIndex, folds: list[Fold]) -> list[dict]:
 def newest_forecast(
     config: EvaluateConfig,  # models and label settings
     panel: pd.DataFrame,  # hourly panel; the forecast is made at its last row
-    progress: Callable[[int, int, str], None] = _quiet,  # called with models done, models in all, and what is next
+    progress: Callable[[int, int, Step | str], None] = _quiet,  # called with models done, models in all, and what is next
     folder: Path | None = None,  # where a forecaster that trains keeps its history
     watch: Callable[[Run, dict], None] = _unwatched,  # called after each update of training
 ) -> pd.DataFrame:
-    """Every model fitted on all labels matured by the last hour, and its forecast there: prediction schema, fold -1. A
-    `ValueError` where the price is unknown within `HISTORY` before."""
+    """Every model fitted on all labels matured by the last hour, and its forecast there: prediction schema, fold -1.
+    `attrs["heads"]` holds, for a model that starts from baselines, what `describe_heads` of it returns. A `ValueError` where the
+    price is unknown within `HISTORY` before."""
     if not has_history(panel)[-1]:
         gap = price_gaps(panel).iloc[-1]
         raise ValueError(f"no model can forecast at {panel.index[-1]}: there are no bars from {gap['begin']} to {gap['end']}, "
@@ -840,13 +977,18 @@ def newest_forecast(
     labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     fold = live_fold(panel.index, labels[["label_end", "sigma_end"]], validation=config.validation, embargo=config.embargo)
     features = build_features(panel) if any(getattr(FORECASTERS[m], "needs_features", False) for m in config.models) else None
-    made = []
+    made, heads, steps = [], {}, _steps(config, labels, [fold], ["newest forecast"], lambda *part: False)
     with tempfile.TemporaryDirectory() as nowhere:
-        for done, (_, model, seed) in enumerate(todo := _parts(config, 1)):
-            progress(done, len(todo), f"newest forecast, {model}")
+        for done, (_, model, seed) in enumerate(_parts(config, 1)):
+            progress(done, len(steps), steps[done]._replace(rest=tuple(steps[done + 1:])))
             one = fit_predict(model, panel, features, labels, fold, config, seed, folder or Path(nowhere), watch)
+            if "heads" in one.attrs: heads[model] = one.attrs["heads"]
             made.append(one.assign(fold=-1)[SCHEMA])
-    return pd.concat(made, ignore_index=True)
+    progress(len(steps), len(steps), "newest forecast done")
+    for one in made: one.attrs = {}
+    newest = pd.concat(made, ignore_index=True)
+    newest.attrs["heads"] = heads
+    return newest
 
 # %% ../nbs/05f_evaluate.ipynb #ab89a3fb
 def train_newest(
@@ -946,16 +1088,23 @@ def walk_forward_run(
     with alone(out):
         write_config(out, config, made_by["source"])
         _write_inventory(out, inventory)
-        predictions = predict_folds(config, panel, labels, folds, out, progress, watch)
+        count, last = len(_parts(config, len(folds))), len(_parts(config, 1)) if has_history(panel)[-1] else 0
+        forward = lambda done, total, what: progress(done, count + last, what)
+        predictions = predict_folds(config, panel, labels, folds, out, forward, watch)
         write_atomic(out / "predictions.parquet", _parquet(predictions))
         write_atomic(out / "origins.parquet", _parquet(_origin_table(panel, labels)))
-        if has_history(panel)[-1]: newest = newest_forecast(config, panel, progress, out / "network" / "newest", watch)
+        if last:
+            onward = lambda done, total, what: progress(count + done, count + last, what)
+            newest = newest_forecast(config, panel, onward, folder := out / "network" / "newest", watch)
+            if (folder / "choice.json").exists(): shrink_trainings(folder, whole=True)
         else: newest = predictions.iloc[:0]  # no model can forecast there
+        heads = newest.attrs.pop("heads", {})
         write_atomic(out / "forecast.parquet", _parquet(newest))
         paper = _kept_certificate(out) if audits is None else certificate(audits, made_by)
         write_atomic(out / "certificate.json", json.dumps(paper := paper or certificate({}, made_by), indent=1))
         head = dict(provenance=made_by, config=config.plain(), folds=_fold_table(panel.index, folds))
         head["lost_origins"] = lost_origins(config, panel, labels)
+        head["newest"] = dict(close=float(panel["close"].iloc[-1]), heads=heads)
         training = training_summary(out / "network")
         audited = dict(audits=paper["audits"], untested=paper["untested"])
         scores = dict(**head, **audited, training=training, **score_run(config, predictions, labels))

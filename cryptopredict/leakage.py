@@ -1164,10 +1164,11 @@ def _takes(fn: Callable) -> int:
     return sum(p.kind in kinds and p.default is Parameter.empty for p in given)
 
 # %% ../nbs/00_leakage.ipynb #7ec928cf
-def _forbid(frame: pd.DataFrame, later: np.ndarray, names: list[str], unripe: np.ndarray, mode: str, rng) -> pd.DataFrame:
-    "`frame` with the rows `later` replaced, and the columns `names` (labels) at the rows `unripe` too."
+def _forbid(frame: pd.DataFrame, later: np.ndarray, unripe: dict[str, np.ndarray], mode: str, rng) -> pd.DataFrame:
+    "`frame` with the rows `later` replaced, and each label column at those rows where it is `unripe`."
     changed = _changed(frame, later, mode, rng)
-    if names and len(unripe): changed[names] = _changed(changed[names], unripe, mode, rng)
+    for name, rows in unripe.items():
+        if len(rows): changed[name] = _changed(changed[[name]], rows, mode, rng)[name]
     return changed
 
 # %% ../nbs/00_leakage.ipynb #34ac2a95
@@ -1176,13 +1177,13 @@ def _forecast_parts(pipe: _Pipeline, fitted, frame: pd.DataFrame) -> dict[str, n
     return _parts(pipe.forecasts(fitted, frame, pipe.fold.test).to_dict("series"), "forecast")
 
 # %% ../nbs/00_leakage.ipynb #7d7b76a1
-def _audit_fit(pipe: _Pipeline, frame: pd.DataFrame, fitted, names: list[str], ends: pd.Series | None, rng) -> list[dict]:
+def _audit_fit(pipe: _Pipeline, frame: pd.DataFrame, fitted, names: list[str], ends: dict | None, rng) -> list[dict]:
     "Findings where what is fitted, or what it then forecasts, depends on what came after the fold's training rows."
     fold, begin, findings = pipe.fold, pipe.index[pipe.fold.test[0]], []
-    known = np.unique(np.concatenate([fold.train, fold.valid, fold.refit]))
+    known = np.unique(np.concatenate([p for f in (fold, *fold.by_label.values()) for p in (f.train, f.valid, f.refit)]))
     rest = np.setdiff1d(np.arange(known.min(), len(frame)), known)
     later = rest[rest >= fold.test[0]] if names else rest  # a feature is known at its row, a label is not
-    unripe = np.union1d(rest, np.flatnonzero(~(ends <= begin))) if ends is not None else rest
+    unripe = {name: rest if ends is None else np.union1d(rest, np.flatnonzero(~(ends[name] <= begin))) for name in names}
     def judge(other, kind, detail):
         if other is RAISED: return []
         found, again = _unlike(parts, pipe.parts(other)), pipe.attempt(_forecast_parts, pipe, other, frame)
@@ -1195,7 +1196,7 @@ def _audit_fit(pipe: _Pipeline, frame: pd.DataFrame, fitted, names: list[str], e
     pipe.unsteady, pipe.asked = {f["column"] for f in unlike}, set()  # a time stamp, an unused seed: the forecasts are the same
     parts = {k: v for k, v in parts.items() if k not in pipe.unsteady}
     for mode in MODES:
-        other = pipe.attempt(pipe.fitted, _forbid(frame, later, names, unripe, mode, rng))
+        other = pipe.attempt(pipe.fitted, _forbid(frame, later, unripe, mode, rng))
         findings += judge(other, "fit sees the future", f"later rows replaced by {mode}")
     return findings
 
@@ -1209,9 +1210,10 @@ def _audit_predict(pipe: _Pipeline, frame: pd.DataFrame, fitted, names: list[str
     for cut in np.unique(np.minimum(np.concatenate([spread, spread + 1]), len(fold.test) - 1)):
         rows, until = fold.test[:cut + 1], pipe.index[fold.test[cut]]
         later = np.arange(rows.max() + 1, len(frame))
-        unripe = np.flatnonzero(~(ends <= until)) if ends is not None else np.arange(fold.refit.max() + 1, len(frame))
+        after = np.arange(fold.refit.max() + 1, len(frame))
+        unripe = {name: after if ends is None else np.flatnonzero(~(ends[name] <= until)) for name in names}
         trials = [("truncation", "as it is", frame.iloc[:rows.max() + 1])]
-        trials += [("perturbation", mode, _forbid(frame, later, names, unripe, mode, rng)) for mode in MODES]
+        trials += [("perturbation", mode, _forbid(frame, later, unripe, mode, rng)) for mode in MODES]
         for kind, mode, other in trials:
             out = pipe.attempt(pipe.forecasts, fitted, other, rows)
             if out is RAISED: continue
@@ -1251,13 +1253,16 @@ def audit_pipeline(
     folds: list[Fold | tuple],  # each is audited; a pair (train, test) is a fold without validation
     *,
     labels: Sequence[str] = (),  # columns that are labels: rows before the test may hold ones that had not matured
-    label_end: pd.Series | pd.DataFrame | None = None,  # when each row's label(s) end; None: only the fold's rows had matured
+    # When each row's labels end; a frame: a column for each label, under its name, or their longest counts for all. None: only
+    # the labels of the fold's own rows had matured.
+    label_end: pd.Series | pd.DataFrame | None = None,
     n_cuts: int = 3,  # cuts inside each test span, besides its first and last rows
     seed: int = 0,  # draws the replacements
 ) -> LeakReport:
     "Is anything fitted, or forecast, from what had not happened or matured? Fitted parts and forecasts must not move by a bit."
     folds, rng, findings, parts = _check_pipeline(frame, folds, labels), np.random.default_rng(seed), [], 0
-    ends = None if label_end is None else pd.Series(_label_ends(label_end, frame.index)[""], frame.index)
+    every = {} if label_end is None else _label_ends(label_end, frame.index)
+    ends = {name: every.get(name, every[""]) for name in labels} if every else None
     pipes = [_Pipeline(fit, predict, fold, frame.index, f"fold {k}") for k, fold in enumerate(folds)]
     for pipe in pipes:
         try:

@@ -17,7 +17,8 @@ import scoringrules as sr
 from .labels import check_labels
 
 # %% auto #0
-__all__ = ['SCORES', 'SCHEMA', 'Score', 'seed_mean', 'loss_table', 'effective_windows', 'block_bootstrap', 'Null', 'summarise', 'seed_spread', 'dm_test', 'compare']
+__all__ = ['SCORES', 'SCHEMA', 'Score', 'seed_mean', 'loss_table', 'effective_windows', 'block_bootstrap', 'Null', 'summarise',
+           'seed_spread', 'dm_test', 'compare']
 
 # %% ../nbs/05b_scores.ipynb #c9b3da3a
 class Score(NamedTuple):

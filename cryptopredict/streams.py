@@ -15,11 +15,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .labels import check_labels
+from .leakage import Fold
 from .multitask import Forecast, MultitaskModel, Targets
 
 # %% auto #0
-__all__ = ['Scaler', 'fit_scaler', 'FoldData', 'fold_data', 'StreamPlan', 'plan_streams', 'Chunk', 'stream_chunks', 'windows',
-           'warm_forecast']
+__all__ = ['Scaler', 'fit_scaler', 'FoldData', 'LabelRows', 'fold_data', 'StreamPlan', 'plan_streams', 'Chunk', 'stream_chunks',
+           'windows', 'warm_forecast']
 
 # %% ../nbs/04b_streams.ipynb #0ead3d10
 def _finite_or_missing(features: pd.DataFrame) -> pd.DataFrame:
@@ -68,13 +70,24 @@ class FoldData(NamedTuple):
     stop: int  # one past the last hour with a label to learn from
 
 # %% ../nbs/04b_streams.ipynb #e01f6320
-def _targets(labels: pd.DataFrame, rows: np.ndarray, target: str) -> Targets:
-    "Labels at `rows` as float32 tensors over all hours, NaN elsewhere."
+class LabelRows(NamedTuple):
+    "Rows to learn from, by label: sigma matures earlier than the return."
+    r90: np.ndarray  # of direction and quantiles
+    sigma: np.ndarray
+
+    @classmethod
+    def of(cls, fold: Fold, part: str) -> LabelRows:
+        "The rows of a part of a fold, `train`, `valid` or `refit`, for each label those that had matured."
+        return cls(*(getattr(fold.of(end), part) for end in ("label_end", "sigma_end")))
+
+def _targets(labels: pd.DataFrame, rows: LabelRows, target: str) -> Targets:
+    "Labels at their rows as float32 tensors over all hours, NaN elsewhere."
     names = ("direction", *(("r90", "r90") if target == "terminal" else ("p10_path", "p90_path")), "sigma")
-    inside = np.zeros(len(labels), bool)
-    inside[rows] = True
-    values = (labels[n].to_numpy(dtype="float32", na_value=np.nan) for n in names)
-    return Targets(*(torch.from_numpy(np.where(inside, v, np.float32(np.nan))) for v in values))
+    def column(name: str) -> Tensor:
+        made, at = np.full(len(labels), np.nan, "float32"), rows.sigma if name == "sigma" else rows.r90
+        made[at] = labels[name].to_numpy(dtype="float32", na_value=np.nan)[at]
+        return torch.from_numpy(made)
+    return Targets(*map(column, names))
 
 # %% ../nbs/04b_streams.ipynb #209c8898
 def _check_labelled(labels: pd.DataFrame, column: str = "r90", **rows: np.ndarray | None) -> None:
@@ -87,8 +100,8 @@ def _check_labelled(labels: pd.DataFrame, column: str = "r90", **rows: np.ndarra
 def fold_data(
     features: pd.DataFrame,  # as from `build_features`
     labels: pd.DataFrame,  # as from `make_labels`, same hours
-    fit: np.ndarray,  # rows to learn from
-    valid: np.ndarray | None = None,  # rows to stop on
+    fit: np.ndarray | LabelRows,  # rows to learn from; an array: for all labels
+    valid: np.ndarray | LabelRows | None = None,  # rows to stop on
     anchor: np.ndarray | None = None,  # log sigma forecast by hour, appended as the last channel
     target: str = "terminal",  # "terminal" or "path" quantiles
 ) -> FoldData:
@@ -97,19 +110,23 @@ def fold_data(
         raise ValueError(f"labels has {len(labels)} rows, features {len(features)}: give the same hours")
     if not features.index.equals(labels.index): raise ValueError("labels and features have other hours, or another order of them")
     if target not in ("terminal", "path"): raise ValueError(f"target is {target!r}; known are 'terminal' and 'path'")
-    _check_labelled(labels, "r90" if target == "terminal" else "p10_path", fit=fit, valid=valid)
-    scaler = fit_scaler(features, fit)
+    check_labels(labels)
+    fit, valid = (rows if isinstance(rows, LabelRows | None) else LabelRows(rows, rows) for rows in (fit, valid))
+    returns = dict(fit=fit.r90, valid=None if valid is None else valid.r90)
+    _check_labelled(labels, "r90" if target == "terminal" else "p10_path", **returns)
+    rows = np.union1d(*fit)
+    scaler = fit_scaler(features, rows)
     if not scaler.columns: raise ValueError("every feature is missing in over half of the rows of fit: bring data")
     x, start = scaler(features), 0
     if anchor is not None:
         known = np.flatnonzero(np.isfinite(anchor))
-        if not len(known) or known[0] >= fit[-1]: raise ValueError("anchor is not known at any row of fit: bring more history")
+        if not len(known) or known[0] >= rows[-1]: raise ValueError("anchor is not known at any row of fit: bring more history")
         start = int(known[0])
         # Before `start` nothing is used; later gaps carry the last forecast on.
         filled = pd.Series(np.where(np.isfinite(anchor), anchor, np.nan)).ffill().fillna(0).to_numpy(dtype="float32")
         x = np.concatenate([x, filled[:, None]], axis=1)
     rest = None if valid is None else _targets(labels, valid, target)
-    return FoldData(torch.from_numpy(x), _targets(labels, fit, target), rest, scaler, start, int(fit[-1]) + 1)
+    return FoldData(torch.from_numpy(x), _targets(labels, fit, target), rest, scaler, start, int(rows[-1]) + 1)
 
 # %% ../nbs/04b_streams.ipynb #f4a0e88e
 class StreamPlan(NamedTuple):

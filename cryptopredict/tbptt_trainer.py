@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .checkpoint import (checkpoints, code_commit, dotted, load, newest, prune, refuse_other, remove,
+from .checkpoint import (checkpoints, code_commit, code_hash, dotted, load, newest, prune, refuse_other, remove,
                                       remove_orphans, save, step_of, to_toml, write_atomic)
 from .mamba2_block import map_state
 from .multitask import (Bound, Forecast, ModelConfig, ModelState, MultitaskModel, Targets, check_fields, detach,
@@ -34,10 +34,10 @@ from .multitask import (Bound, Forecast, ModelConfig, ModelState, MultitaskModel
 from .streams import Chunk, FoldData, plan_streams, stream_chunks, warm_forecast, windows
 
 # %% auto #0
-__all__ = ['HISTORIES', 'reach', 'TrainSettings', 'TrainConfig', 'train_preset', 'check_device', 'lr_factor', 'decay_groups',
-           'Stop', 'Run', 'precision', 'exact_backward', 'train_step', 'steps_per_epoch', 'burn_in', 'settle',
-           'validation_loss', 'peak_bytes', 'checkpoint', 'train_epoch', 'alone', 'deterministic', 'train',
-           'best_epoch', 'Estimate', 'estimate']
+__all__ = ['HISTORIES', 'WEIGHTS', 'reach', 'TrainSettings', 'TrainConfig', 'train_preset', 'resolved', 'check_device',
+           'lr_factor', 'decay_groups', 'Stop', 'Run', 'keep_weights', 'precision', 'exact_backward', 'train_step',
+           'steps_per_epoch', 'burn_in', 'settle', 'validation_loss', 'peak_bytes', 'checkpoint', 'train_epoch',
+           'alone', 'warn_code_changed', 'deterministic', 'train', 'best_epoch', 'Estimate', 'estimate']
 
 # %% ../nbs/05_tbptt_trainer.ipynb #c21d68c2
 def reach(
@@ -63,11 +63,11 @@ class TrainSettings:
     dataset: Literal["streams", "windows"] = "streams"  # with the state carried, or each from nothing with one label
     target: Literal["terminal", "path"] = "terminal"  # quantiles of the return, or of its path
     first_len: Annotated[int, Bound(0, 1_000_000, "hours")] = 0  # a first pass for the allocator, without an update; 0: none
-    amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision; fp16 with a gradient scaler
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; fp16 with a gradient scaler; auto: bf16 on a GPU
     spike: Annotated[float, Bound(0., 1e9, "interquartile ranges")] = 20.  # a loss so far above others is taken back; 0: none is
     save_every: Annotated[int, Bound(0, 1_000_000_000, "updates")] = 500  # from one checkpoint to the next; 0: ends of epochs
     keep: Annotated[int, Bound(0, 10_000, "epochs")] = 0  # last ones that are kept, beside the best; 0: all
-    device: Literal["cpu", "cuda"] = "cpu"  # where it is trained
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where it is trained; auto: on a GPU where there is one
     deterministic: Annotated[bool, Bound(False, True)] = False  # the same bits each time on a GPU too, slower; a CPU gives them
     __pydantic_config__ = dict(extra="forbid")
 
@@ -98,8 +98,16 @@ def train_preset(
     return replace(TrainConfig(model=model, **read_preset(name)["train"]), **{k: v for k, v in overrides.items() if k in own})
 
 # %% ../nbs/05_tbptt_trainer.ipynb #69605de5
+def resolved(
+    settings: TrainSettings,  # or a `TrainConfig`
+) -> TrainSettings:
+    "The same settings with `device` and `amp` decided for this machine where they are \"auto\"."
+    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    amp = settings.amp if settings.amp != "auto" else "bf16" if device == "cuda" else "off"
+    return replace(settings, device=device, amp=amp)
+
 def check_device(
-    device: str,  # "cpu" or "cuda"
+    device: str,  # "auto", "cpu" or "cuda"
 ) -> None:
     "A `ValueError` where there is no such device here."
     if device == "cuda" and not torch.cuda.is_available(): raise ValueError("device is 'cuda', and there is none here: use 'cpu'")
@@ -160,7 +168,7 @@ class Run:
     "A model in training: weights, optimiser, position, carried state, and the folder that holds its history."
 
     def __init__(self, config: TrainConfig, out: str | Path):
-        self.config, self.out, self.step, self.epoch = config, Path(out), 0, 0
+        self.config, self.out, self.step, self.epoch = (config := resolved(config)), Path(out), 0, 0
         self.cursor, self.carried = 0, None  # spans of this epoch that were read, the streams' state after them
         self.history: list[dict] = []  # ends of epochs: epoch, step, losses on the validation rows if there are any
         # Updates left out in a row; rewinds; what they left of the learning rate; streams at a time (0: all) and pieces of a
@@ -180,10 +188,11 @@ class Run:
         position = {name: getattr(self, name) for name in ("step", "epoch", "cursor", "carried", "history", "guard", "about")}
         lengths = {name: path.stat().st_size if (path := self.out / name).exists() else 0 for name in HISTORIES}
         return dict(**parts, **position, lengths=lengths, rng=_rng(self.config.device), config=asdict(self.config),
-                    version=__version__, commit=code_commit())
+                    version=__version__, commit=code_commit(), code=code_hash())
 
     def restore(self, content: dict) -> None:
-        "Go on from a checkpoint's content."
+        "Go on from a checkpoint's content; one that holds weights only restores these and the history."
+        if content.get("weights_only"): return _restore_weights(self, content)
         _check_content(content, self)
         try:
             for name in ("model", "optimiser", "scaler"):
@@ -210,6 +219,32 @@ class Run:
 def _unfit(run: Run, why: str) -> ValueError:
     "What to say of a checkpoint of another version."
     return ValueError(f"a checkpoint in {run.out} does not fit ({why}): go on with the version that wrote it")
+
+# What remains of a finished training whose optimiser and states are no longer needed.
+WEIGHTS = ("model", "step", "epoch", "history", "about", "lengths", "config", "version", "commit", "code")
+
+def _restore_weights(run: Run, content: dict) -> None:
+    "Weights, position and history of a finished training."
+    if lacks := [name for name in WEIGHTS if name not in content]: raise _unfit(run, f"it lacks {lacks[0]}")
+    try: run.model.load_state_dict(content["model"])
+    except (RuntimeError, TypeError) as error: raise _unfit(run, " ".join(str(error).split())) from error
+    for name in ("step", "epoch", "history", "about"): setattr(run, name, content[name])
+    run.cursor, run.carried = 0, None
+
+def keep_weights(
+    out: str | Path,  # folder of a finished training
+    epoch: int | None = None,  # whose weights are kept; None: the last one's
+) -> None:
+    "Replace the checkpoints in a folder by one of the weights alone: it can forecast, but not be trained further."
+    folder, run = Path(out) / "checkpoints", Run.load(out)
+    with alone(folder):
+        before = checkpoints(folder)
+        content = load(before[0] if epoch is None else _end_of_epoch(run, epoch))
+        if content.get("weights_only") and len(before) == 1: return
+        kept = {name: content[name] for name in WEIGHTS} | dict(weights_only=True)
+        made = save(folder / f"step-{content['step']:08d}", kept)
+        for path in before:
+            if path != made: remove(path)
 
 # %% ../nbs/05_tbptt_trainer.ipynb #85b3c4c4
 def _check_content(content: dict, run: Run) -> None:
@@ -258,6 +293,7 @@ def precision(
     settings: TrainSettings,  # its `device` and `amp` are read
 ) -> torch.autocast:
     "What a forward is put in, for the precision that is asked for."
+    settings = resolved(settings)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.amp, torch.float32)
     return torch.autocast(settings.device, dtype=kind, enabled=settings.amp != "off")
 
@@ -520,7 +556,7 @@ def settle(run: Run, data: FoldData) -> None:
 # %% ../nbs/05_tbptt_trainer.ipynb #56b5b02b
 def validation_loss(model: MultitaskModel, data: FoldData, target: str = "terminal") -> dict[str, float]:
     "Task losses on the validation rows, the state warmed before them; `total` weighs them as an untrained model does."
-    last = int(torch.nonzero(torch.isfinite(data.valid.low))[-1]) + 1
+    last = int(torch.nonzero(torch.isfinite(data.valid.low) | torch.isfinite(data.valid.sigma))[-1]) + 1
     forecast = warm_forecast(model, data.x[:last], data.start)
     losses = task_losses(forecast, Targets(*(v[data.start:last] for v in data.valid)), target)
     losses = {k: v.item() for k, v in losses.items()}
@@ -704,7 +740,7 @@ def _open(config: TrainConfig, data: FoldData, out: str | Path, climatology: tup
     run.about = _about(data, climatology)
     if climatology is not None: run.model.heads.set_climatology(*climatology)
     if found is not None:
-        _check_content(found[0], run)
+        if not found[0].get("weights_only"): _check_content(found[0], run)
         _refuse_other(found[0], run)
         run.restore(found[0])
     elif checkpoints(run.out / "checkpoints"):
@@ -716,12 +752,15 @@ def _open(config: TrainConfig, data: FoldData, out: str | Path, climatology: tup
     return run, None if found is None else found[0]
 
 # %% ../nbs/05_tbptt_trainer.ipynb #86fba9f7
-def _say_other_code(run: Run, there: str) -> None:
-    "A warning and an event where a training goes on with other code than it was begun with."
-    if there == (here := code_commit()): return
-    _event(run, "other code", there=there, here=here)
-    warnings.warn(f"{run.out} was trained by commit {there} so far, this is {here}: what follows may not be what it would have "
-                  "been", RuntimeWarning, stacklevel=2)
+def warn_code_changed(
+    folder: str | Path,  # of a run or training that is resumed
+    there: dict,  # `commit` and `code`, as from `code_commit` and `code_hash`, that it was made with so far
+) -> bool:
+    "Whether the package's code has changed since then, with a warning if so."
+    if there["code"] == code_hash(): return False
+    warnings.warn(f"{folder} was begun with other code (commit {there['commit']}, this is {code_commit()}): what follows may "
+                  "differ from an uninterrupted run", RuntimeWarning, stacklevel=3)
+    return True
 
 # %% ../nbs/05_tbptt_trainer.ipynb #66847132
 @contextmanager
@@ -751,6 +790,7 @@ def train(
     progress: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update, as by `train_epoch`
 ) -> Run:
     "Fit one model on one fold; `config.toml`, `.jsonl` histories and checkpoints. Signals to end are obeyed when one stands."
+    config = resolved(config)
     check_device(config.device)
     if config.device == "cuda": torch.cuda.reset_peak_memory_stats()  # of this training alone
     if Path(out).exists() and not Path(out).is_dir(): raise ValueError(f"{out} is a file: choose another --out")
@@ -761,7 +801,10 @@ def train(
     (Path(out) / "checkpoints").mkdir(parents=True, exist_ok=True)
     with alone(Path(out) / "checkpoints"), deterministic(config.deterministic):
         run, kept = _open(config, data, out, climatology)
-        if kept is not None and run.epoch < last: _say_other_code(run, kept["commit"])
+        if kept is not None and run.epoch < last:
+            if kept.get("weights_only"):
+                raise ValueError(f"{out} holds the weights of a finished training only: choose another --out to train further")
+            if warn_code_changed(run.out, kept): _event(run, "other code", there=kept["commit"], here=code_commit())
         settle(run, data)
         with run.stop:
             if kept is None: _close_epoch(run, data)
@@ -874,6 +917,7 @@ def estimate(
     seconds: float = 5.,  # that measuring may take, about; on a GPU kernels are compiled besides
 ) -> Estimate:
     "Time and memory of a training, continued from a few measured updates; nothing is kept of them."
+    config = resolved(config)
     check_device(config.device)
     steps, shape = steps_per_epoch(config, data), tuple(next(_chunks(config, data, 0)).x.shape[:2])
     tokens = shape[0] * shape[1]
