@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import json
 import os
 import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
+import traceback
+import warnings
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -25,9 +28,15 @@ __all__ = ['LEAST_MEMORY', 'DESCRIPTION', 'COMMANDS', 'Evaluate', 'Run', 'Audit'
            'Plan', 'main']
 
 # %% ../nbs/06a_cli.ipynb #003ba86d
+_lost: list[OSError] = []  # why standard output could not be written, if it could not
+
 def _say(text: str = "") -> None:
-    "A line to the user, at once."
-    print(text, flush=True)
+    "A line to the user, at once. Output that cannot be written does not end the work: `main` reports it at the end."
+    try: print(text, flush=True)
+    except OSError as error:
+        _lost.append(error)
+        with contextlib.suppress(OSError, ValueError):  # what is still in the buffer goes nowhere, instead of failing again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 # %% ../nbs/06a_cli.ipynb #f5af6fa7
 def _new_folder(what: str) -> Path:
@@ -104,49 +113,109 @@ def _files(data: Path, repairs: tuple[str, ...]) -> _Loaded:
 
 # %% ../nbs/06a_cli.ipynb #46b8276d
 def _training_line(record: dict) -> str:
-    "Losses by head, learning rate, speed and peak memory of one update."
+    "Loss, speed and peak memory of one update, then the losses by head and the learning rate."
     number = lambda v: v.item() if hasattr(v, "item") else v
     losses = "  ".join(f"{head} {number(record[head]):.3f}" for head in ("cls", "p10", "p90", "vol"))
     memory = record.get("peak_allocated", record.get("peak_rss", 0)) / 2**20
-    return f"{losses}  lr {record['lr']:.1e}  {record['tokens_per_s'] / 1e3:.0f}k tokens/s  {memory:.0f} MiB"
+    loss = f"loss {number(record['loss']):.3f}"
+    return f"{loss}  {record['tokens_per_s'] / 1e3:.0f}k tokens/s  {memory:.0f} MiB  {losses}  lr {record['lr']:.1e}"
 
 # %% ../nbs/06a_cli.ipynb #c629118b
+class _TimeLeft:
+    "The time that the rest of a run will take, from what its parts of each kind have taken for their work."
+
+    def __init__(self):
+        self.spent, self.done, self.step, self.since = {}, {}, None, 0.
+
+    def begin(self, step, now: float) -> None:
+        "A part begins, or none (`step` is a text); the one before it has ended."
+        if getattr(self.step, "work", 0):
+            kind = self.step.kind
+            self.spent[kind] = self.spent.get(kind, 0.) + now - self.since
+            self.done[kind] = self.done.get(kind, 0.) + self.step.work
+        self.step, self.since = step, now
+
+    def seconds(self, now: float) -> float | None:
+        "Seconds left; None while a part of some kind still to come has not been timed."
+        if not hasattr(self.step, "rest"): return None
+        todo = [step for step in (self.step, *self.step.rest) if step.work]
+        if any(step.kind not in self.done for step in todo): return None
+        need = [self.spent[step.kind] / self.done[step.kind] * step.work for step in todo]
+        if self.step.work: need[0] = max(need[0] - (now - self.since), 0.)
+        return sum(need)
+
+    def text(self, now: float) -> str:
+        "The time left in words, or nothing."
+        seconds = self.seconds(now)
+        return "" if seconds is None else f"{_age(seconds)} left"
+
 class _Progress:
-    "A rich progress bar on a terminal, a line a minute elsewhere; called as `progress(done, total, what)`, `watch` in training."
+    """Bars on a terminal, a line a minute elsewhere. Called as `progress(done, total, what)` before each part of a run, `what`
+    being an `evaluate.Step` or a text; as `watch(run, record)` after each update of a training."""
     interval = 60.  # between lines, seconds
 
     def __enter__(self):
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        columns = (TextColumn("{task.description:<40}"), BarColumn(20), MofNCompleteColumn(),
-                   TimeElapsedColumn(), TimeRemainingColumn())
+        from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+        from rich.table import Column
+        from rich.text import Text
+        outer = self
+        self.left, self.began = _TimeLeft(), time.monotonic()
+
+        class Left(ProgressColumn):
+            max_refresh = .5
+            def render(self, task): return Text(outer.left.text(time.monotonic()) if task.id == outer.task else "")
+
+        class Elapsed(ProgressColumn):
+            max_refresh = .5
+            def render(self, task): return Text(_age(time.monotonic() - outer.began) if task.id == outer.task else "")
         console = Console(stderr=True)
-        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal).__enter__()
+        fixed = lambda: Column(no_wrap=True, justify="right")
+        what = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+        count = TextColumn("{task.completed:.0f}/{task.total}", table_column=fixed())
+        bar = [BarColumn(20)] if console.width >= 100 else [BarColumn(10)] if console.width >= 80 else []
+        elapsed = [Elapsed(fixed())] if console.width >= 72 else []
+        self.bar = Progress(what, *bar, count, *elapsed, Left(fixed()), console=console, transient=True, expand=True,
+                            disable=not console.is_terminal)
         self.task, self.training, self.what = self.bar.add_task("", total=None), None, ""
-        self.shown = time.monotonic() if self.bar.disable else 0.
+        self.bar.__enter__()
+        self.shown = self.began if self.bar.disable else 0.
         return self
 
-    def __call__(self, done: int, total: int, what: str) -> None:
-        self.bar.update(self.task, completed=done, total=total, description=what)
+    def __call__(self, done: int, total: int, what) -> None:
+        self.left.begin(what, time.monotonic())
+        if self.training is not None:
+            self.bar.remove_task(self.training)
+            self.training = None
+        self.bar.update(self.task, completed=done, total=total, description=str(what))
         self.what = f"{done} of {total}, {what}"
 
     def watch(self, run, record: dict) -> None:
         "Twice a second at most: reading a loss makes a GPU wait."
-        if time.monotonic() - self.shown < (self.interval if self.bar.disable else .5): return
+        now = time.monotonic()
+        if now - self.shown < (self.interval if self.bar.disable else .5): return
+        self.shown = now
         if self.bar.disable:
-            self.shown = time.monotonic()
-            print(f"{self.what}: update {run.step} of {record['steps']}  {_training_line(record)}", file=sys.stderr, flush=True)
+            left = self.left.text(now)
+            what = f"{self.what}, {left}" if left else self.what
+            with contextlib.suppress(OSError):  # nobody reads it
+                print(f"{what}: update {run.step} of {record['steps']}  {_training_line(record)}", file=sys.stderr, flush=True)
             return
         if self.training is None: self.training = self.bar.add_task("", total=None)
-        self.shown = time.monotonic()
-        line = dict(completed=run.step, total=record["steps"], description=_training_line(record))
+        line = dict(completed=run.step, total=record["steps"], description=f"  update: {_training_line(record)}")
         self.bar.update(self.training, **line, refresh=True)
 
     def __exit__(self, *error): self.bar.__exit__(*error)
 
 # %% ../nbs/06a_cli.ipynb #29180d54
 @dataclass
-class _Source:
+class _Command:
+    "What every command takes."
+    # On an error, print the traceback as well.
+    verbose: tyro.conf.FlagCreatePairsOff[bool] = field(default=False, kw_only=True)
+
+@dataclass
+class _Source(_Command):
     "Where the data come from."
     # Folder with source files (Kraken, Binance, Coin Metrics, blockchain.com, FRED, Yahoo). Default: the built-in market.
     data: Path | None = None
@@ -251,29 +320,49 @@ class _Folder(_Walk, _Tracked):
 
 # %% ../nbs/06a_cli.ipynb #77a967e2
 def _audits(panel, tables, provenance, config, n_cuts: int) -> dict:
-    "The audits of a panel, and their results said."
+    "The audits of a panel, and their results printed."
     from cryptopredict.evaluate import HOURS, audit_inputs, audit_network
     from cryptopredict.sources import MAX_AGE
-    reports = audit_inputs(panel, config, tables, provenance, MAX_AGE, n_cuts)
-    if "mamba2" in config.models and len(panel) >= HOURS: reports |= audit_network(panel, config)
+    network = "mamba2" in config.models and len(panel) >= HOURS
+    total, begun = (7 if tables else 6) if network else 5 if tables else 4, []
+    with _Progress() as progress:
+        def begin(name: str) -> None:
+            progress(len(begun), total, f"audit of {name}")
+            begun.append(name)
+        reports = audit_inputs(panel, config, tables, provenance, MAX_AGE, n_cuts, begin)
+        if network: reports |= audit_network(panel, config, begin)
     for name, report in reports.items(): _say(f"  audit of {name}: {report!r}")
     return reports
+
+def _judge(reports: dict) -> int:
+    "1 where a leak was found, 0 where none was; a `ValueError` where too little could be tested to say."
+    if any(len(report.leaks) for report in reports.values()): return 1
+    for name, report in reports.items():
+        if not report.ok: raise ValueError(f"audit of {name}: {report.verdict}: give more data, or code that needs fewer rows")
+    return 0
 
 # %% ../nbs/06a_cli.ipynb #d86caa5c
 def _say_scores(out: Path) -> None:
     "The main scores of a run as a table on the terminal."
+    from rich import box
     from rich.console import Console
     from rich.table import Table
     scores = json.loads((out / "scores.json").read_text())
-    shown = {"log_loss": "log loss", "pinball10": "p10", "pinball90": "p90", "coverage": "coverage",
-             "rmse_log_sigma": "RMSE log σ", "qlike": "QLIKE"}
+    shown = {"log_loss": "log\nloss", "pinball10": "\np10", "pinball90": "\np90", "coverage": "\ncoverage",
+             "rmse_log_sigma": "RMSE\nlog sigma", "qlike": "\nQLIKE"}
     title = f"{scores['origins']} daily origins, {scores['begin'][:10]} to {scores['end'][:10]}"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.ASCII if not _takes_utf8() else box.ROUNDED)
     table.add_column("model", no_wrap=True)
     for name in shown.values(): table.add_column(name, justify="right", no_wrap=True)
     means = {(r["model"], r["score"]): r["mean"] for r in scores["summary"]}
     for model in scores["config"]["models"]: table.add_row(model, *(f"{means[model, s]:.4f}" for s in shown))
-    Console(file=sys.stdout, force_jupyter=False).print(table)
+    console = Console(force_jupyter=False)
+    with console.capture() as capture: console.print(table)
+    _say(capture.get().rstrip())
+
+def _takes_utf8() -> bool:
+    "Whether standard output takes any character."
+    return (getattr(sys.stdout, "encoding", None) or "ascii").lower().startswith("utf")
 
 # %% ../nbs/06a_cli.ipynb #a0031024
 def _print_lost_origins(config, panel) -> None:
@@ -289,18 +378,27 @@ def _print_lost_origins(config, panel) -> None:
 class Evaluate(_Folder):
     "Walk-forward only: folds x models x seeds to predictions.parquet and scores.json."
 
-    def __call__(self, audits=None, loaded=None) -> int:
+    def __call__(self) -> int:
+        _say_scores(self.walk(self._load()))
+        return 0
+
+    def walk(self, loaded: _Loaded, audits: dict | None = None) -> Path:
+        "The run folder, after the walk-forward."
         from cryptopredict.evaluate import walk_forward_run
         from cryptopredict.track import together
-        config = self._config()
-        loaded, out = loaded or self._load(), self.out or _new_folder("run")
+        config, out = self._config(), self.out or _new_folder("run")
         if self.out is None: _say(f"folder: {out}")
         _print_lost_origins(config, loaded.panel)
+        if "mamba2" in config.models: _print_device(config)
         with self._trackers() as trackers, _Progress() as progress:
             watch = together(progress.watch, trackers)
-            self.out = walk_forward_run(config, loaded.panel, out, loaded.name, audits, progress, watch, loaded.inventory)
-        _say_scores(self.out)
-        return 0
+            return walk_forward_run(config, loaded.panel, out, loaded.name, audits, progress, watch, loaded.inventory)
+
+def _print_device(config) -> None:
+    "Where the network is trained."
+    from cryptopredict.tbptt_trainer import resolved
+    settings = resolved(config.train)
+    _say(f"network: preset {config.preset} on {settings.device}, mixed precision {settings.amp}")
 
 # %% ../nbs/06a_cli.ipynb #6fd4ff7e
 @dataclass
@@ -317,13 +415,14 @@ class Run(_Folder):
         panel, tables, provenance, _, _ = loaded
         _say("audit ...")
         audits = _audits(panel, tables, provenance, config, self.n_cuts)
-        if not all(r.ok for r in audits.values()):
+        if _judge(audits):
             _say("a leak was found: the walk-forward does not start")
             return 1
         _say("walk-forward ...")
-        walk = Evaluate(**{k: getattr(self, k) for k in _Folder.__dataclass_fields__})
-        walk(audits, loaded)
-        _say(f"report: {write_report(walk.out)}")
+        out = Evaluate(**{k: getattr(self, k) for k in _Folder.__dataclass_fields__}).walk(loaded, audits)
+        report = write_report(out)  # first: what is printed can be lost
+        _say_scores(out)
+        _say(f"report: {report}")
         return 0
 
 # %% ../nbs/06a_cli.ipynb #d7ff9eef
@@ -365,7 +464,10 @@ def _source_of(name: str, function) -> dict:
 def _audit_own(function, name: str, panel, n_cuts: int, seed: int):
     "The audit of a user's function, said."
     from cryptopredict.leakage import audit
-    try: report = audit(function, panel, n_cuts=n_cuts, seed=seed)
+    try:
+        with _Progress() as progress:
+            cuts = lambda done, total: progress(done, total, f"audit of {name}, cut {done + 1}")
+            report = audit(function, panel, n_cuts=n_cuts, seed=seed, progress=cuts)
     except Exception as error: raise ValueError(f"{name} cannot be audited: {error}") from error
     _say(repr(report))
     return report
@@ -395,7 +497,7 @@ class Audit(_Walk):
             self.out.parent.mkdir(parents=True, exist_ok=True)
             made_by = provenance_of(panel, name) | (_source_of(own, function) if own else {})
             write_atomic(self.out, json.dumps(certificate(reports, made_by), indent=1))
-        return 0 if all(r.ok for r in reports.values()) else 1
+        return _judge(reports)
 
 # %% ../nbs/06a_cli.ipynb #5c7dfc59
 @dataclass
@@ -432,8 +534,8 @@ class Forecast(_Walk):
     def __call__(self) -> int:
         from cryptopredict.checkpoint import write_atomic
         from cryptopredict.evaluate import newest_forecast
-        from cryptopredict.results import newest_table
-        from cryptopredict.sources import inventory_json
+        from cryptopredict.results import head_sentences, newest_table
+        from cryptopredict.sources import input_ages, inventory_json
         config = self._config()
         loaded = self._load()
         panel = loaded.panel
@@ -441,22 +543,39 @@ class Forecast(_Walk):
         for path in filter(None, (self.out, beside)):
             if path.exists(): raise ValueError(f"{path} exists: choose another --out")
         with _Progress() as progress: made = newest_forecast(config, panel, progress, watch=progress.watch)
-        _say(f"made at {panel.index[-1]:%Y-%m-%d %H:%M} UTC, close {panel['close'].iloc[-1]:.2f}")
-        _say(newest_table(made, config.horizon, config.vol_window).to_string())
+        ages = input_ages(panel, loaded.tables, loaded.provenance)
+        close, heads = float(panel["close"].iloc[-1]), made.attrs["heads"]
         if self.out:
             self.out.parent.mkdir(parents=True, exist_ok=True)
+            hours = {name: None if age != age else round(age / 3600, 2) for name, age in ages.dt.total_seconds().items()}
+            head = dict(time=panel.index[-1].isoformat(), close=close, horizon=config.horizon, vol_window=config.vol_window,
+                        source=loaded.name, age_hours=hours, heads=heads)
+            forecasts = json.loads(made.drop(columns=["time", "fold"]).to_json(orient="records", double_precision=12))
             write_atomic(beside, inventory_json(loaded.inventory))
-            write_atomic(self.out, made.to_json(orient="records", date_format="iso", indent=1))
+            write_atomic(self.out, json.dumps(dict(**head, forecasts=forecasts), indent=1))
+        _say(f"made at {panel.index[-1]:%Y-%m-%d %H:%M} UTC, close {close:.2f}; the return is over {config.horizon}")
+        _say(newest_table(made, config.horizon, config.vol_window).to_string())
+        for sentence in head_sentences(heads): _wrap(sentence)
+        _print_ages(ages)
         return 0
+
+def _print_ages(ages) -> None:
+    "How old each input is at the hour of the forecast, those of an age together."
+    groups = {}
+    for name, age in ages.items():
+        groups.setdefault("missing" if age != age else _age(age.total_seconds()), []).append(name)
+    _wrap("age of the inputs, from the beginning of the period they describe: "
+          + "; ".join(f"{', '.join(names)} {age}" for age, names in groups.items()))
 
 # %% ../nbs/06a_cli.ipynb #59f18df5
 def _say_expected(config, panel) -> int:
     "What the trainings of a newest forecast would take."
     from cryptopredict.evaluate import expected_trainings
+    from cryptopredict.tbptt_trainer import resolved
     made = expected_trainings(config, panel)
-    one, t = made.iloc[-1], config.train
+    one, t = made.iloc[-1], resolved(config.train)
     seconds, last = made["seconds"].sum(), made["share"].min()
-    network = f"{one['parameters']:,} parameters on {t.device}, amp {t.amp}"
+    network = f"{one['parameters']:,} parameters on {t.device}, mixed precision {t.amp}"
     _say(f"{network}; {t.batch} streams x {t.tbptt_len} hours, gradients {t.bptt}")
     shown = made.assign(chunk=[f"{r.streams} x {r.hours}" for r in made.itertuples()], hours=made["length"],
                         time=made["seconds"].map(_age), memory=(made["memory"] / 2**20).map("{:.0f} MiB".format))
@@ -476,20 +595,21 @@ class Train(_Walk, _Tracked):
 
     def __call__(self) -> int:
         from cryptopredict.evaluate import train_newest
-        from cryptopredict.results import newest_table
+        from cryptopredict.results import head_sentences, newest_table
         from cryptopredict.track import together
         config, out = self._config(), self.out or _new_folder("train")
         loaded = self._load()
         panel = loaded.panel
-        _say(f"preset {config.preset}, at most {config.epochs} epochs")
+        _print_device(config)
+        _say(f"at most {config.epochs} epochs")
         if self.dry_run: return _say_expected(config, panel)
         if self.out is None: _say(f"folder: {out}")
         with self._trackers() as trackers, _Progress() as progress:
             watch = together(progress.watch, trackers)
             made = train_newest(config, panel, out, loaded.name, progress, watch, loaded.inventory)
         choice = json.loads((out / "choice.json").read_text())
-        heads = ", ".join(choice["heads"]) or "none: it repeats its anchors"
-        _say(f"chosen on validation: {choice['epochs']} epochs, heads that help: {heads}")
+        _say(f"chosen on validation: {choice['epochs']} epochs")
+        for sentence in head_sentences(made.attrs["heads"]): _wrap(sentence)
         _say(f"{newest_table(made, config.horizon, config.vol_window).to_string()}\nkept in {out}")
         return 0
 
@@ -536,12 +656,20 @@ def _is_worked_on(folder: Path) -> bool:
 
 # %% ../nbs/06a_cli.ipynb #9311dc3c
 def _run_row(place: Path) -> dict | None:
-    "What is said of a folder; None where it holds neither a walk-forward nor a training."
+    "A row on a folder; None where it holds neither a walk-forward nor a training."
+    try: return _state_row(place)
+    except (OSError, ValueError, RuntimeError) as error:  # one that may not be read, a loop of links
+        why = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        return dict(run=place, kind="", state=why, best="", age="", resume="")
+
+def _state_row(place: Path) -> dict | None:
+    "The row on a folder that can be read."
     if not place.is_dir(): return None
     if (place / "run.json").exists(): kind, state_of = "walk-forward", _walk_state
     elif any(place.glob("**/checkpoints")): kind, state_of = "training", _trainings_state
     else: return None
     try: state, best = state_of(place)
+    except PermissionError: raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error: state, best = f"damaged ({error!r})", ""
     if working := _is_worked_on(place): state = f"running, {state.removeprefix('stopped, ')}"
     resume = "" if state.startswith(("finished", "damaged")) or working else f"the same command with --out {place}"
@@ -558,7 +686,7 @@ def _last_change(folder: Path) -> float:
 
 # %% ../nbs/06a_cli.ipynb #3b2b514a
 @dataclass
-class Runs:
+class Runs(_Command):
     "The runs and trainings in a folder: state, best score, age, and how to go on with those that stopped."
     folder: tyro.conf.Positional[Path] = Path("runs")  # Folder that holds run folders, or one of them.
 
@@ -572,7 +700,7 @@ class Runs:
 
 # %% ../nbs/06a_cli.ipynb #5108cc8a
 @dataclass
-class _Missing:
+class _Missing(_Command):
     "A command that is not there yet."
 
     def __call__(self) -> int:
@@ -615,28 +743,61 @@ First steps:  cryptopredict run                     the whole path on the built-
               cryptopredict audit my.py:fn          does my own feature code see the future?"""
 COMMANDS = {c.__name__.lower(): c for c in (Run, Prepare, Audit, Evaluate, Forecast, Train, Runs, Fetch, Plan)}
 
+# Modules whose ValueErrors speak of a file: text that is no JSON, a parquet file cut short.
+_PARSERS = {"json", "tomllib", "codecs", "pyarrow", "zipfile", "gzip", "zlib"}
+
+def _is_users(error: BaseException) -> bool:
+    "Whether an error is a mistake in the call or the files: one that this package raises itself, or a parser of files does."
+    if isinstance(error, OSError | MemoryError): return True
+    if not isinstance(error, ValueError): return False
+    at = error.__traceback__
+    while at.tb_next: at = at.tb_next
+    code, module = at.tb_frame.f_code.co_code, str(at.tb_frame.f_globals.get("__name__")).partition(".")[0]
+    own = module in ("cryptopredict", __name__.partition(".")[0])
+    return module in _PARSERS or own and dis.opname[code[at.tb_lasti]] == "RAISE_VARARGS"
+
+def _explain_error(error: Exception) -> str:
+    "A mistake of the user's in one line."
+    text = " ".join(str(error).split())
+    if isinstance(error, PermissionError):
+        return f"{error.filename} may not be read or written: change its permissions, or choose another"
+    if isinstance(error, MemoryError): return f"out of memory ({text or 'an allocation failed'}): free memory or raise the limit"
+    return text
+
+def _fail(error: Exception, verbose: bool) -> int:
+    "Print an error; the exit code is 2 for a mistake of the user's, 3 for a bug, which comes with its traceback."
+    users = _is_users(error)
+    if verbose or not users: traceback.print_exception(error)
+    if users: print(f"cryptopredict: error: {_explain_error(error)}", file=sys.stderr)
+    else: print("cryptopredict: this is a bug in cryptopredict, not in your call or files", file=sys.stderr)
+    return 2 if users else 3
+
+def _format_warning(message, category, filename, lineno, line=None) -> str:
+    "A warning as one line, without the place in the code."
+    return f"cryptopredict: warning: {' '.join(str(message).split())}\n"
+
 def main(
     args: list[str] | None = None,  # command line without the program's name; None: the process's own
 ) -> int:
-    "Run a command; the exit code is 0, 1 (leak found), 2 (user's mistake), 130 (Ctrl-C) or 143 (terminated)."
-    before = _on_terminate()
+    """Run a command; the exit code is 0, 1 (a leak was found), 2 (a mistake in the call or the files), 3 (a bug), 130 (Ctrl-C) or
+    143 (terminated)."""
+    before, format_before, verbose = _on_terminate(), warnings.formatwarning, False
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait by spinning starve each other on a busy machine
+    for stream in (sys.stdout, sys.stderr):  # a character that the terminal does not have is no reason to stop
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning, _lost[:] = _format_warning, []
     try:
         command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cryptopredict", description=DESCRIPTION, args=args)
+        verbose = command.verbose
         _check_memory()
-        return command()
-    except PermissionError as error:
-        told = f"{error.filename} may not be read or written: change its permissions, or choose another"
-        print(f"cryptopredict: error: {told}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"cryptopredict: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except MemoryError as error:
-        told = " ".join(str(error).split()) or "an allocation failed"
-        print(f"cryptopredict: error: out of memory ({told}): free memory or raise the limit", file=sys.stderr)
-        return 2
+        code = command()
+        if _lost and not isinstance(_lost[0], BrokenPipeError):
+            raise OSError(f"standard output could not be written ({_lost[0].strerror}); files were")
+        return code
     except (KeyboardInterrupt, _Terminated) as stop:
-        print("cryptopredict: interrupted; the same --out goes on where it stopped", file=sys.stderr)
+        print("cryptopredict: interrupted; the same --out resumes where it stopped", file=sys.stderr)
         return 143 if isinstance(stop, _Terminated) else 130
-    finally: before()
+    except Exception as error: return _fail(error, verbose)
+    finally:
+        warnings.formatwarning = format_before
+        before()

@@ -753,6 +753,7 @@ def audit(
     *,
     n_cuts: int = 32,  # how many cuts, at least 1; the first and last rows are always among them
     seed: int = 0,  # places the cuts and draws the replacements
+    progress: Callable[[int, int], None] = lambda done, total: None,  # called with cuts done and cuts in all before each
 ) -> LeakReport:
     "Does anything `fn` says at or before a time depend on what comes after it? By truncation and by perturbation."
     _check_audited(frame, n_cuts)
@@ -769,6 +770,7 @@ def audit(
     cuts = _cuts(frame, base, _suspects(subject, base, allowed), n_cuts, subject.rng)
     whole, back, findings = set(cuts[::max(len(cuts) // 4, 1)]), _rows_back(frame, base), []
     for k, cut in enumerate(cuts):
+        progress(k, len(cuts))
         findings += _audit_cut(subject, cut, n if cut in whole else back, allowed)
         if k % 3 == 1 and subject.holed: findings += _audit_cut(subject, cut, back, allowed, holes=True)
     counts = {"cuts": len(cuts), "of the whole frame": len(cuts) if back == n else len(whole), "rows": n}

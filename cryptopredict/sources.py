@@ -26,10 +26,10 @@ _all_ = ["REPAIRS", "SourceError", "READERS", "BAR_COLUMNS", "CHAIN_COLUMNS", "C
 
 # %% auto #0
 __all__ = ['MACRO_COLUMNS', 'METRICS', 'MAX_AGE', 'SPLICE', 'FLAGS', 'FILL_LIMIT', 'VENUES', 'INVENTORY', 'Sources',
-           'read_folder', 'load_tables', 'join_panel', 'price_gaps', 'build_panel', 'inventory', 'inventory_json',
-           'load_panel', 'REPAIRS', 'SourceError', 'READERS', 'BAR_COLUMNS', 'CHAIN_COLUMNS', 'CHARTS', 'read',
-           'read_binance', 'read_blockchaincom', 'read_coinmetrics', 'read_fred', 'read_kraken', 'read_panel',
-           'read_yahoo']
+           'read_folder', 'load_tables', 'join_panel', 'price_gaps', 'build_panel', 'inventory', 'input_ages',
+           'inventory_json', 'load_panel', 'REPAIRS', 'SourceError', 'READERS', 'BAR_COLUMNS', 'CHAIN_COLUMNS',
+           'CHARTS', 'read', 'read_binance', 'read_blockchaincom', 'read_coinmetrics', 'read_fred', 'read_kraken',
+           'read_panel', 'read_yahoo']
 
 # %% ../nbs/00d_sources.ipynb #685e1d84
 MACRO_COLUMNS = {"DTWEXBGS": "dtwexbgs", "DGS10": "dgs10", "DGS2": "dgs2"}  # FRED's names -> the panel's
@@ -508,6 +508,21 @@ def inventory(
     return build_panel(read_folder(data_dir, repairs))[2]
 
 # %% ../nbs/00d_sources.ipynb #b86235ae
+def input_ages(
+    panel: pd.DataFrame,  # hourly panel
+    tables: list[pd.DataFrame] | None = None,  # its daily source tables
+    provenance: pd.DataFrame | None = None,  # the row of its table behind each cell
+) -> pd.Series:
+    """The age of each input at the newest hour, by column, from the beginning of the period it describes; NaT where it is missing
+    there. `bars` is the newest bar with a trade. Columns without provenance (a prepared or a built-in panel) are left out."""
+    now, traded = panel.index[-1], panel.index[~panel["is_filled"].to_numpy(bool)]
+    ages = {"bars": now - (traded[-1] - pd.Timedelta("1h")) if len(traded) else pd.NaT}
+    for table in tables or ():
+        for name in [c for c in table.columns[2:] if provenance is not None and c in provenance]:
+            row = provenance[name].iloc[-1]
+            ages[name] = now - table["value_time"].iloc[row] if row >= 0 else pd.NaT
+    return pd.Series(ages, dtype="timedelta64[ns]")
+
 def inventory_json(
     frame: pd.DataFrame,  # as from `inventory`
 ) -> str:

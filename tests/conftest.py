@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 # Read when numpy loads, here and in every process a test starts: keep numpy out of the imports above.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
     os.environ[_name] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests run on the CPU, wherever they run
 
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=60, print_blob=False,
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])

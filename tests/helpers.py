@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-ENV = {**os.environ, "COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"}
+ENV = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"}  # the caller's wishes change what is printed
+ENV |= {"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"}
 BASELINES = ["climatology", "climatology_4y", "persistence", "ewma", "log_har"]
 SCHEMA = ["time", "fold", "seed", "model", "p_down", "p_flat", "p_up", "p10", "p90", "sigma"]
 MEASURE = """import json, resource, subprocess, sys, time
@@ -77,7 +78,7 @@ class Measured:
     rc: int
     stdout: str
     stderr: str
-    seconds: float  # wall time
+    seconds: float  # wall time, for the eye only: no test compares it
     peak: int  # largest resident set, bytes
 
 

@@ -1,5 +1,4 @@
-"What the leak audit costs, and leaks and honest code drawn at random."
-import time
+"The work that the leak audit does, and leaks and honest code drawn at random."
 import tracemalloc
 
 import numpy as np
@@ -24,10 +23,9 @@ def sixty_four(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({f"{name} {k}": x for name, pair in made.items() for k, x in enumerate(pair)})
 
 
-def test_audit_of_64_features_on_100k_rows_in_time(walks):
-    begin = time.perf_counter()
+def test_audit_of_64_features_on_100k_rows(walks):
     report = audit(sixty_four, walks).raise_if_leaky()
-    assert time.perf_counter() - begin < 60 and report.tested["cuts"] >= 32, report
+    assert report.tested["cuts"] >= 32 and report.tested["runs"] < 300, report
     assert 0 < report.tested["of the whole frame"] <= 8 and "columns never compared" not in report.tested
 
 

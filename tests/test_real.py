@@ -1,7 +1,6 @@
-"The real files: what each reader makes of its own, the committed results made again, speed, and no look into the future."
+"The real files: what each reader makes of its own, the committed results made again, and no look into the future."
 import json
 import re
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +15,6 @@ from cryptopredict.files import list_files
 from cryptopredict.labels import make_labels
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-
-
-def _quickest(limit: float, work, *args):
-    "The result of `work` and its time, the best of three: others may share the machine."
-    best = np.inf
-    for _ in range(3):
-        begin = time.perf_counter()
-        result = work(*args)
-        best = min(best, time.perf_counter() - begin)
-        if best < limit: break
-    return result, best
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +111,6 @@ def test_availability_of_coin_metrics(data_dir):
 # --- panel ----------------------------------------------------------------------------------------------------------------
 
 
-def test_panel_loads_in_time(data_dir):
-    _, seconds = _quickest(5, sources.load_panel, data_dir)
-    assert seconds < 5, seconds
-
-
 def test_panel_keeps_its_contract(panel):
     assert panel.index.name == "time" and str(panel.index.tz) == "UTC" and len(panel) == 98499
     assert (np.diff(panel.index.asi8) == np.diff(panel.index.asi8)[0]).all(), "hourly without holes"
@@ -165,20 +148,16 @@ def test_nothing_is_used_early_or_old(data_dir):
 # --- features -------------------------------------------------------------------------------------------------------------
 
 
-def test_features_in_time(panel):
-    made, seconds = _quickest(2, build_features, panel.iloc[:100_000])
-    assert seconds < 2, seconds
+def test_features_are_whole_and_finite(panel):
+    made = build_features(panel.iloc[:100_000])
     assert made.shape == (len(panel.iloc[:100_000]), len(registry)) and (made.dtypes == "float32").all()
     assert not np.isinf(made.to_numpy()).any()
 
 
-def test_audit_of_features_in_time(panel):
-    begin = time.perf_counter()
-    report = leakage.audit(build_features, panel)
-    seconds = time.perf_counter() - begin
-    report.raise_if_leaky()
+def test_audit_of_features_on_the_real_panel(panel):
+    report = leakage.audit(build_features, panel).raise_if_leaky()
     assert report.tested["cuts"] >= 32 and report.tested["runs that raised"] == 0
-    assert seconds < 60, seconds
+    assert report.tested["of the whole frame"] <= 8 and report.tested["runs"] < 300, "work is bounded"
 
 
 def _another_future(panel: pd.DataFrame, cut: int) -> pd.DataFrame:
@@ -218,9 +197,9 @@ def test_every_feature_is_known_somewhere(panel):
 # --- the run --------------------------------------------------------------------------------------------------------------
 
 
-def test_run_in_time_and_clean(run):
+def test_run_is_small_and_clean(run):
     made, got = run
-    assert made.seconds < 300 and made.peak < 2 * 2**30, (made.seconds, made.peak)
+    assert made.peak < 2 * 2**30, made.peak
     assert made.stderr == "" and set(got["audits"]) == {"features", "labels", "disguise", "folds", "availability"}
     assert all(a["ok"] for a in got["audits"].values()) and (made.out / "report.html").exists()
 
