@@ -55,8 +55,10 @@ def main() -> None:
     report = audit(build_features, panels[ROWS[0]]).raise_if_leaky()
     figures = dict(
         build_seconds={str(rows): summary([r[rows] for r in rounds], 3) for rows in ROWS},
-        twice_the_rows=summary([r[ROWS[1]] / r[ROWS[0]] for r in rounds], 2), bar_milliseconds=summary(took, 2),
-        audit=dict(rows=ROWS[0], cuts=report.tested["cuts"], runs=report.tested["runs"], seconds=round(time.perf_counter() - begin, 1)),
+        twice_the_rows=summary([r[ROWS[1]] / r[ROWS[0]] for r in rounds], 2),
+        bar_milliseconds=summary(took, 2),
+        audit=dict(rows=ROWS[0], cuts=report.tested["cuts"], runs=report.tested["runs"],
+                   seconds=round(time.perf_counter() - begin, 1)),
         rounds=args.rounds, bars=args.bars, machine=platform.machine(), python=platform.python_version(), pandas=pd.__version__,
         commit=code_commit())
     print(json.dumps(figures, indent=1))

@@ -1,9 +1,9 @@
 """Do the intervals and the test hold what they say? `python benchmarks/inference.py --out results/inference.json`, two minutes.
 
-Series whose values share a window, as daily losses of a 90-day label do: moving sums of normal noise, and what a loss makes of
-them (squares, an exponential, coverage of a band, the pinball loss, the log loss of three classes). For each number of origins the
-share of 90 % intervals that contain the mean, the share of tests at 5 % that reject a true null, and the median of `n_eff` beside
-the number of windows."""
+Series whose values share a window, as daily losses of a 90-day label do: moving sums of normal noise, and what a loss makes
+of them (squares, an exponential, coverage of a band, the pinball loss, the log loss of three classes). For each number of
+origins the share of 90 % intervals that contain the mean, the share of tests at 5 % that reject a true null, and the median of
+`n_eff` beside the number of windows."""
 from __future__ import annotations
 
 import argparse

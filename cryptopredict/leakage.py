@@ -650,18 +650,20 @@ def _draw(pools: list[np.ndarray], count: int, rng: np.random.Generator) -> np.n
 
 # %% ../nbs/00_leakage.ipynb #794214d2
 def _cuts(frame: pd.DataFrame, base: pd.DataFrame, suspects: list, n_cuts: int, rng: np.random.Generator) -> np.ndarray:
-    "Row counts to cut at: first and last rows, suspects, the calendar, events of input and output; the rest random."
-    n, share = len(frame), max(n_cuts // 4, 1)
+    """Row counts to cut at: first and last rows, suspects, the calendar, events of input and output; the rest random. None lies
+    before the first row that has an output."""
+    n, share, said = len(frame), max(n_cuts // 4, 1), base.index[base.notna().any(axis=1)]
+    first = min(int(frame.index.get_loc(said[0])) + 1, n - 1) if len(said) else 1
     events = [_events(frame[c]) for c in frame], [frame.index.get_indexer(base.index[_events(base[c])]) for c in base]
     *calendar, gaps = _calendar(frame.index)
-    special = [np.array([1, 2, 3, n - 2, n - 1]), rng.permutation(gaps)[:share // 2]]
+    special = [np.array([first, first + 1, first + 2, n - 2, n - 1]), rng.permutation(gaps)[:share // 2]]
     each = min(6, max(2 * share // max(len(suspects), 1), 1))
     special += [rng.choice(pool, min(len(pool), each), replace=False) for pool in suspects[:2 * share]]  # smallest pools first
     for pools, count in ((calendar, share), (events[0], share // 2), (events[1], share // 2)):
         rows = _draw(pools, count, rng)
         special.append(rows + rng.integers(0, 2, len(rows)))  # the row before is the last one known, or the row itself
-    cuts = np.unique(np.clip(np.concatenate(special), 1, n - 1))
-    free = np.setdiff1d(np.arange(1, n), cuts)
+    cuts = np.unique(np.clip(np.concatenate(special), first, n - 1))
+    free = np.setdiff1d(np.arange(first, n), cuts)
     return np.sort(np.concatenate([cuts, rng.choice(free, min(max(n_cuts - len(cuts), 0), len(free)), replace=False)]))
 
 # %% ../nbs/00_leakage.ipynb #ddca598e
