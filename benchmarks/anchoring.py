@@ -49,13 +49,14 @@ def evidence(pairs, labels, share: float) -> dict:
 def one_fold(model, panel, features, labels, fold, folder: Path) -> dict:
     """Evidence of one fold's validation spans and of its test year, by share."""
     folds = ev.choice_folds(labels, fold, 3)
-    trials = [ev._trial(model, panel, features, labels, f, 0, folder / f"choice-{k}") for k, f in enumerate(folds)]
+    years = {head: chosen["years"] for head, chosen in ev.choose_climatologies(panel, labels, folds).items()}
+    trials = [ev._trial(model, panel, features, labels, f, years, 0, folder / f"choice-{k}") for k, f in enumerate(folds)]
     best, pairs = best_epoch(*(run.out for run, _ in trials)), []
     if not best: return dict(best_epoch=0)
     for f, (run, prepared) in zip(folds, trials):
         run.at_epoch(best)
         pairs.append(forecasts(run, prepared, panel, features, ev.origins(panel.index, f.valid)))
-    prepared = ev._prepare(model, panel, features, labels, fold.refit, None)
+    prepared = ev._prepare(model, panel, features, labels, fold, "refit", years)
     refit = train(ev._train_config(model, prepared.data, 0), prepared.data, folder / "refit", prepared.start, until=best)
     test = [forecasts(refit, prepared, panel, features, ev.origins(panel.index, fold.test))]
     parts = dict(newest=pairs[-1:], all=pairs, test=test)

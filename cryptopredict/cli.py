@@ -795,7 +795,7 @@ def main(
             raise OSError(f"standard output could not be written ({_lost[0].strerror}); files were")
         return code
     except (KeyboardInterrupt, _Terminated) as stop:
-        print("cryptopredict: interrupted; the same --out resumes where it stopped", file=sys.stderr)
+        print("cryptopredict: interrupted; the same --out goes on where it stopped", file=sys.stderr)
         return 143 if isinstance(stop, _Terminated) else 130
     except Exception as error: return _fail(error, verbose)
     finally:
