@@ -1,4 +1,4 @@
-"""Do the intervals and the test hold what they say? `python benchmarks/inference.py --out results/inference.json`, two minutes.
+"""Coverage of the intervals, size of the test, bias of `n_eff`: `python benchmarks/inference.py --out FILE`, two minutes.
 
 Series whose values share a window, as daily losses of a 90-day label do: moving sums of normal noise, and what a loss makes
 of them (squares, an exponential, coverage of a band, the pinball loss, the log loss of three classes). For each number of
@@ -38,7 +38,7 @@ def one(n: int, overlap: int, name: str, series: int, seed: int) -> dict:
         low, high = _interval(block_bootstrap(v, block, 300, seed=k), v.mean(), n, overlap, .9)
         inside.append(low <= 0 <= high)
     p = np.array([dm_test(v, overlap)[1] for v in losses])
-    n_eff = np.minimum(n, losses.var(axis=1) / _block_se(losses, block) ** 2 / _null(n, overlap, block).n_eff)
+    n_eff = np.minimum(n, losses.var(axis=1) / _block_se(losses, block) ** 2 / _null(n, overlap, block).n_eff_bias)
     return dict(origins=n, overlap=overlap, losses=name, coverage_of_90=round(float(np.mean(inside)), 3),
                 size_of_5=round(float(np.mean(p < .05)), 3), n_eff_median=round(float(np.median(n_eff)), 1),
                 windows=round(n / overlap, 1))

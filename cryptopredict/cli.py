@@ -113,12 +113,12 @@ def _files(data: Path, repairs: tuple[str, ...]) -> _Loaded:
 
 # %% ../nbs/06a_cli.ipynb #46b8276d
 def _training_line(record: dict) -> str:
-    "Loss, speed and peak memory of one update, then the losses by head and the learning rate."
+    "Loss, losses by head, learning rate, speed and peak memory of one update."
     number = lambda v: v.item() if hasattr(v, "item") else v
     losses = "  ".join(f"{head} {number(record[head]):.3f}" for head in ("cls", "p10", "p90", "vol"))
     memory = record.get("peak_allocated", record.get("peak_rss", 0)) / 2**20
     loss = f"loss {number(record['loss']):.3f}"
-    return f"{loss}  {record['tokens_per_s'] / 1e3:.0f}k tokens/s  {memory:.0f} MiB  {losses}  lr {record['lr']:.1e}"
+    return f"{loss}  {losses}  lr {record['lr']:.1e}  {record['tokens_per_s'] / 1e3:.0f}k tokens/s  {memory:.0f} MiB"
 
 # %% ../nbs/06a_cli.ipynb #c629118b
 class _TimeLeft:
@@ -284,7 +284,7 @@ class _Walk(_Source):
     models: tuple[str, ...] | None = None  # Forecasters, separated by spaces, the reference first. Default: baselines, network.
     preset: str | None = None  # The network's preset: tiny, baseline or mhsa. Default: tiny.
     epochs: int | None = None  # Passes of the network over its training hours at most. Default: 3.
-    first_test: str | None = None  # First test time, UTC. Default: the first 1 January at least four years after the data begin.
+    first_test: str | None = None  # First test time, UTC. Default: a 1 January, four years after the data begin if they reach.
     step: str | None = None  # Length of a test span, for example YS or 365D.
     horizon: str | None = None  # Span of the return that is forecast, for example 90D.
     model: _MODEL = None
@@ -316,7 +316,7 @@ class _Tracked:
 @dataclass
 class _Folder(_Walk, _Tracked):
     "Where a run is kept."
-    out: Path | None = None  # Run folder; an existing one of the same run is gone on with. Default: a new folder under runs/.
+    out: Path | None = None  # Run folder; an existing one of the same run is resumed. Default: a new folder under runs/.
 
 # %% ../nbs/06a_cli.ipynb #77a967e2
 def _audits(panel, tables, provenance, config, n_cuts: int) -> dict:
@@ -324,7 +324,7 @@ def _audits(panel, tables, provenance, config, n_cuts: int) -> dict:
     from cryptopredict.evaluate import HOURS, audit_inputs, audit_network
     from cryptopredict.sources import MAX_AGE
     network = "mamba2" in config.models and len(panel) >= HOURS
-    total, begun = (7 if tables else 6) if network else 5 if tables else 4, []
+    total, begun = 4 + bool(tables) + 2 * network, []
     with _Progress() as progress:
         def begin(name: str) -> None:
             progress(len(begun), total, f"audit of {name}")
@@ -351,6 +351,7 @@ def _say_scores(out: Path) -> None:
     shown = {"log_loss": "log\nloss", "pinball10": "\np10", "pinball90": "\np90", "coverage": "\ncoverage",
              "rmse_log_sigma": "RMSE\nlog sigma", "qlike": "\nQLIKE"}
     title = f"{scores['origins']} daily origins, {scores['begin'][:10]} to {scores['end'][:10]}"
+    returns = scores["origins_by_label"].get("r90", scores)
     table = Table(title=title, title_justify="left", box=box.ASCII if not _takes_utf8() else box.ROUNDED)
     table.add_column("model", no_wrap=True)
     for name in shown.values(): table.add_column(name, justify="right", no_wrap=True)
@@ -359,6 +360,8 @@ def _say_scores(out: Path) -> None:
     console = Console(force_jupyter=False)
     with console.capture() as capture: console.print(table)
     _say(capture.get().rstrip())
+    if returns["origins"] != scores["origins"]:
+        _say(f"the return's scores (left of RMSE) rest on {returns['origins']} origins, to {returns['end'][:10]}")
 
 def _takes_utf8() -> bool:
     "Whether standard output takes any character."
@@ -395,7 +398,7 @@ class Evaluate(_Folder):
             return walk_forward_run(config, loaded.panel, out, loaded.name, audits, progress, watch, loaded.inventory)
 
 def _print_device(config) -> None:
-    "Where the network is trained."
+    "Print where the network is trained."
     from cryptopredict.tbptt_trainer import resolved
     settings = resolved(config.train)
     _say(f"network: preset {config.preset} on {settings.device}, mixed precision {settings.amp}")
@@ -462,7 +465,7 @@ def _source_of(name: str, function) -> dict:
 
 # %% ../nbs/06a_cli.ipynb #15a5f324
 def _audit_own(function, name: str, panel, n_cuts: int, seed: int):
-    "The audit of a user's function, said."
+    "The audit of a user's function, printed."
     from cryptopredict.leakage import audit
     try:
         with _Progress() as progress:
@@ -549,8 +552,8 @@ class Forecast(_Walk):
             self.out.parent.mkdir(parents=True, exist_ok=True)
             hours = {name: None if age != age else round(age / 3600, 2) for name, age in ages.dt.total_seconds().items()}
             head = dict(time=panel.index[-1].isoformat(), close=close, horizon=config.horizon, vol_window=config.vol_window,
-                        source=loaded.name, age_hours=hours, heads=heads)
-            forecasts = json.loads(made.drop(columns=["time", "fold"]).to_json(orient="records", double_precision=12))
+                        source=loaded.name, ages=hours, ages_unit="hours", heads=heads)
+            forecasts = json.loads(made.to_json(orient="records", double_precision=12, date_format="iso"))
             write_atomic(beside, inventory_json(loaded.inventory))
             write_atomic(self.out, json.dumps(dict(**head, forecasts=forecasts), indent=1))
         _say(f"made at {panel.index[-1]:%Y-%m-%d %H:%M} UTC, close {close:.2f}; the return is over {config.horizon}")
@@ -560,7 +563,7 @@ class Forecast(_Walk):
         return 0
 
 def _print_ages(ages) -> None:
-    "How old each input is at the hour of the forecast, those of an age together."
+    "Print how old each input is at the hour of the forecast, those of an age together."
     groups = {}
     for name, age in ages.items():
         groups.setdefault("missing" if age != age else _age(age.total_seconds()), []).append(name)
@@ -589,7 +592,7 @@ def _say_expected(config, panel) -> int:
 @dataclass
 class Train(_Walk, _Tracked):
     "Fit the network on all labels that have matured; checkpoints and curves in a folder."
-    out: Path | None = None  # Folder of the training; the same one is gone on with. Default: a new folder under runs/.
+    out: Path | None = None  # Folder of the training; an existing one is resumed. Default: a new folder under runs/.
     # Only say what would be trained: data, trainings, parameters, updates, and the time and memory that are expected.
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
 
@@ -744,7 +747,7 @@ First steps:  cryptopredict run                     the whole path on the built-
 COMMANDS = {c.__name__.lower(): c for c in (Run, Prepare, Audit, Evaluate, Forecast, Train, Runs, Fetch, Plan)}
 
 # Modules whose ValueErrors speak of a file: text that is no JSON, a parquet file cut short.
-_PARSERS = {"json", "tomllib", "codecs", "pyarrow", "zipfile", "gzip", "zlib"}
+_PARSERS = {"json", "tomllib", "codecs", "pyarrow"}
 
 def _is_users(error: BaseException) -> bool:
     "Whether an error is a mistake in the call or the files: one that this package raises itself, or a parser of files does."
@@ -791,8 +794,8 @@ def main(
         verbose = command.verbose
         _check_memory()
         code = command()
-        if _lost and not isinstance(_lost[0], BrokenPipeError):
-            raise OSError(f"standard output could not be written ({_lost[0].strerror}); files were")
+        if _lost and not isinstance(_lost[0], BrokenPipeError) and code == 0:
+            raise OSError(f"standard output could not be written ({_lost[0].strerror}); output files, if any, are complete")
         return code
     except (KeyboardInterrupt, _Terminated) as stop:
         print("cryptopredict: interrupted; the same --out goes on where it stopped", file=sys.stderr)

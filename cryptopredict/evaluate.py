@@ -115,7 +115,7 @@ class EvaluateConfig(BaseModel):
     horizon: str = "90D"  # span of the return label
     vol_window: str = "30D"  # span of the volatility label
     threshold: Annotated[float, Bound(0., 1., "log return")] = 0.05  # |r90| beyond which the direction is not flat
-    first_test: str | None = None  # first test time (UTC); None: the first 1 January at least four years after the data begin
+    first_test: str | None = None  # first test time (UTC); None: as `default_first_test` has it, four years after the data begin
     step: str = "YS"  # length of a test span: a pandas offset ("YS") or duration ("365D")
     validation: str = "365D"  # span before each test that choices are made on
     embargo: str = "0D"  # further time between a label's end and what comes next
@@ -207,11 +207,12 @@ def load_config(
     except ValidationError as error: raise _explain(error, "flags") from None
 
 # %% ../nbs/05f_evaluate.ipynb #cf62e79d
-def default_first_test(index: pd.DatetimeIndex) -> pd.Timestamp:
-    """The first 1 January (UTC) at least four years after the data begin; with too little history to test half a year from there
-    on, one or two years earlier."""
+def default_first_test(index: pd.DatetimeIndex, horizon: str = "90D") -> pd.Timestamp:
+    """The first 1 January (UTC) at least four years after the data begin; where no half a year of labels of length `horizon`
+    follows, at least three or two years."""
     january = lambda years: index[0].ceil("D") + pd.DateOffset(years=years) + pd.offsets.YearBegin(0)
-    return next((t for t in map(january, (4, 3, 2)) if t + pd.Timedelta("270D") <= index[-1]), january(4))
+    needed = pd.Timedelta(horizon) + pd.Timedelta("180D")
+    return next((t for t in map(january, (4, 3, 2)) if t + needed <= index[-1]), january(4))
 
 # %% ../nbs/05f_evaluate.ipynb #4ac7352a
 def origins(index: pd.DatetimeIndex, rows: np.ndarray) -> np.ndarray:
@@ -245,7 +246,7 @@ def lost_origins(
 ) -> dict:
     """What gaps in the price cost a walk-forward: the number of daily `origins` in its test spans, those `without_forecast` (no
     `has_history`), those with a forecast but `without_label` (the price is unknown later), and the `gaps`."""
-    first = pd.Timestamp(config.first_test or default_first_test(panel.index))
+    first = pd.Timestamp(config.first_test or default_first_test(panel.index, config.horizon))
     first = first.tz_localize("UTC") if first.tz is None else first
     last = panel.index[-1] - max(pd.Timedelta(config.horizon), pd.Timedelta(config.vol_window))
     rows = origins(panel.index, np.flatnonzero((panel.index >= first) & (panel.index <= last)))
@@ -269,7 +270,7 @@ def make_folds(
 ) -> list[Fold]:
     """Walk-forward folds of a run, without test spans that lie in a gap of the price; a `ValueError` says what is missing when
     the history is too short."""
-    index, first = labels.index, config.first_test or default_first_test(labels.index)
+    index, first = labels.index, config.first_test or default_first_test(labels.index, config.horizon)
     ends, spans = labels[["label_end", "sigma_end"]], dict(step=config.step, validation=config.validation, embargo=config.embargo)
     if ends["label_end"].isna().all():
         raise ValueError(f"no label: the data ({index[0]} to {index[-1]}) are shorter than the horizon of {config.horizon}; "
@@ -394,30 +395,38 @@ def write_config(
 
 # %% ../nbs/05f_evaluate.ipynb #9267199c
 def open_run(out: str | Path, config: EvaluateConfig, provenance: dict) -> Path:
-    """The run folder, new or the same run as before; a `ValueError` names what differs and changes nothing. Other code than
-    before is a warning, and is recorded in `run.json`."""
-    out, code = Path(out), dict(commit=provenance["commit"], code=provenance["code_sha256"])
-    known, before = out / "run.json", []
+    "The run folder, new or the same run as before; a `ValueError` names what differs and changes nothing."
+    out = Path(out)
+    known = out / "run.json"
     mine = _identity(config, provenance)
     if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: choose another --out")
     if known.exists():
         try:
             content = json.loads(known.read_text())
             there, here = (dotted(d["config"]) | {k: d[k] for k in d if k != "config"} for d in (content["identity"], mine))
-            before = [dict(commit=c["commit"], code=c["code"]) for c in content["made_by"]]
+            if not content["made_by"]: raise ValueError("made_by is empty")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{known} is damaged ({error}): choose another --out") from error
         refuse_other(out, there, here)
     elif out.is_dir() and any(path for path in out.iterdir() if not re.fullmatch(r"run\.json\.\d+\.tmp", path.name)):
         raise ValueError(f"{out} is not empty and holds no run: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    if code["code"] not in [c["code"] for c in before]:
-        if before: warn_code_changed(out, before[-1])
-        made_by = [*before, code]
+    if not known.exists():
+        made_by = [dict(commit=provenance["commit"], code=provenance["code_sha256"])]
         write_atomic(known, json.dumps({"identity": mine, "provenance": provenance, "made_by": made_by}, indent=1))
     (out / "parts").mkdir(exist_ok=True)
     for place in (out, out / "parts"): remove_orphans(place)
     return out
+
+def _note_code(out: Path, provenance: dict) -> dict:
+    """Where a run is resumed with other code, a warning and a line in `run.json`. Returns the commits it was made with so far,
+    for its provenance, if there are several."""
+    known = json.loads((out / "run.json").read_text())
+    made_by = known["made_by"]
+    if warn_code_changed(out, made_by[-1]):
+        made_by.append(dict(commit=provenance["commit"], code=provenance["code_sha256"]))
+        write_atomic(out / "run.json", json.dumps(known, indent=1))
+    return dict(commits=[c["commit"] for c in made_by]) if len(made_by) > 1 else {}
 
 # %% ../nbs/05f_evaluate.ipynb #b1802eef
 def _unwatched(run: Run, record: dict) -> None:
@@ -555,20 +564,27 @@ class Prepared(NamedTuple):
     data: FoldData  # tensors, log-HAR's log sigma as the last channel
 
 # %% ../nbs/05f_evaluate.ipynb #e809f50c
-def _log_sigma(anchor: Anchor, panel: pd.DataFrame) -> np.ndarray:
+def _log_sigma(log_har, panel: pd.DataFrame) -> np.ndarray:
     "Log-HAR's log sigma at every hour of the panel, NaN where its history is too short."
-    return np.log(anchor.log_har._sigma(panel)).to_numpy()
+    return np.log(log_har._sigma(panel)).to_numpy()
 
 # %% ../nbs/05f_evaluate.ipynb #801ff9fa
-def _prepare(model: Network, panel, features, labels, fold: Fold, part: str, years: dict[str, int | None]) -> Prepared:
-    "Anchor, start and tensors of a fit on a part of a fold: `train`, to be stopped on its validation rows, or `refit`."
+def _tensors(model: Network, panel, features, labels, fold: Fold, part: str) -> tuple[object, FoldData]:
+    "log-HAR and tensors of a fit on a part of a fold: `train`, to be stopped on its validation rows, or `refit`."
+    log_har = BASELINES["log_har"](model.horizon, model.threshold).fit(panel, None, labels, _fit_on(fold, part))
+    rows, valid = LabelRows.of(fold, part), LabelRows.of(fold, "valid") if part == "train" else None
+    return log_har, fold_data(features, labels, rows, valid, _log_sigma(log_har, panel))
+
+def _with_climatologies(model: Network, panel, labels, fold: Fold, part: str, years: dict, log_har, data: FoldData) -> Prepared:
+    "Anchor, start and tensors, the climatologies of so many `years` fitted on the same part."
     baseline = partial(_climatology, panel, labels, _fit_on(fold, part), horizon=model.horizon)
     direction, band = baseline(years=years["direction"]), baseline(years=years["band"])
-    log_har = BASELINES["log_har"](model.horizon, model.threshold).fit(panel, None, labels, _fit_on(fold, part))
-    anchor, quantiles = Anchor(direction, band, log_har), torch.tensor([band.p10, band.median, band.p90]).float()
-    rows, valid = LabelRows.of(fold, part), LabelRows.of(fold, "valid") if part == "train" else None
-    data = fold_data(features, labels, rows, valid, _log_sigma(anchor, panel))
-    return Prepared(anchor, (torch.tensor(direction.probs).float(), quantiles, 1.), data)
+    quantiles = torch.tensor([band.p10, band.median, band.p90]).float()
+    return Prepared(Anchor(direction, band, log_har), (torch.tensor(direction.probs).float(), quantiles, 1.), data)
+
+def _prepare(model: Network, panel, features, labels, fold: Fold, part: str, years: dict[str, int | None]) -> Prepared:
+    "All that a fit on a part of a fold needs."
+    return _with_climatologies(model, panel, labels, fold, part, years, *_tensors(model, panel, features, labels, fold, part))
 
 # %% ../nbs/05f_evaluate.ipynb #58358045
 def _train_config(model: Network, data: FoldData, seed: int) -> TrainConfig:
@@ -638,7 +654,7 @@ def _choose(model: Network, panel: pd.DataFrame, features: pd.DataFrame, labels:
 # %% ../nbs/05f_evaluate.ipynb #fe4e15a4
 def _network_forecast(net, prepared: Prepared, panel: pd.DataFrame, features: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
     "The network's own forecasts at `rows`, the state warmed through all earlier hours."
-    sigma = pd.Series(_log_sigma(prepared.anchor, panel)).ffill().fillna(0).to_numpy(dtype="float32")
+    sigma = pd.Series(_log_sigma(prepared.anchor.log_har, panel)).ffill().fillna(0).to_numpy(dtype="float32")
     x = np.concatenate([prepared.data.scaler(features), sigma[:, None]], axis=1)[:int(rows.max()) + 1]
     f = warm_forecast(net, torch.from_numpy(x), prepared.data.start)
     at = torch.from_numpy(rows - prepared.data.start)
@@ -663,6 +679,7 @@ def _kept_choice(path: Path, identity: dict) -> dict:
         choice = json.loads(path.read_text())
         fits = type(choice["epochs"]) is int and choice["epochs"] >= 0 and {*choice["heads"]} <= {*HEAD_COLUMNS}
         fits = fits and isinstance(choice["heads"], list) and isinstance(choice.get("identity", {}), dict)
+        fits = fits and {*choice["climatologies"]} == {"direction", "band"}
         fits = fits and all(c["years"] in YEARS for c in choice["climatologies"].values())
         if not fits: raise ValueError("no epochs and heads")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -700,15 +717,14 @@ class Network:
         with deterministic(self.settings.deterministic): return self._fit(panel, features, labels, fold, seed)
 
     def _fit(self, panel, features, labels, fold, seed):
-        prepare = partial(_prepare, self, panel, features, labels, fold, "refit")
-        kept, data = self.folder / "choice.json", prepare(dict.fromkeys(("direction", "band"), YEARS[0])).data
+        kept, (log_har, data) = self.folder / "choice.json", _tensors(self, panel, features, labels, fold, "refit")
         identity = _training_identity(self, data)
         remove_orphans(self.folder)
         if not kept.exists():
             write_atomic(kept, json.dumps(dict(_choose(self, panel, features, labels, fold, seed), identity=identity)))
         choice = _kept_choice(kept, identity)
         self.heads, self.years = choice["heads"], {head: c["years"] for head, c in choice["climatologies"].items()}
-        self.prepared = prepare(self.years)
+        self.prepared = _with_climatologies(self, panel, labels, fold, "refit", self.years, log_har, data)
         config, out = _train_config(self, data, seed), self.folder / f"seed-{seed}"
         self.model = train(config, data, out, self.prepared.start, until=choice["epochs"], progress=self.watch).model
         return self
@@ -757,7 +773,7 @@ def expected_trainings(
     parts = [(f"choice-{k}", f, "train") for k, f in choices] + [("seed", fold, "refit")]
     made, span = [], lambda rows: f"{panel.index[rows[0]]:%Y-%m-%d} to {panel.index[rows[-1]]:%Y-%m-%d}"
     for name, f, part in parts:
-        data = _prepare(network, panel, features, labels, f, part, dict.fromkeys(("direction", "band"), YEARS[0])).data
+        _, data = _tensors(network, panel, features, labels, f, part)
         cost = estimate(_train_config(network, data, config.seed), data)
         spans = dict(learned=span(getattr(f, part)), judged=span(f.valid) if part == "train" else "")
         made.append(dict(training=name, **spans, length=data.stop - data.start, **cost._asdict()))
@@ -854,7 +870,7 @@ def _parts(config: EvaluateConfig, n_folds: int) -> list[tuple[int, str, int]]:
     return [(k, m, s) for k in range(n_folds) for m in config.models for s in seeds(m)]
 
 class Step(NamedTuple):
-    "A part of a run that is about to be made, as `progress` is told of it."
+    "The next part of a run, passed to `progress`."
     fold: str
     model: str
     seed: int
@@ -863,6 +879,8 @@ class Step(NamedTuple):
     rest: tuple[Step, ...] = ()  # the parts after it
 
     def __str__(self) -> str: return f"{self.fold}, {self.model}, seed {self.seed}"
+
+def _fold_names(folds: list[Fold]) -> list[str]: return [f"fold {k + 1} of {len(folds)}" for k in range(len(folds))]
 
 def _steps(config: EvaluateConfig, labels: pd.DataFrame, folds: list[Fold], names: list[str], there: Callable) -> list[Step]:
     "All parts of a run; `there(fold, model, seed)` says which exist."
@@ -888,8 +906,8 @@ def shrink_trainings(
     for path in sorted(Path(folder).glob("*-*/checkpoints")):
         if not checkpoints(path): continue
         trial = path.parent.name.startswith("choice-")
-        if whole and trial: keep_weights(path.parent, choice["best_epoch"])
-        elif whole: prune(path, 1)
+        if whole and not trial: prune(path, 1)
+        elif whole and choice["best_epoch"]: keep_weights(path.parent, choice["best_epoch"])
         elif trial or not choice["epochs"]:
             for one in checkpoints(path): remove(one)
         else: keep_weights(path.parent)
@@ -907,8 +925,7 @@ def predict_folds(
     """Predictions of all parts, those of an earlier start included. Of the trainings of a fold that is done, only weights and
     histories are kept."""
     todo, part = _parts(config, len(folds)), lambda k, m, s: out / "parts" / f"fold-{k:02d}-{m}-{s}.parquet"
-    names = [f"fold {k + 1} of {len(folds)}" for k in range(len(folds))]
-    steps = _steps(config, labels, folds, names, lambda *p: part(*p).exists())
+    steps = _steps(config, labels, folds, _fold_names(folds), lambda *p: part(*p).exists())
     needs = [m for m in config.models if getattr(FORECASTERS[m], "needs_features", False)]
     features = build_features(panel) if needs else None
     for done, (k, model, seed) in enumerate(todo):
@@ -917,8 +934,8 @@ def predict_folds(
         if not path.exists():
             made = fit_predict(model, panel, features, labels, folds[k], config, seed, folder, watch).assign(fold=k)
             write_atomic(path, _parquet(made[SCHEMA]))
-        last_seed = seed == config.seed + config.seeds - 1
-        if last_seed and (folder / "choice.json").exists(): shrink_trainings(folder)
+        trains = getattr(FORECASTERS[model], "stochastic", False)
+        if trains and seed == config.seed + config.seeds - 1 and (folder / "choice.json").exists(): shrink_trainings(folder)
     progress(len(todo), len(todo), "predictions done")
     return pd.concat([pd.read_parquet(part(*p)) for p in todo], ignore_index=True)
 
@@ -955,9 +972,10 @@ def _origin_table(panel: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../nbs/05f_evaluate.ipynb #56b0b822
 def _fold_table(index: pd.DatetimeIndex, folds: list[Fold]) -> list[dict]:
-    "First and last time and number of rows of each part of each fold."
+    "First and last time and number of rows of each part of each fold; `refit_sigma`: those that volatility is learned from."
     span = lambda rows: dict(begin=str(index[rows[0]]), end=str(index[rows[-1]]), rows=len(rows))
-    return [{name: span(getattr(f, name)) for name in ("train", "valid", "test", "refit")} for f in folds]
+    parts = lambda f: {name: getattr(f, name) for name in Fold.PARTS} | dict(refit_sigma=f.of("sigma_end").refit)
+    return [{name: span(rows) for name, rows in parts(f).items()} for f in folds]
 
 # %% ../nbs/05f_evaluate.ipynb #a82c5720
 def newest_forecast(
@@ -1084,17 +1102,28 @@ def walk_forward_run(
     if not folds: raise ValueError(f"no origin has a price known for {HISTORY} before it: bring the missing bars")
     if "mamba2" in config.models: check_network(config)
     made_by = provenance_of(panel, source)
+    if "mamba2" in config.models:
+        settings = resolved(config.train)
+        made_by |= dict(device=settings.device, amp=settings.amp)
     out = open_run(out, config, made_by)
     with alone(out):
+        made_by |= _note_code(out, made_by)
         write_config(out, config, made_by["source"])
         _write_inventory(out, inventory)
-        count, last = len(_parts(config, len(folds))), len(_parts(config, 1)) if has_history(panel)[-1] else 0
-        forward = lambda done, total, what: progress(done, count + last, what)
+        live = []  # the parts of the newest forecast, where models can forecast there
+        if has_history(panel)[-1]:
+            ends, spans = labels[["label_end", "sigma_end"]], dict(validation=config.validation, embargo=config.embargo)
+            fold = live_fold(panel.index, ends, **spans)
+            live = _steps(config, labels, [fold], ["newest forecast"], lambda *part: False)
+        count = len(_parts(config, len(folds)))
+        def forward(done: int, total: int, what: Step | str) -> None:
+            if isinstance(what, Step): what = what._replace(rest=(*what.rest, *live))
+            progress(done, count + len(live), what)
         predictions = predict_folds(config, panel, labels, folds, out, forward, watch)
         write_atomic(out / "predictions.parquet", _parquet(predictions))
         write_atomic(out / "origins.parquet", _parquet(_origin_table(panel, labels)))
-        if last:
-            onward = lambda done, total, what: progress(count + done, count + last, what)
+        if live:
+            onward = lambda done, total, what: progress(count + done, count + len(live), what)
             newest = newest_forecast(config, panel, onward, folder := out / "network" / "newest", watch)
             if (folder / "choice.json").exists(): shrink_trainings(folder, whole=True)
         else: newest = predictions.iloc[:0]  # no model can forecast there
@@ -1104,7 +1133,7 @@ def walk_forward_run(
         write_atomic(out / "certificate.json", json.dumps(paper := paper or certificate({}, made_by), indent=1))
         head = dict(provenance=made_by, config=config.plain(), folds=_fold_table(panel.index, folds))
         head["lost_origins"] = lost_origins(config, panel, labels)
-        head["newest"] = dict(close=float(panel["close"].iloc[-1]), heads=heads)
+        head["newest"] = dict(close=None if np.isnan(close := float(panel["close"].iloc[-1])) else close, heads=heads)
         training = training_summary(out / "network")
         audited = dict(audits=paper["audits"], untested=paper["untested"])
         scores = dict(**head, **audited, training=training, **score_run(config, predictions, labels))

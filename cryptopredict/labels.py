@@ -44,7 +44,7 @@ def _path_quantile(log_close: pd.Series, hours: int, q: float) -> pd.Series:
     return log_close.rolling(hours).quantile(q).shift(-hours) - log_close
 
 def check_labels(labels: pd.DataFrame) -> pd.DataFrame:
-    "`labels` unchanged, or a `ValueError` that names time and column of the first value that no label has."
+    "`labels` unchanged, or a `ValueError` that names time and column of the first impossible value."
     tests = dict(direction=(lambda v: ~np.isin(v, (0, 1, 2)), "is no class: give 0 (down), 1 (flat), 2 (up) or NA"),
                  sigma=(lambda v: ~((v >= 0) & np.isfinite(v)), "is no volatility: give a finite number of at least 0, or NaN"),
                  r90=(lambda v: ~np.isfinite(v), "is no log return: give a finite number or NaN"))

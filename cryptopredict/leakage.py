@@ -24,7 +24,7 @@ __all__ = ['FINDING_COLUMNS', 'TOLERANCE', 'MODES', 'RAISED', 'HINT_COLUMNS', 'L
            'audit_availability', 'audit_model', 'audit_pipeline', 'audit_labels', 'lint']
 
 # %% ../nbs/00_leakage.ipynb #e98250f3
-FINDING_COLUMNS = ["severity", "column", "kind", "time", "magnitude", "detail"]
+FINDING_COLUMNS = ["column", "kind", "severity", "time", "magnitude", "detail"]
 
 class LeakageError(ValueError):
     "A leak was found; the message names the first one."
@@ -32,9 +32,8 @@ class LeakageError(ValueError):
 # %% ../nbs/00_leakage.ipynb #4f8ad731
 @dataclass
 class LeakReport:
-    """What an audit found, and what it tried. A finding of severity `leak` is one; a `suspect` is worth a look, as an honest
-    feature or split can look the same."""
-    findings: pd.DataFrame  # one row a finding: `severity, column, kind, time, magnitude, detail`
+    "What an audit found, and what it tried. A `leak` fails the report; a `suspect` may be honest, and is only shown."
+    findings: pd.DataFrame  # one row a finding: `column, kind, severity, time, magnitude, detail`
     tested: dict = field(default_factory=dict)  # what was tried, for example `{"cuts": 32}`
 
     @property
@@ -219,10 +218,6 @@ class Fold:
         "The fold of the label whose end is named, such as `sigma_end`: each row counts as soon as that label has matured."
         return self.by_label.get(label, self)
 
-    def replace(self, **parts: Sequence[int]) -> Fold:
-        "A fold with other rows in some parts, for all labels."
-        return Fold(**{name: parts.get(name, getattr(self, name)) for name in self.PARTS})
-
     def __repr__(self) -> str:
         return f"Fold({', '.join(f'{name} {len(getattr(self, name))}' for name in self.PARTS)} rows)"
 
@@ -362,8 +357,8 @@ def _positions(rows, n: int, what: str) -> np.ndarray:
 
 # %% ../nbs/00_leakage.ipynb #5856a5f1
 def _depth(begin: np.ndarray, end: np.ndarray, other_begin: np.ndarray, other_end: np.ndarray, margin: int) -> np.ndarray:
-    """How far each label (begin, end] reaches into the nearest of the others, or these into it, when `margin` is added between
-    them; nanoseconds, above 0 where they share time. The others are in order of their beginnings."""
+    """Overlap of each label (begin, end], widened by `margin` on both sides, with the nearest of the others, which are in order
+    of their beginnings; nanoseconds, positive where they share time."""
     reach = np.maximum.accumulate(other_end)
     last = np.searchsorted(other_begin, end + margin, side="left") - 1  # of the others, what begins before this label ends
     first = np.searchsorted(reach, begin - margin, side="right")  # and what ends after it begins
@@ -411,7 +406,8 @@ def _as_fold(fold, number: int) -> Fold:
 # %% ../nbs/00_leakage.ipynb #fc54942a
 def audit_folds(
     folds: list[Fold | tuple],  # `train, valid, test, refit` positions each, or (train, test) as scikit-learn gives them
-    label_end: pd.Series | pd.DataFrame,  # label end(s) by decision time; a frame, a column a label: judged by the longest
+    # Label end(s) by decision time. A frame has a column a label: parts are judged by the longest, those of `fold.of` by theirs.
+    label_end: pd.Series | pd.DataFrame,
     embargo: str | pd.Timedelta = "0D",  # embargo that was asked for
 ) -> LeakReport:
     """Labels of training rows that share time with labels of tested ones, before or after them, and a missing embargo: leaks.
@@ -689,8 +685,8 @@ def _audit_cut(subject: _Subject, cut: int, back: int, allowed: dict, holes: boo
     if holes: given = _holed(given, subject.holed, cut - start, rng)
     rows, findings, now = np.arange(cut - start, len(given)), [], None
     past = subject.call(given.iloc[:cut - start].copy())
+    if past is not None and not past.loc[:until].notna().any(axis=None): past = None  # no value from so few rows
     if past is None and not whole and not holes: return _audit_cut(subject, cut, len(subject.frame), allowed)
-    if past is not None and not past.loc[:until].notna().any(axis=None): past = None  # says nothing of so few rows
     if past is None and not holes: subject.silent.add(cut)
     for mode in ("as it is",) if holes else ("as it is", *MODES):
         other = given.copy() if mode == "as it is" else _changed(given, rows, mode, rng)
@@ -753,7 +749,7 @@ def audit(
     fn: Callable[[pd.DataFrame], pd.DataFrame | pd.Series | np.ndarray],  # code under audit
     frame: pd.DataFrame,  # time-indexed input, UTC, increasing; at least 8 rows
     *,
-    n_cuts: int = 32,  # how many cuts, at least 1; the first and last rows are always among them
+    n_cuts: int = 32,  # how many cuts, at least 1; the first rows with an output and the last rows are always among them
     seed: int = 0,  # places the cuts and draws the replacements
     progress: Callable[[int, int], None] = lambda done, total: None,  # called with cuts done and cuts in all before each
 ) -> LeakReport:
@@ -1184,7 +1180,8 @@ def _forecast_parts(pipe: _Pipeline, fitted, frame: pd.DataFrame) -> dict[str, n
 def _audit_fit(pipe: _Pipeline, frame: pd.DataFrame, fitted, names: list[str], ends: dict | None, rng) -> list[dict]:
     "Findings where what is fitted, or what it then forecasts, depends on what came after the fold's training rows."
     fold, begin, findings = pipe.fold, pipe.index[pipe.fold.test[0]], []
-    known = np.unique(np.concatenate([p for f in (fold, *fold.by_label.values()) for p in (f.train, f.valid, f.refit)]))
+    folds = (fold, *fold.by_label.values()) if ends is not None else (fold,)  # without ends, only the joint rows had matured
+    known = np.unique(np.concatenate([part for f in folds for part in (f.train, f.valid, f.refit)]))
     rest = np.setdiff1d(np.arange(known.min(), len(frame)), known)
     later = rest[rest >= fold.test[0]] if names else rest  # a feature is known at its row, a label is not
     unripe = {name: rest if ends is None else np.union1d(rest, np.flatnonzero(~(ends[name] <= begin))) for name in names}

@@ -205,7 +205,7 @@ CURVES = {"cls": "direction, log loss", "vol": "log sigma, squared error", "p10"
 def network_sentence(
     scores: dict,  # content of `scores.json`
 ) -> str:
-    "How many folds left their anchor, and in which heads; empty for a run without network."
+    "In how many folds the network takes part, and in which heads; empty for a run without network."
     folds = {r["fold"]: r["heads"] for r in scores.get("training", []) if r["fold"] != "newest"}
     if not folds: return ""
     moved = [f"{head} in {sum(head in h for h in folds.values())}" for head in ("direction", "band", "volatility")]
@@ -230,13 +230,13 @@ def figure_training(
             line = dict(color=COLOURS[k], width=1, dash=dash)
             fig.add_scatter(x=x, y=y, name=name, legendgroup=name, showlegend=j == 0, mode="lines", line=line, row=1, col=column)
     fig.update_xaxes(title="update").update_yaxes(type="log", row=1, col=1).update_yaxes(title="loss", row=1, col=1)
-    return _layout(fig, "Training of the network: choices (dotted) and refits of heads that left their anchor", 400)
+    return _layout(fig, "Training of the network: choices (dotted) and refits, where a head takes part", 400)
 
 # %% ../nbs/06_results.ipynb #8efac113
 def training_table(
     scores: dict,  # content of `scores.json`
 ) -> pd.DataFrame:
-    "A row a training: what was chosen, each head's validation loss less its anchor's with its p-value, speed and peak memory."
+    "A row a training: what was chosen, each head's validation loss less its baseline's with its p-value, speed, peak memory."
     rows = []
     for r in scores.get("training", []):
         epochs = r["best_epoch" if r["training"].startswith("choice") else "epochs"]
@@ -244,10 +244,10 @@ def training_table(
         row = {"fold": r["fold"], "training": r["training"], "epochs": epochs, "tokens/s": speed}
         for name, key in (("process", "peak_rss"), ("GPU", "peak_allocated")):
             if r.get(key): row[f"peak memory, {name} (MiB)"] = f"{r[key] / 2**20:,.0f}"
-        row["heads that leave"] = ", ".join(r["heads"]) or "none"
+        row["heads that take part"] = ", ".join(r["heads"]) or "none"
         if r.get("reduced"): row["reduced"] = r["reduced"]
         for head, e in (r.get("evidence") or {}).items():
-            row[f"{head}: loss - anchor's (p)"] = f"{e['difference']:+.4f} ({e['p']:.3f})"
+            row[f"{head}: loss - baseline's (p)"] = f"{e['difference']:+.4f} ({e['p']:.3f})"
         rows.append(row)
     return pd.DataFrame(rows).fillna("-")
 
@@ -296,7 +296,9 @@ def _leak_sentence(audits: dict) -> str:
     with_leak = [k for k, a in audits.items() if _severities(a).count("leak")]
     unsure = [k for k, a in audits.items() if not a["ok"] and k not in with_leak]
     look = [f"{f['column']} ({k})" for k, a in audits.items() for f in a.get("findings", []) if f.get("severity") == "suspect"]
-    told = [f"Leaks were found in: {', '.join(with_leak)}." if with_leak else f"The audits of {', '.join(audits)} found no leak."]
+    clean = [k for k in audits if k not in with_leak + unsure]
+    told = [f"Leaks were found in: {', '.join(with_leak)}."] if with_leak else []
+    if clean and not with_leak: told.append(f"The audits of {', '.join(clean)} found no leak.")
     if unsure: told.append(f"Too little could be tested in: {', '.join(unsure)}.")
     if look: told.append(f"Worth a look, as an honest feature can look the same: {', '.join(look)}.")
     return " ".join(told)
@@ -316,7 +318,7 @@ def _better(comparison: list[dict], names: list[str], without: tuple[str, ...] =
 
 # %% ../nbs/06_results.ipynb #ba965bf4
 def _repeats_anchor(scores: dict, group: str) -> list[str]:
-    "The network's name, where its head of that group never left its anchor: the anchor's claim is not the network's."
+    "The network's name, where its head of that group always repeats its baseline, whose claim is not the network's."
     head = {"Direction": "direction", "80 % band": "band", "Volatility": "volatility"}[group]
     folds = [r["heads"] for r in scores.get("training", []) if r["fold"] != "newest"]
     return ["mamba2"] if folds and not any(head in heads for heads in folds) else []
@@ -415,7 +417,8 @@ def head_sentences(
 def _fold_dates(folds: list[dict]) -> pd.DataFrame:
     "First and last day of each part of each fold."
     sides = [(part, side) for part in ("train", "valid", "refit", "test") for side in ("begin", "end")]
-    return pd.DataFrame([{f"{part} {side}": f[part][side][:10] for part, side in sides} for f in folds])
+    dates = [{f"{part} {side}": f[part][side][:10] for part, side in sides} for f in folds]
+    return pd.DataFrame([d | {"refit end, volatility": f["refit_sigma"]["end"][:10]} for d, f in zip(dates, folds)])
 
 # %% ../nbs/06_results.ipynb #bee6bd06
 def missing_prices(

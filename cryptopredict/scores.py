@@ -212,7 +212,7 @@ class Null(NamedTuple):
     "What overlap alone does to the statistics here, from 4000 series of overlapping noise with mean zero."
     t: np.ndarray  # sorted |mean| / block standard error
     t_skewed: np.ndarray  # the same of the noise squared, less its mean
-    n_eff: float  # median of variance / squared block standard error, over its true value
+    n_eff_bias: float  # median of variance / squared block standard error, over its true value
 
 @lru_cache(maxsize=256)
 def _null(
@@ -220,7 +220,7 @@ def _null(
     overlap: int,  # origins that share a window
     block: int,  # rows per block
 ) -> Null:
-    "The null distributions for so many origins."
+    "Null distributions for n origins, `overlap` of which share a window."
     # Only ratios matter: a window of 15 steps stands for a longer one, and 400 windows for more.
     shrink = max(1.0, overlap / 15)
     n, overlap, block = (max(1, round(v / shrink)) for v in (n, overlap, block))
@@ -295,7 +295,7 @@ def _describe(
         top = np.inf if score.proper else 1.0
         out["lo"], out["hi"] = np.clip(_interval(draws, out["mean"], n, overlap, level), 0, top)
         se = _block_se(v, block)
-        if se > 0: out["n_eff"] = min(n, v.var() / se**2 / _null(n, overlap, block).n_eff)
+        if se > 0: out["n_eff"] = min(n, v.var() / se**2 / _null(n, overlap, block).n_eff_bias)
     return out
 
 # %% ../nbs/05b_scores.ipynb #e5ecd4cc

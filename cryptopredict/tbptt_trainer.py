@@ -168,7 +168,8 @@ class Run:
     "A model in training: weights, optimiser, position, carried state, and the folder that holds its history."
 
     def __init__(self, config: TrainConfig, out: str | Path):
-        self.config, self.out, self.step, self.epoch = (config := resolved(config)), Path(out), 0, 0
+        config = resolved(config)
+        self.config, self.out, self.step, self.epoch = config, Path(out), 0, 0
         self.cursor, self.carried = 0, None  # spans of this epoch that were read, the streams' state after them
         self.history: list[dict] = []  # ends of epochs: epoch, step, losses on the validation rows if there are any
         # Updates left out in a row; rewinds; what they left of the learning rate; streams at a time (0: all) and pieces of a
@@ -290,10 +291,9 @@ def _load(kind: type[Run], path: str | Path) -> Run:
 
 # %% ../nbs/05_tbptt_trainer.ipynb #1fe65791
 def precision(
-    settings: TrainSettings,  # its `device` and `amp` are read
+    settings: TrainSettings,  # as from `resolved`; its `device` and `amp` are read
 ) -> torch.autocast:
     "What a forward is put in, for the precision that is asked for."
-    settings = resolved(settings)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.amp, torch.float32)
     return torch.autocast(settings.device, dtype=kind, enabled=settings.amp != "off")
 
@@ -734,8 +734,9 @@ def alone(
     finally: os.close(handle)
 
 # %% ../nbs/05_tbptt_trainer.ipynb #117224d2
-def _open(config: TrainConfig, data: FoldData, out: str | Path, climatology: tuple | None) -> tuple[Run, dict | None]:
-    "The run in the folder where it stopped and what was kept there, or a new one; one of other settings or data is refused."
+def _open(config: TrainConfig, data: FoldData, out: str | Path, climatology: tuple | None, last: int) -> tuple[Run, dict | None]:
+    """The run in the folder where it stopped and what was kept there, or a new one; one of other settings or data is refused, and
+    one that keeps weights only if it is to be trained up to a later epoch, `last`."""
     run, found = Run(config, out), newest(Path(out) / "checkpoints")
     run.about = _about(data, climatology)
     if climatology is not None: run.model.heads.set_climatology(*climatology)
@@ -743,6 +744,8 @@ def _open(config: TrainConfig, data: FoldData, out: str | Path, climatology: tup
         if not found[0].get("weights_only"): _check_content(found[0], run)
         _refuse_other(found[0], run)
         run.restore(found[0])
+        if found[0].get("weights_only") and run.epoch < last:
+            raise ValueError(f"{out} holds the weights of a finished training only: choose another --out to train further")
     elif checkpoints(run.out / "checkpoints"):
         raise ValueError(f"no checkpoint in {out} verifies: choose another --out, or remove this folder to train anew")
     for path in (run.out, run.out / "checkpoints"): remove_orphans(path)
@@ -800,11 +803,9 @@ def train(
         raise ValueError(f"{out} holds the history of a training without its checkpoints: choose another --out")
     (Path(out) / "checkpoints").mkdir(parents=True, exist_ok=True)
     with alone(Path(out) / "checkpoints"), deterministic(config.deterministic):
-        run, kept = _open(config, data, out, climatology)
-        if kept is not None and run.epoch < last:
-            if kept.get("weights_only"):
-                raise ValueError(f"{out} holds the weights of a finished training only: choose another --out to train further")
-            if warn_code_changed(run.out, kept): _event(run, "other code", there=kept["commit"], here=code_commit())
+        run, kept = _open(config, data, out, climatology, last)
+        if kept is not None and run.epoch < last and warn_code_changed(run.out, kept):
+            _event(run, "other code", there=kept["commit"], here=code_commit())
         settle(run, data)
         with run.stop:
             if kept is None: _close_epoch(run, data)

@@ -337,15 +337,15 @@ def test_a_checkpoint_of_something_else_is_named(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint of a training"): Run.load(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def walk_forward(tmp_path_factory):
-    """A walk-forward with the network in it, as a call, and its folder when nothing stops it."""
+@pytest.fixture(scope="module", params=[1, 2])
+def walk_forward(request, tmp_path_factory):
+    """A walk-forward with the network in it, of one seed and of two, as a call, and its folder when nothing stops it."""
     from cryptopredict.evaluate import EvaluateConfig, walk_forward_run
     from cryptopredict.simulate import simulate_market
 
     sizes = dict(d_model=16, headdim=8, mlp=24, n_layers=1)
     c = EvaluateConfig(models=("climatology", "log_har", "mamba2"), horizon="10D", vol_window="5D", validation="60D", step="60D",
-                       first_test="2016-12-01", epochs=2, seeds=2, n_boot=100, model=sizes,
+                       first_test="2016-12-01", epochs=2, seeds=request.param, n_boot=100, model=sizes,
                        train=dict(batch=4, tbptt_len=64, save_every=3, lr=1e-2))
     panel, _ = simulate_market(24 * 460, seed=2)
     def call(out, watch=lambda run, record: None): return walk_forward_run(c, panel, out, watch=watch)
@@ -365,7 +365,7 @@ def test_a_walk_forward_goes_on_in_the_middle_of_a_training(walk_forward, tmp_pa
     """Killed again and again, inside different trainings of different folds and seeds."""
     call, whole = walk_forward
     out, places = tmp_path / "out", []
-    for left in (4, 40, 25, 60):
+    for left in (4, 40, 25, 60, 9):
         def work(left=left):
             count = [left]
 

@@ -168,6 +168,9 @@ def test_default_run_meets_its_bounds(default_run):
 
 def test_default_run_says_where_and_nothing_else(default_run):
     told = re.compile(r"\d+ of \d+, .+: update \d+ of \d+ .+ tokens/s .+ MiB")
+    from cryptopredict.cli import _training_line
+    line = _training_line(dict.fromkeys(("loss", "cls", "p10", "p90", "vol", "lr", "tokens_per_s", "peak_rss"), 1.))
+    assert told.fullmatch(f"3 of 9, fold 1 of 2, mamba2, seed 0, 4 min left: update 7 of 9  {line}"), line
     assert all(told.fullmatch(line) for line in default_run.stderr.splitlines()), "a line a minute where there is no terminal"
     assert [p.name for p in default_run.cwd.iterdir()] == ["runs"] and len(list(default_run.cwd.glob("runs/*"))) == 1
     assert f"report: {default_run.out.relative_to(default_run.cwd)}/report.html" in default_run.stdout
@@ -499,8 +502,11 @@ def test_forecast_prints_every_model(tmp_path):
 def test_forecast_writes_what_it_prints_and_never_over(small, tmp_path):
     done = inside("forecast", *small, "--out", "new/f.json", cwd=tmp_path)
     made = json.loads((tmp_path / "new" / "f.json").read_text())
-    assert done.returncode == 0 and [r["model"] for r in made] == ["climatology", "ewma"] and set(made[0]) == set(SCHEMA)
-    assert all(f"{r['p_up']:.2f}" in done.stdout and f"{r['p10']:+.3f}" in done.stdout for r in made)
+    rows = made["forecasts"]
+    assert done.returncode == 0 and [r["model"] for r in rows] == ["climatology", "ewma"] and set(rows[0]) == set(SCHEMA)
+    assert all(f"{r['p_up']:.2f}" in done.stdout and f"{r['p10']:+.3f}" in done.stdout for r in rows)
+    assert made["horizon"] == "5D" and f"close {made['close']:.2f}" in done.stdout and made["ages"] == {"bars": 1.0}
+    assert "age of the inputs" in done.stdout and "bars 3600 s" in done.stdout
     before = snapshot(tmp_path)
     again = inside("forecast", *small, "--out", "new/f.json", cwd=tmp_path)
     assert again.returncode == 2 and "f.json" in one_line(again.stderr) and snapshot(tmp_path) == before
