@@ -3,9 +3,11 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import tomllib
 from html.parser import HTMLParser
@@ -506,7 +508,7 @@ def test_forecast_writes_what_it_prints_and_never_over(small, tmp_path):
     assert done.returncode == 0 and [r["model"] for r in rows] == ["climatology", "ewma"] and set(rows[0]) == set(SCHEMA)
     assert all(f"{r['p_up']:.2f}" in done.stdout and f"{r['p10']:+.3f}" in done.stdout for r in rows)
     assert made["horizon"] == "5D" and f"close {made['close']:.2f}" in done.stdout and made["ages"] == {"bars": 1.0}
-    assert "age of the inputs" in done.stdout and "bars 3600 s" in done.stdout
+    assert "age of the inputs" in done.stdout and "bars 60 min" in done.stdout
     before = snapshot(tmp_path)
     again = inside("forecast", *small, "--out", "new/f.json", cwd=tmp_path)
     assert again.returncode == 2 and "f.json" in one_line(again.stderr) and snapshot(tmp_path) == before
@@ -597,3 +599,32 @@ def test_a_repair_is_asked_for_and_said(tmp_path):
     assert repaired.returncode == 0, repaired.stderr
     close = pd.read_parquet(tmp_path / "out" / "panel.parquet")["close"]
     assert np.array_equal(close.to_numpy(), bars["close"].to_numpy())
+
+
+# --- output that cannot be written, bugs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["latin-1", "full", *(pytest.param(how, marks=pytest.mark.slow) for how in ("ascii", "closed"))])
+def test_a_report_is_written_whatever_becomes_of_the_output(small, tmp_path, how):
+    if how == "full" and not Path("/dev/full").exists(): pytest.skip("no /dev/full")
+    words = [command(), "run", *map(str, small), "--out", "out"]
+    env = {**ENV, "PYTHONIOENCODING": how} if how in ("latin-1", "ascii") else ENV
+    line = shlex.join(words) + {"full": " > /dev/full", "closed": " >&-"}.get(how, "")
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, timeout=240)
+    assert (tmp_path / "out" / "report.html").exists(), done.stderr
+    assert done.returncode == (2 if how == "full" else 0), done.stderr
+    assert done.stderr.decode().count("\n") == (how == "full") and b"Traceback" not in done.stderr
+    if how in ("latin-1", "ascii"): assert b"log sigma" in done.stdout and b"report: out/report.html" in done.stdout
+
+
+def test_a_bug_is_told_from_a_mistake(tmp_path):
+    fault = "import sys, unittest.mock as m; from cryptopredict.cli import main; {patch} sys.exit(main({words!r}))"
+    def outcome(*words, patch=""):
+        code = fault.format(patch=patch, words=list(words))
+        return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120)
+    broken = "m.patch('cryptopredict.simulate.simulate_market', side_effect=KeyError('x')).start();"
+    bug = outcome("prepare", "--years", "1", patch=broken)
+    assert bug.returncode == 3 and "Traceback" in bug.stderr and bug.stderr.rstrip().endswith("not in your call or files")
+    mistake, verbose = outcome("run", "--years", "0"), outcome("run", "--years", "0", "--verbose")
+    assert (mistake.returncode, verbose.returncode) == (2, 2) and "--years 0" in one_line(mistake.stderr)
+    assert "Traceback" in verbose.stderr and verbose.stderr.splitlines()[-1] == one_line(mistake.stderr)
