@@ -1,9 +1,9 @@
 """Coverage of the intervals, size of the test, bias of `n_eff`: `python benchmarks/inference.py --out FILE`, two minutes.
 
 Series whose values share a window, as daily losses of a 90-day label do: moving sums of normal noise, and what a loss makes
-of them (squares, an exponential, coverage of a band, the pinball loss, the log loss of three classes). For each number of
-origins the share of 90 % intervals that contain the mean, the share of tests at 5 % that reject a true null, and the median of
-`n_eff` beside the number of windows."""
+of them (squares, an exponential, coverage of a band, pinball and log loss, interval score, differences of two forecasts that are
+equally good). For each number of origins the share of 90 % intervals that contain the mean (None where none is given), the share
+of tests at 5 % that reject a true null, and the median of `n_eff` beside the number of windows."""
 from __future__ import annotations
 
 import argparse
@@ -11,9 +11,19 @@ import json
 from pathlib import Path
 
 import numpy as np
+from scipy import optimize
 
 from cryptopredict.checkpoint import code_commit, write_atomic
-from cryptopredict.scores import _block_length, _block_se, _interval, _null, _overlapping_noise, block_bootstrap, dm_test
+from cryptopredict.scores import (
+    LEAST_WINDOWS,
+    _block_length,
+    _block_se,
+    _interval,
+    _null,
+    _overlapping_noise,
+    block_bootstrap,
+    dm_test,
+)
 
 SIZES = [(365, 90), (365, 30), (1000, 90), (2465, 90), (2525, 30)]  # daily origins, days that they share
 
@@ -23,9 +33,28 @@ def log_loss(x: np.ndarray) -> np.ndarray:
     return -np.log(np.array([.3, .2, .5]))[np.digitize(x, [-.5244, 0.])]
 
 
+def pinball(x: np.ndarray, quantile: float) -> np.ndarray:
+    "Pinball loss of a forecast 0.1 quantile."
+    return (x - quantile) * (.1 - (x < quantile))
+
+
+def interval_score(x: np.ndarray, half: float) -> np.ndarray:
+    "Interval score of the 80 % band [-half, half]."
+    return 2 * half + 10 * np.maximum(np.abs(x) - half, 0)
+
+
+def as_good(loss, one: float, low: float, high: float) -> float:
+    "The other forecast between `low` and `high` whose expected loss on normal noise is that of `one`."
+    x = np.random.default_rng(1).standard_normal(2_000_000)
+    return optimize.brentq(lambda v: float((loss(x, v) - loss(x, one)).mean()), low, high, xtol=1e-4)
+
+
+OTHER = {"pinball": as_good(pinball, -1.6, -1.25, -.7), "interval": as_good(interval_score, 1.0, 1.3, 2.2)}
 LOSSES = {"normal": lambda x: x, "squares": lambda x: x**2, "exponential": lambda x: np.exp(.8 * x),
           "coverage": lambda x: 1. * (np.abs(x) < 1.2816), "pinball": lambda x: np.where(x > 1.2816, .9, -.1) * (x - 1.2816),
-          "log loss": log_loss}
+          "log loss": log_loss, "interval score": lambda x: interval_score(x, 1.2816),
+          "difference of pinball": lambda x: pinball(x, -1.6) - pinball(x, OTHER["pinball"]),
+          "difference of interval scores": lambda x: interval_score(x, 1.0) - interval_score(x, OTHER["interval"])}
 
 
 def one(n: int, overlap: int, name: str, series: int, seed: int) -> dict:
@@ -34,12 +63,13 @@ def one(n: int, overlap: int, name: str, series: int, seed: int) -> dict:
     truth = LOSSES[name](np.random.default_rng(0).standard_normal(4_000_000)).mean()
     losses, block = LOSSES[name](x) - truth, _block_length(n, overlap)
     inside = []
-    for k, v in enumerate(losses):
+    for k, v in enumerate(losses if n >= LEAST_WINDOWS * overlap else ()):
         low, high = _interval(block_bootstrap(v, block, 300, seed=k), v.mean(), n, overlap, .9)
         inside.append(low <= 0 <= high)
     p = np.array([dm_test(v, overlap)[1] for v in losses])
-    n_eff = np.minimum(n, losses.var(axis=1) / _block_se(losses, block) ** 2 / _null(n, overlap, block).n_eff_bias)
-    return dict(origins=n, overlap=overlap, losses=name, coverage_of_90=round(float(np.mean(inside)), 3),
+    se, some = _block_se(losses, block), losses.std(axis=1) > 0  # a short series may hold one value only
+    n_eff = np.minimum(n, losses.var(axis=1)[some] / se[some] ** 2 / _null(n, overlap, block).n_eff_bias)
+    return dict(origins=n, overlap=overlap, losses=name, coverage_of_90=round(float(np.mean(inside)), 3) if inside else None,
                 size_of_5=round(float(np.mean(p < .05)), 3), n_eff_median=round(float(np.median(n_eff)), 1),
                 windows=round(n / overlap, 1))
 

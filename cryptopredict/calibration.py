@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .labels import DIRECTIONS, check_labels
-from .scores import block_bootstrap
+from .scores import LEAST_WINDOWS, _interval, block_bootstrap
 
 # %% auto #0
 __all__ = ['reliability']
@@ -22,11 +22,14 @@ def _groups(p: np.ndarray, n_bins: int) -> np.ndarray:
 
 # %% ../nbs/05d_calibration.ipynb #7ef5962d
 def _group_interval(inside: np.ndarray, hit: np.ndarray, block: int, n_boot: int, seed: int) -> tuple[float, float]:
-    "90 % block-bootstrap interval of the frequency of `hit` among `inside`; NaN when the series is shorter than two blocks."
-    if len(hit) < 2 * block: return np.nan, np.nan
+    """90 % block interval of the frequency of `hit` among `inside`, stretched as those of scores are; NaN below `LEAST_WINDOWS`
+    windows, each half a block, and where all or none of the group were hits."""
+    overlap = max(block // 2, 1)
+    frequency = hit[inside].mean()
+    if len(hit) < LEAST_WINDOWS * overlap or frequency in (0, 1): return np.nan, np.nan
     both = block_bootstrap(np.c_[inside & hit, inside].astype(float), block, n_boot, seed)
     both = both[both[:, 1] > 0]  # a resample that holds none of the group's origins says nothing of it
-    return tuple(np.quantile(both[:, 0] / both[:, 1], [.05, .95]))
+    return tuple(np.clip(_interval(both[:, 0] / both[:, 1], frequency, len(hit), overlap, .9), 0, 1))
 
 # %% ../nbs/05d_calibration.ipynb #7a0e0ee4
 def _curve(p: np.ndarray, hit: np.ndarray, n_bins: int, block: int, n_boot: int, seed: int) -> list[dict]:

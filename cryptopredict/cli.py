@@ -38,6 +38,12 @@ def _say(text: str = "") -> None:
         with contextlib.suppress(OSError, ValueError):  # what is still in the buffer goes nowhere, instead of failing again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+def _warn(text: str) -> None:
+    "A line on standard error; where it cannot be written, nothing."
+    try: print(text, file=sys.stderr, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError, ValueError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
 # %% ../nbs/06a_cli.ipynb #f5af6fa7
 def _new_folder(what: str) -> Path:
     "A folder under `runs/` that does not exist yet, named by the time (UTC)."
@@ -177,7 +183,7 @@ class _Progress:
         elapsed = [Elapsed(fixed())] if console.width >= 72 else []
         self.bar = Progress(what, *bar, count, *elapsed, Left(fixed()), console=console, transient=True, expand=True,
                             disable=not console.is_terminal)
-        self.task, self.training, self.what = self.bar.add_task("", total=None), None, ""
+        self.task, self.training, self.what = self.bar.add_task("", total=None, visible=False), None, ""
         self.bar.__enter__()
         self.shown = self.began if self.bar.disable else 0.
         return self
@@ -187,7 +193,7 @@ class _Progress:
         if self.training is not None:
             self.bar.remove_task(self.training)
             self.training = None
-        self.bar.update(self.task, completed=done, total=total, description=str(what))
+        self.bar.update(self.task, completed=done, total=total, description=str(what), visible=True)
         self.what = f"{done} of {total}, {what}"
 
     def watch(self, run, record: dict) -> None:
@@ -198,11 +204,9 @@ class _Progress:
         if self.bar.disable:
             left = self.left.text(now)
             what = f"{self.what}, {left}" if left else self.what
-            with contextlib.suppress(OSError):  # nobody reads it
-                print(f"{what}: update {run.step} of {record['steps']}  {_training_line(record)}", file=sys.stderr, flush=True)
-            return
-        if self.training is None: self.training = self.bar.add_task("", total=None)
+            return _warn(f"{what}: update {run.step} of {record['steps']}  {_training_line(record)}")
         line = dict(completed=run.step, total=record["steps"], description=f"  update: {_training_line(record)}")
+        if self.training is None: self.training = self.bar.add_task(**line)
         self.bar.update(self.training, **line, refresh=True)
 
     def __exit__(self, *error): self.bar.__exit__(*error)
@@ -617,10 +621,17 @@ class Train(_Walk, _Tracked):
         return 0
 
 # %% ../nbs/06a_cli.ipynb #1d03c250
+def _read_json(path: Path):
+    "The content of a JSON file; what is no plain file is not opened, as a pipe would be waited for."
+    if not path.is_file(): raise ValueError(f"{path.name} is no file")
+    return json.loads(path.read_text())
+
 def _walk_state(folder: Path) -> tuple[str, str]:
     "State and best score of a walk-forward."
-    if not (folder / "scores.json").exists(): return f"stopped, {len(list((folder / 'parts').glob('*.parquet')))} parts", ""
-    summary = json.loads((folder / "scores.json").read_text())["summary"]
+    _read_json(folder / "run.json")
+    parts = sum(name.endswith(".parquet") for name in os.listdir(folder / "parts")) if (folder / "parts").exists() else 0
+    if not (folder / "scores.json").exists(): return f"stopped, {parts} parts", ""
+    summary = _read_json(folder / "scores.json")["summary"]
     best = min((r for r in summary if r["score"] == "log_loss"), key=lambda r: r["mean"])
     return "finished", f"log loss {best['mean']:.3f} ({best['model']})"
 
@@ -654,7 +665,8 @@ def _is_worked_on(folder: Path) -> bool:
     for place in (folder, *folder.glob("**/checkpoints")):
         try:
             with alone(place): pass
-        except (ValueError, OSError): return True
+        except ValueError: return True
+        except OSError: pass  # it may not be read
     return False
 
 # %% ../nbs/06a_cli.ipynb #9311dc3c
@@ -673,9 +685,11 @@ def _state_row(place: Path) -> dict | None:
     else: return None
     try: state, best = state_of(place)
     except PermissionError: raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error: state, best = f"damaged ({error!r})", ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        state, best = f"damaged ({type(error).__name__}: {' '.join(str(error).split())[:60]})", ""
     if working := _is_worked_on(place): state = f"running, {state.removeprefix('stopped, ')}"
-    resume = "" if state.startswith(("finished", "damaged")) or working else f"the same command with --out {place}"
+    over = state.startswith(("finished", "damaged")) or working or not (place / "config.toml").exists()
+    resume = "" if over else f"the same command with --out {place}"
     return dict(run=place, kind=kind, state=state, best=best, age=_age(time.time() - _last_change(place)), resume=resume)
 
 # %% ../nbs/06a_cli.ipynb #c7f8a1f6
@@ -751,7 +765,7 @@ _PARSERS = {"json", "tomllib", "codecs", "pyarrow"}
 
 def _is_users(error: BaseException) -> bool:
     "Whether an error is a mistake in the call or the files: one that this package raises itself, or a parser of files does."
-    if isinstance(error, OSError | MemoryError): return True
+    if isinstance(error, OSError | MemoryError) or type(error).__name__ == "OutOfMemoryError": return True
     if not isinstance(error, ValueError): return False
     at = error.__traceback__
     while at.tb_next: at = at.tb_next
@@ -764,15 +778,15 @@ def _explain_error(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, PermissionError):
         return f"{error.filename} may not be read or written: change its permissions, or choose another"
-    if isinstance(error, MemoryError): return f"out of memory ({text or 'an allocation failed'}): free memory or raise the limit"
-    return text
+    if isinstance(error, ValueError | OSError): return text
+    return f"out of memory ({text or 'an allocation failed'}): free memory or raise the limit"
 
 def _fail(error: Exception, verbose: bool) -> int:
     "Print an error; the exit code is 2 for a mistake of the user's, 3 for a bug, which comes with its traceback."
     users = _is_users(error)
-    if verbose or not users: traceback.print_exception(error)
-    if users: print(f"cryptopredict: error: {_explain_error(error)}", file=sys.stderr)
-    else: print("cryptopredict: this is a bug in cryptopredict, not in your call or files", file=sys.stderr)
+    if verbose or not users: _warn("".join(traceback.format_exception(error)).rstrip())
+    if users: _warn(f"cryptopredict: error: {_explain_error(error)}")
+    else: _warn("cryptopredict: this is a bug in cryptopredict, not in your call or files")
     return 2 if users else 3
 
 def _format_warning(message, category, filename, lineno, line=None) -> str:
@@ -786,8 +800,10 @@ def main(
     143 (terminated)."""
     before, format_before, verbose = _on_terminate(), warnings.formatwarning, False
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait by spinning starve each other on a busy machine
-    for stream in (sys.stdout, sys.stderr):  # a character that the terminal does not have is no reason to stop
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, "w"))  # it was closed
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")  # no reason to stop
     warnings.formatwarning, _lost[:] = _format_warning, []
     try:
         command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cryptopredict", description=DESCRIPTION, args=args)
@@ -798,7 +814,7 @@ def main(
             raise OSError(f"standard output could not be written ({_lost[0].strerror}); output files, if any, are complete")
         return code
     except (KeyboardInterrupt, _Terminated) as stop:
-        print("cryptopredict: interrupted; the same --out goes on where it stopped", file=sys.stderr)
+        _warn("cryptopredict: interrupted; the same --out goes on where it stopped")
         return 143 if isinstance(stop, _Terminated) else 130
     except Exception as error: return _fail(error, verbose)
     finally:

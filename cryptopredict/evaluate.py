@@ -245,7 +245,7 @@ def lost_origins(
     labels: pd.DataFrame,  # its labels
 ) -> dict:
     """What gaps in the price cost a walk-forward: the number of daily `origins` in its test spans, those `without_forecast` (no
-    `has_history`), those with a forecast but `without_label` (the price is unknown later), and the `gaps`."""
+    `has_history`), those with a forecast but `without_label` (they lack one at least: the price is unknown later), the `gaps`."""
     first = pd.Timestamp(config.first_test or default_first_test(panel.index, config.horizon))
     first = first.tz_localize("UTC") if first.tz is None else first
     last = panel.index[-1] - max(pd.Timedelta(config.horizon), pd.Timedelta(config.vol_window))
@@ -281,7 +281,8 @@ def make_folds(
         known = labels["r90"].notna().to_numpy()
         inside = np.flatnonzero(~known[:known.nonzero()[0].max()])  # rows without a label before the last one that has one
         gap = f"; labels are missing between {index[inside[0]]} and {index[inside[-1]]}: are bars missing?" if len(inside) else ""
-        raise ValueError(f"{error} [first_test {first}; the data are {index[0]} to {index[-1]}{gap}]") from None
+        raise ValueError(f"{error} [first_test {first}; the data are {index[0]} to {index[-1]}{gap}]; give another first_test, "
+                         "or more history") from None
 
 # %% ../nbs/05f_evaluate.ipynb #5aa90952
 def _labels_as_known(frame: pd.DataFrame, config: EvaluateConfig) -> pd.DataFrame:
@@ -314,13 +315,14 @@ def audit_inputs(
     hours = min(len(panel), 6000)
     stretches = [panel.iloc[:hours]] + ([panel.iloc[-hours:]] if len(panel) > hours else [])
     labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
-    ends = labels[["label_end", "sigma_end"]].set_axis(["r90", "sigma"], axis=1)
+    learned = ["r90", "direction", "sigma", "p90_path", "p10_path"]
+    ends = pd.DataFrame({name: labels["sigma_end" if name == "sigma" else "label_end"] for name in learned})
     folds = make_folds(config, labels)  # says first where the history is too short
     known, cuts = lambda frame: _labels_as_known(frame, config), max(n_cuts // 6, 1)
     audits = {
         "features": lambda: audit(build_features, panel, n_cuts=n_cuts, seed=config.seed),
         "labels": lambda: _together([audit(known, s[["close"]], n_cuts=cuts, seed=config.seed) for s in stretches]),
-        "disguise": lambda: audit_labels(build_features(panel), labels[["r90", "sigma"]], ends, n_perm=99, seed=config.seed),
+        "disguise": lambda: audit_labels(build_features(panel), labels[learned].astype(float), ends, n_perm=99, seed=config.seed),
         "folds": lambda: audit_folds(folds, labels[["label_end", "sigma_end"]], config.embargo)}
     if tables and (provenance >= 0).any(axis=None):
         audits["availability"] = lambda: audit_availability(tables, panel, provenance, max_age)

@@ -376,6 +376,7 @@ def _audit_pair(index: pd.DatetimeIndex, ends: pd.DatetimeIndex, parts: dict, wh
     others, known = np.sort(parts[other]), ends[rows].notna()
     depth = lambda margin: _depth(times[rows], label_ends[rows], times[others], label_ends[others], margin)
     shared, near = depth(0), depth(embargo.as_unit("ns").value)
+    shared = np.where(np.isin(rows, others), np.maximum(shared, 1), shared)  # the same row, however short its label
     begin = index[others[0]]
     close = known & (shared <= 0) & (near > 0)
     tests = [("leak", "unlabelled", ~known, None, "have no matured label"),
@@ -426,7 +427,9 @@ def audit_folds(
             for name, other in (("train", "valid"), ("valid", "test"), ("refit", "test"), ("train", "test")):
                 if len(parts[name]) and len(parts[other]):
                     findings += _audit_pair(index, every[label], parts, (where, name, other), embargo)
-    return _report(findings, {"folds": len(folds), "embargo": str(embargo)})
+    absent = sorted({name for f in folds for name in getattr(f, "by_label", {}) if name not in every})
+    note = {"folds of single labels": f"untested: label_end has no column {', '.join(absent)}"} if absent else {}
+    return _report(findings, {"folds": len(folds), "embargo": str(embargo)} | note)
 
 # %% ../nbs/00_leakage.ipynb #32a438b7
 class AuditError(ValueError):
@@ -695,7 +698,8 @@ def _audit_cut(subject: _Subject, cut: int, back: int, allowed: dict, holes: boo
         if mode == "as it is": now, kind, base = out, "truncation", past
         else: kind, base = "perturbation", _with_rest(past, now)
         if base is None: continue
-        if kind == "truncation":  # a column that only one of the two has may need more rows: perturbation judges it
+        # A column that only one of the two has may need more rows, or values: other futures judge it.
+        if kind == "truncation" or mode == "nothing":
             both = base.columns.intersection(out.columns)
             base, out = base[both], out[both]
         holed = ", with holes" * holes

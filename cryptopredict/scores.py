@@ -17,8 +17,8 @@ import scoringrules as sr
 from .labels import check_labels
 
 # %% auto #0
-__all__ = ['SCORES', 'SCHEMA', 'Score', 'seed_mean', 'loss_table', 'effective_windows', 'block_bootstrap', 'Null', 'summarise',
-           'seed_spread', 'dm_test', 'compare']
+__all__ = ['SCORES', 'SCHEMA', 'LEAST_WINDOWS', 'Score', 'seed_mean', 'loss_table', 'effective_windows', 'block_bootstrap',
+           'Null', 'summarise', 'seed_spread', 'dm_test', 'compare']
 
 # %% ../nbs/05b_scores.ipynb #c9b3da3a
 class Score(NamedTuple):
@@ -242,8 +242,14 @@ def _block_length(
     n: int,  # origins
     overlap: int,  # origins that share a window
 ) -> int | None:
-    "Twice the overlap, or half the origins where there are fewer; None below two windows, where nothing can be said."
+    "Twice the overlap, or half the origins where there are fewer; None below two windows, where nothing can be tested."
     return None if n < max(4, 2 * overlap) else min(2 * overlap, n // 2)
+
+LEAST_WINDOWS = 8  # below, an interval covers too little however it is stretched, and none is given
+
+def _varies(x: np.ndarray, se: float) -> bool:
+    "Whether a standard error is more than rounding."
+    return bool(se > 1e-12 * np.abs(x).max())
 
 # %% ../nbs/05b_scores.ipynb #94728bbd
 def _interval(
@@ -283,19 +289,19 @@ def _describe(
     level: float,
     seed: int,
 ) -> dict:
-    "Mean, block interval and sample size of one row of the summary."
+    """Mean, block interval and sample size of one row of the summary; no interval below `LEAST_WINDOWS` windows, or where the
+    losses do not vary."""
     n, v = len(x), x.to_numpy(float)
     root = np.sqrt if score.root else np.asarray
     out = dict(mean=float(root(v.mean())) if n else np.nan, lo=np.nan, hi=np.nan)
     out |= dict(n_origins=n, n_windows=effective_windows(x.index, span), n_eff=np.nan)
     overlap = max(1, round(span / _spacing(x.index)))
     block = _block_length(n, overlap)
-    if block and np.isfinite(v).all():
-        draws = root(block_bootstrap(v, block, n_boot, seed))
-        top = np.inf if score.proper else 1.0
-        out["lo"], out["hi"] = np.clip(_interval(draws, out["mean"], n, overlap, level), 0, top)
-        se = _block_se(v, block)
-        if se > 0: out["n_eff"] = min(n, v.var() / se**2 / _null(n, overlap, block).n_eff_bias)
+    if block and np.isfinite(v).all() and _varies(v, se := _block_se(v, block)):
+        out["n_eff"] = min(n, v.var() / se**2 / _null(n, overlap, block).n_eff_bias)
+        if n >= LEAST_WINDOWS * overlap:
+            draws, top = root(block_bootstrap(v, block, n_boot, seed)), np.inf if score.proper else 1.0
+            out["lo"], out["hi"] = np.clip(_interval(draws, out["mean"], n, overlap, level), 0, top)
     return out
 
 # %% ../nbs/05b_scores.ipynb #e5ecd4cc
@@ -349,9 +355,9 @@ def dm_test(
     wrong = np.flatnonzero(~np.isfinite(d))
     if len(wrong):
         raise ValueError(f"difference {wrong[0]} is {d[wrong[0]]}: leave out origins without a label or with an infinite loss")
+    if overlap != int(overlap) or overlap < 1: raise ValueError(f"overlap is {overlap}: give a whole number, at least 1")
     block = _block_length(len(d), overlap)
-    if block is None or (se := _block_se(d, block)) <= 1e-12 * np.abs(d).max():
-        return np.nan, np.nan
+    if block is None or not _varies(d, se := _block_se(d, block)): return np.nan, np.nan
     t, null = d.mean() / se, _null(len(d), overlap, block).t
     above = len(null) - np.searchsorted(null, abs(t))
     return float(t), (1 + above) / (1 + len(null))
@@ -388,8 +394,9 @@ def _paired(
         return out | dict(diff=0.0, relative=0.0, identical=True)
     root = np.sqrt if score.root else np.asarray
     a, b = root(ref.mean()), root(v.mean())
-    out |= dict(diff=b - a, relative=b / a - 1, p=dm_test(v - ref, overlap)[1])
-    if block := _block_length(n, overlap):
+    out |= dict(diff=b - a, relative=b / a - 1 if a else np.nan, p=dm_test(v - ref, overlap)[1])
+    if n >= LEAST_WINDOWS * overlap and a:
+        block = _block_length(n, overlap)
         da, db = root(block_bootstrap(pair.to_numpy(float), block, n_boot, seed)).T
         out["lo"], out["hi"] = _interval(db - da, out["diff"], n, overlap, level)
         out["rel_lo"], out["rel_hi"] = _interval(db / da - 1, out["relative"], n, overlap, level)
