@@ -107,7 +107,7 @@ def figure_skill(
         at, lo, hi = (100 * part[c].astype(float) for c in ("relative", "rel_lo", "rel_hi"))
         error = dict(type="data", symmetric=False, array=(hi - at).round(2), arrayminus=(at - lo).round(2), thickness=1.2)
         fig.add_scatter(x=at.round(2), y=rows, mode="markers", name=model, marker=dict(color=colour, size=8), error_x=error)
-    fig.add_vline(x=0, line=dict(color="#555555", dash="dot", width=1.5))
+    fig.add_vline(x=0, line=dict(color="#555555", width=1), opacity=1)
     fig.update_yaxes(tickvals=list(range(len(order))), ticktext=[SCORE_NAMES[s] for s in order], autorange="reversed")
     fig.update_xaxes(title=f"difference to {reference} (%), 90 % interval")
     return _layout(fig, f"Loss relative to {reference}: left of zero is better", 460)
@@ -153,7 +153,7 @@ def figure_coverage(
         part = table[(table["model"] == model) & table["mean"].notna()]
         at = [labels.index(x) + .6 * (k / max(len(models) - 1, 1) - .5) for x in part["label"]]
         fig.add_trace(_points(part.assign(at=at), "at", "mean", model, colour))
-    fig.add_hline(y=.8, line=dict(color="#555555", dash="dot", width=1.5))
+    fig.add_hline(y=.8, line=dict(color="#555555", width=1), opacity=1)
     fig.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, title="year of the forecast")
     fig.update_yaxes(title="share inside the band", range=[0, 1.02])
     return _layout(fig, "Coverage of the 80 % band by year; 90 % intervals from 8 windows on")
@@ -273,9 +273,9 @@ def figure_vram(
 
 # %% ../nbs/06_results.ipynb #8a25c84f
 SIZE_OF_TEST = ("p-values are of a Diebold-Mariano test whose critical values come from normal noise with the same overlap. At "
-                "a nominal 5 % it rejects a true null in 4 to 6 % of series of such noise. Where losses are skewed it rejects too "
-                "often: of nine kinds of losses, in up to 9 % of series with 84 independent windows, 13 % with 27, 17 % with 11 "
-                "(1,000 daily origins of a 90-day label) and 22 % with 4.")
+                "a nominal 5 % it rejects a true null in 4 to 6 % of series of such noise. Where losses are skewed it rejects "
+                "too often: of nine kinds of losses, in up to 9 % of series with 84 independent windows, 13 % with 27, 17 % "
+                "with 11 (1,000 daily origins of a 90-day label) and 22 % with 4.")
 STYLE = """body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1a1a1a;max-width:1080px}
 body{margin:2rem auto;padding:0 1.2rem}h1{margin-bottom:.1rem}.sub{color:#555;margin-top:0}
 h2{margin-top:2.4rem;border-bottom:1px solid #ddd;padding-bottom:.2rem}
