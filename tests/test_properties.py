@@ -224,11 +224,13 @@ def _forecast(model, panel, labels, fold):
 @pytest.mark.parametrize("model", BASELINES)
 def test_baseline_uses_no_label_outside_refit(market, model):
     panel, labels, fold = market
-    rng, out = np.random.default_rng(0), np.setdiff1d(np.arange(len(panel)), fold.refit)
-    garbage = labels.copy()
-    garbage.iloc[out, garbage.columns.get_loc("r90")] = rng.normal(0, 5, len(out))
-    garbage.iloc[out, garbage.columns.get_loc("sigma")] = rng.lognormal(2, 1, len(out))
-    garbage.iloc[out, garbage.columns.get_loc("direction")] = rng.integers(0, 3, len(out))
+    rng, garbage = np.random.default_rng(0), labels.copy()
+    out = {end: np.setdiff1d(np.arange(len(panel)), fold.of(end).refit) for end in ("label_end", "sigma_end")}
+    assert len(out["label_end"]) - len(out["sigma_end"]) == 24 * 10, "each label by its own end"
+    n = len(out["label_end"])
+    garbage.iloc[out["label_end"], garbage.columns.get_loc("r90")] = rng.normal(0, 5, n)
+    garbage.iloc[out["label_end"], garbage.columns.get_loc("direction")] = rng.integers(0, 3, n)
+    garbage.iloc[out["sigma_end"], garbage.columns.get_loc("sigma")] = rng.lognormal(2, 1, len(out["sigma_end"]))
     pd.testing.assert_frame_equal(_forecast(model, panel, labels, fold), _forecast(model, panel, garbage, fold), rtol=0, atol=0)
 
 
