@@ -1,1 +1,68 @@
+"Long-horizon Bitcoin forecasting that can be believed; `import cryptopredict as cp` loads a name's module when it is first used."
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .audits import audit_labels, audit_model, audit_pipeline, certificate
+    from .baselines import ForecastModel
+    from .config import ConfigError
+    from .features import Feature, FeatureState, build_features
+    from .hints import lint
+    from .labels import make_labels
+    from .leakage import (Fold, FoldSplit, LeakageError, LeakReport, audit, audit_availability, audit_folds, live_fold,
+                          point_in_time, walk_forward)
+    from .mamba2_block import Mamba2, Mamba2Block, Mamba2Config, Mamba2State
+    from .mhsa import MHSA, MHSAConfig
+    from .multitask import ModelConfig, MultitaskModel, preset
+    from .network import Network
+    from .protocol import EvaluateConfig, load_config
+    from .results import write_report
+    from .run_audits import audit_inputs, audit_network
+    from .simulate import simulate_market
+    from .sources import inventory, load_panel, read
+    from .ssd import ssd_scan
+    from .states import detach, load_state, save_state
+    from .tbptt_trainer import TrainConfig, train, train_preset
+    from .track import CallbackList, LiveLoss, MLflow, TensorBoard
+    from .walkforward import Evaluation, evaluate
+
+NAMES = {  # module -> what it gives to the package
+    "audits": "audit_labels audit_model audit_pipeline certificate",
+    "baselines": "ForecastModel",
+    "config": "ConfigError",
+    "features": "Feature FeatureState build_features",
+    "hints": "lint",
+    "labels": "make_labels",
+    "leakage": "Fold FoldSplit LeakageError LeakReport audit audit_availability audit_folds live_fold point_in_time walk_forward",
+    "mamba2_block": "Mamba2 Mamba2Block Mamba2Config Mamba2State",
+    "mhsa": "MHSA MHSAConfig",
+    "multitask": "ModelConfig MultitaskModel preset",
+    "network": "Network",
+    "protocol": "EvaluateConfig load_config",
+    "results": "write_report",
+    "run_audits": "audit_inputs audit_network",
+    "simulate": "simulate_market",
+    "sources": "inventory load_panel read",
+    "ssd": "ssd_scan",
+    "states": "detach load_state save_state",
+    "tbptt_trainer": "TrainConfig train train_preset",
+    "track": "CallbackList LiveLoss MLflow TensorBoard",
+    "walkforward": "Evaluation evaluate",
+}
+MODULE_OF = {name: module for module, names in NAMES.items() for name in names.split()}
+__all__ = ["__version__", *sorted(MODULE_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    "The name, from its module, which is loaded now (PEP 562)."
+    if name not in MODULE_OF: raise AttributeError(f"module 'cryptopredict' has no attribute {name!r}")
+    if name in ("Evaluation", "evaluate"): import_module(f"{__name__}.results")  # adds figures and the report
+    value = globals()[name] = getattr(import_module(f"{__name__}.{MODULE_OF[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]: return sorted({*globals(), *MODULE_OF})

@@ -9,19 +9,19 @@ import numpy as np
 import pandas as pd
 
 from .labels import DIRECTIONS, check_labels
-from .scores import LEAST_WINDOWS, _interval, block_bootstrap
+from .scores import LEAST_WINDOWS, stretched_interval, block_bootstrap
 
 # %% auto #0
 __all__ = ['reliability']
 
 # %% ../nbs/05d_calibration.ipynb #4d578342
-def _groups(p: np.ndarray, n_bins: int) -> np.ndarray:
+def quantile_groups(p: np.ndarray, n_bins: int) -> np.ndarray:
     "Group number of each forecast: quantile bins that never split equal forecasts."
     edges = np.unique(np.quantile(p, np.linspace(0, 1, n_bins + 1)[1:-1], method="higher"))
     return np.searchsorted(edges, p, side="right")
 
 # %% ../nbs/05d_calibration.ipynb #7ef5962d
-def _group_interval(inside: np.ndarray, hit: np.ndarray, block: int, n_boot: int, seed: int) -> tuple[float, float]:
+def group_interval(inside: np.ndarray, hit: np.ndarray, block: int, n_boot: int, seed: int) -> tuple[float, float]:
     """90 % block interval of the frequency of `hit` among `inside`, stretched as those of scores are; NaN below `LEAST_WINDOWS`
     windows, each half a block, and where all or none of the group were hits."""
     overlap = max(block // 2, 1)
@@ -29,14 +29,14 @@ def _group_interval(inside: np.ndarray, hit: np.ndarray, block: int, n_boot: int
     if len(hit) < LEAST_WINDOWS * overlap or frequency in (0, 1): return np.nan, np.nan
     both = block_bootstrap(np.c_[inside & hit, inside].astype(float), block, n_boot, seed)
     both = both[both[:, 1] > 0]  # a resample that holds none of the group's origins says nothing of it
-    return tuple(np.clip(_interval(both[:, 0] / both[:, 1], frequency, len(hit), overlap, .9), 0, 1))
+    return tuple(np.clip(stretched_interval(both[:, 0] / both[:, 1], frequency, len(hit), overlap, .9), 0, 1))
 
 # %% ../nbs/05d_calibration.ipynb #7a0e0ee4
-def _curve(p: np.ndarray, hit: np.ndarray, n_bins: int, block: int, n_boot: int, seed: int) -> list[dict]:
+def reliability_curve(p: np.ndarray, hit: np.ndarray, n_bins: int, block: int, n_boot: int, seed: int) -> list[dict]:
     "Mean forecast, observed frequency, its interval and the number of origins of each group."
-    rows, group = [], _groups(p, n_bins) if len(p) else p
+    rows, group = [], quantile_groups(p, n_bins) if len(p) else p
     for inside in (group == g for g in np.unique(group)):
-        lo, hi = _group_interval(inside, hit, block, n_boot, seed)
+        lo, hi = group_interval(inside, hit, block, n_boot, seed)
         rows.append(dict(p=p[inside].mean(), frequency=hit[inside].mean(), lo=lo, hi=hi, n=int(inside.sum())))
     return rows
 
@@ -57,6 +57,6 @@ def reliability(
         truth = check_labels(labels[["direction"]].reindex(mean.index))["direction"]
         mean, truth = mean[truth.notna()], truth.dropna().to_numpy(dtype=int)
         for k, column in enumerate(columns):
-            curve = _curve(mean[column].to_numpy(), truth == k, n_bins, block, n_boot, seed)
+            curve = reliability_curve(mean[column].to_numpy(), truth == k, n_bins, block, n_boot, seed)
             rows += [{"model": model, "class": DIRECTIONS[k], **group} for group in curve]
     return pd.DataFrame(rows)

@@ -11,12 +11,11 @@ import os
 import re
 import shutil
 import stat
-import subprocess
 import warnings
 from collections.abc import Collection
-from functools import cache, lru_cache
-from importlib.resources import files
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,10 +23,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from .storage import flush_folder, write_flushed
+
 # %% auto #0
-__all__ = ['VERSION', 'FILES', 'flatten', 'unflatten', 'write_atomic', 'to_toml', 'CheckpointError', 'NewerVersion', 'step_of',
-           'checkpoints', 'save', 'verify', 'load', 'dotted', 'refuse_other', 'code_commit', 'code_hash', 'newest',
-           'remove', 'prune', 'remove_orphans']
+__all__ = ['STEP_NAME', 'VERSION', 'FILES', 'flatten', 'unflatten', 'CheckpointError', 'NewerVersion', 'step_of', 'checkpoints',
+           'manifest_of', 'next_free_path', 'save', 'read_bounded', 'read_manifest', 'verify', 'load', 'load_latest',
+           'remove', 'is_whole', 'verify_unchanged', 'prune']
 
 # %% ../nbs/04c_checkpoint.ipynb #f7eccf81
 def flatten(
@@ -55,52 +56,6 @@ def unflatten(shape, tensors: dict[str, Tensor]):
         return {k: unflatten(v, tensors) for k, v in shape["$dict"]}
     return [unflatten(v, tensors) for v in shape] if isinstance(shape, list) else shape
 
-# %% ../nbs/04c_checkpoint.ipynb #7976a8f3
-def _write(path: Path, data: bytes) -> dict[str, int | str]:
-    "Write and flush a file; returns its size and sha256."
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return dict(size=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-# %% ../nbs/04c_checkpoint.ipynb #242ca54c
-def _flush_folder(path: Path) -> None:
-    "Names in a folder reach the disk."
-    if os.name == "nt": return  # it cannot open folders
-    handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
-
-# %% ../nbs/04c_checkpoint.ipynb #8da2e533
-def write_atomic(
-    path: str | Path,  # where the file shall stand
-    data: bytes | str,  # its content
-) -> None:
-    "Write a file so that it is either the old one or the whole new one."
-    path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        _write(temporary, data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
-    finally: temporary.unlink(missing_ok=True)
-
-# %% ../nbs/04c_checkpoint.ipynb #ab2176cc
-def to_toml(
-    values: dict,  # numbers, texts, lists of them; nested dicts become tables, None is left out
-    table: str = "",  # name of the table that holds them
-) -> str:
-    "Values as TOML; what is not in a table comes first."
-    def text(key, v):
-        if isinstance(v, float): return repr(v)
-        if isinstance(v, (bool, int, str)): return json.dumps(v, ensure_ascii=False)
-        if isinstance(v, (list, tuple)): return f"[{', '.join(text(key, item) for item in v)}]"
-        raise ValueError(f"{table}{key} is {v!r}: TOML here holds numbers, texts and lists of them")
-    name = lambda k: k if k.replace("_", "").replace("-", "").isalnum() else json.dumps(k)
-    plain = [f"{name(k)} = {text(k, v)}" for k, v in values.items() if not isinstance(v, dict) and v is not None]
-    inner = {k: f"{table}{name(k)}" for k, v in values.items() if isinstance(v, dict)}
-    return "\n".join([*plain, *(f"\n[{path}]\n{to_toml(values[k], path + '.').rstrip()}" for k, path in inner.items())]) + "\n"
-
 # %% ../nbs/04c_checkpoint.ipynb #3da8a45f
 class CheckpointError(ValueError):
     "A checkpoint that is not whole or not what its manifest says."
@@ -110,35 +65,35 @@ class NewerVersion(CheckpointError):
     "A whole checkpoint of a version of this package that is not known here: it is neither skipped nor removed."
 
 # %% ../nbs/04c_checkpoint.ipynb #306d8623
-_STEP = re.compile(r"step-(\d{1,18})(?:\.(\d{1,9}))?")  # number of the step, how often it was saved before
+STEP_NAME = re.compile(r"step-(\d{1,18})(?:\.(\d{1,9}))?")  # number of the step, how often it was saved before
 
 def step_of(
     path: Path,  # checkpoint folder
 ) -> int:
     "The step in a checkpoint's name."
-    return int(_STEP.fullmatch(path.name)[1])
+    return int(STEP_NAME.fullmatch(path.name)[1])
 
 # %% ../nbs/04c_checkpoint.ipynb #11141573
 def checkpoints(
     folder: str | Path,  # of a run's checkpoints; there may be none
 ) -> list[Path]:
     "Checkpoints by step, newest first; of a step saved twice the later one first."
-    found = [(m, p) for p in Path(folder).glob("step-*") if (m := _STEP.fullmatch(p.name))]
+    found = [(m, p) for p in Path(folder).glob("step-*") if (m := STEP_NAME.fullmatch(p.name))]
     return [p for _, p in sorted(found, key=lambda pair: tuple(int(v or 0) for v in pair[0].groups()), reverse=True)]
 
 # %% ../nbs/04c_checkpoint.ipynb #da661b5d
 VERSION = 1
-FILES = {"tensors.safetensors": 2**36, "rest.json": 2**28}  # of a checkpoint, and how large they may be, bytes
+FILES = {"tensors.safetensors": 2**36, "metadata.json": 2**28}  # of a checkpoint, and how large they may be, bytes
 
-def _manifest(files: dict[str, dict]) -> bytes:
+def manifest_of(files: dict[str, dict]) -> bytes:
     "The manifest of some files, with its own sha256."
     body = dict(version=VERSION, files=files)
     return json.dumps(dict(body, sha256=hashlib.sha256(json.dumps(body).encode()).hexdigest())).encode()
 
 # %% ../nbs/04c_checkpoint.ipynb #8806aa6a
-def _place(path: Path) -> Path:
+def next_free_path(path: Path) -> Path:
     "Where a checkpoint goes: its path, or where the step was saved before, behind the last of these."
-    number = lambda p: tuple(int(v or 0) for v in _STEP.fullmatch(p.name).groups())
+    number = lambda p: tuple(int(v or 0) for v in STEP_NAME.fullmatch(p.name).groups())
     before = [number(p)[1] for p in checkpoints(path.parent) if number(p)[0] == number(path)[0]]
     return path.with_name(f"{path.name}.{max(before) + 1}") if before else path
 
@@ -156,11 +111,11 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        _write(temporary / "manifest.json", _manifest({name: _write(temporary / name, data) for name, data in parts.items()}))
-        _flush_folder(temporary)
-        place = _place(path)
+        write_flushed(temporary / "manifest.json", manifest_of({name: write_flushed(temporary / name, data) for name, data in parts.items()}))
+        flush_folder(temporary)
+        place = next_free_path(path)
         os.rename(temporary, place)
-        _flush_folder(place.parent)
+        flush_folder(place.parent)
     except OSError as error:
         need = sum(map(len, parts.values()))
         raise CheckpointError(f"{path} cannot be written ({error.strerror or error}): it needs {need:,} bytes; those before it "
@@ -169,7 +124,7 @@ def save(
     return place
 
 # %% ../nbs/04c_checkpoint.ipynb #472975c8
-def _read(path: Path, most: int) -> bytes:
+def read_bounded(path: Path, most: int) -> bytes:
     "A plain file of at most so many bytes."
     about = os.lstat(path)
     if not stat.S_ISREG(about.st_mode): raise CheckpointError(f"{path} is no plain file: use an earlier checkpoint")
@@ -177,9 +132,9 @@ def _read(path: Path, most: int) -> bytes:
     return path.read_bytes()
 
 # %% ../nbs/04c_checkpoint.ipynb #52604813
-def _read_manifest(path: Path) -> dict[str, dict]:
+def read_manifest(path: Path) -> dict[str, dict]:
     "Sizes and hashes of a checkpoint's files."
-    content = json.loads(_read(path / "manifest.json", 2**16))
+    content = json.loads(read_bounded(path / "manifest.json", 2**16))
     claimed = content.pop("sha256")
     if hashlib.sha256(json.dumps(content).encode()).hexdigest() != claimed:
         raise CheckpointError(f"{path / 'manifest.json'} is damaged (sha256): use an earlier checkpoint")
@@ -196,8 +151,8 @@ def verify(
     "The files of a checkpoint as their manifest says; a `CheckpointError` says what does not fit."
     path, data = Path(path), {}
     try:
-        for name, about in _read_manifest(path).items():
-            data[name] = _read(path / name, min(about["size"], FILES[name]))  # a file that has grown is not read at all
+        for name, about in read_manifest(path).items():
+            data[name] = read_bounded(path / name, min(about["size"], FILES[name]))  # a file that has grown is not read at all
             if len(data[name]) != about["size"] or hashlib.sha256(data[name]).hexdigest() != about["sha256"]:
                 raise CheckpointError(f"{path / name} is damaged (sha256): use an earlier checkpoint")
     except CheckpointError: raise
@@ -212,61 +167,12 @@ def load(
 ) -> dict:
     "The content of a checkpoint that verifies; a `CheckpointError` says what is wrong."
     data = verify(path)
-    try: return unflatten(json.loads(data["rest.json"]), load_tensors(data["tensors.safetensors"]))
+    try: return unflatten(json.loads(data["metadata.json"]), load_tensors(data["tensors.safetensors"]))
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} holds no checkpoint ({error}): use an earlier one") from error
 
-# %% ../nbs/04c_checkpoint.ipynb #a3c94e48
-def dotted(
-    values: dict,  # nested tables
-    path: str = "",  # what stands before their keys
-) -> dict:
-    "Nested tables as one, each key with its path: `model.d_model`."
-    parts = [dotted(v, f"{path}{k}.") if isinstance(v, dict) else {path + k: v} for k, v in values.items()]
-    return {k: v for part in parts for k, v in part.items()}
-
-# %% ../nbs/04c_checkpoint.ipynb #41825014
-def _difference(there, here) -> str:
-    "How two values differ; of two lists, what only one of them has."
-    if not (isinstance(there, list) and isinstance(here, list)): return f"{there} there, {here} here"
-    only = lambda one, other: ", ".join(str(v) for v in one if v not in other) or "nothing more"
-    return f"{only(there, here)} there, {only(here, there)} here" if {*there} != {*here} else "another order"
-
-# %% ../nbs/04c_checkpoint.ipynb #7728bda6
-def refuse_other(
-    folder: str | Path,  # that the values belong to
-    there: dict,  # what is in it, flat
-    here: dict,  # what is to be put into it
-) -> None:
-    "A `ValueError` that names the first difference; none where there is none."
-    for key in {**here, **there}:
-        if there.get(key) == here.get(key): continue
-        told = _difference(there.get(key), here.get(key))
-        raise ValueError(f"{folder} holds another run ({key}: {told}): choose another --out")
-
-# %% ../nbs/04c_checkpoint.ipynb #eeb04ae1
-@cache
-def code_commit() -> str:
-    "Commit of the checkout this package runs from, with a mark for local changes; 'none' outside one."
-    here = str(files("cryptopredict"))
-    git = lambda *words: subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, timeout=10)
-    try:
-        # A package installed below somebody else's checkout is not of that commit.
-        if git("ls-files", "--error-unmatch", "__init__.py").returncode: return "none"
-        changed = git("status", "--porcelain", "--", here).stdout.strip()
-        return git("rev-parse", "HEAD").stdout.strip()[:12] + ("+changes" if changed else "")
-    except (OSError, subprocess.SubprocessError): return "none"
-
-@cache
-def code_hash() -> str:
-    "sha256 of the package's modules and presets: it differs where code does, whatever the commit."
-    root, digest = Path(str(files("cryptopredict"))), hashlib.sha256()
-    for path in sorted(p for kind in ("*.py", "presets/*.toml") for p in root.glob(kind) if p.name != "_modidx.py"):
-        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
 # %% ../nbs/04c_checkpoint.ipynb #f788f9f9
-def newest(
+def load_latest(
     folder: str | Path,  # holds `step-*` checkpoints
 ) -> tuple[dict, Path] | None:
     "The newest checkpoint that verifies, and where, or None. A damaged one is a warning, one of a newer version an error."
@@ -289,16 +195,16 @@ def remove(
     shutil.rmtree(hidden, ignore_errors=True)
 
 # %% ../nbs/04c_checkpoint.ipynb #0cc4623b
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     "Whether a checkpoint verifies; it is not read again while its files have not been written to."
     try:
         files = [os.stat(path / name) for name in (*FILES, "manifest.json")]
-        return _verified(path, tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in files))
+        return verify_unchanged(path, tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in files))
     except (OSError, CheckpointError): return False
 
 # %% ../nbs/04c_checkpoint.ipynb #100560fe
 @lru_cache(64)
-def _verified(path: Path, files: tuple) -> bool:
+def verify_unchanged(path: Path, files: tuple) -> bool:
     "True, of a checkpoint whose `files` have these marks; what `verify` raises is not remembered."
     return bool(verify(path))
 
@@ -316,29 +222,8 @@ def prune(
         step = step_of(path)
         again, enough = step in kept, len(kept) >= keep
         if enough and step in also and not again: kept[step] = path  # need not be read each time
-        elif not _is_whole(path) or again and not _is_whole(kept[step]): continue
+        elif not is_whole(path) or again and not is_whole(kept[step]): continue
         elif again or enough: gone.append(path)
         else: kept[step] = path
     for path in gone: remove(path)
-    return gone
-
-# %% ../nbs/04c_checkpoint.ipynb #63578f60
-def _is_alive(pid: int) -> bool:
-    "Whether another process of that number runs."
-    if os.name == "nt": return True  # there a signal 0 is Ctrl-C
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except (PermissionError, OverflowError): return True
-    return pid != os.getpid()
-
-# %% ../nbs/04c_checkpoint.ipynb #78870a64
-def remove_orphans(
-    folder: str | Path,  # of a run or its checkpoints
-) -> list[Path]:
-    "Remove what processes that are no more have left half written; returns what went."
-    kinds = "json|jsonl|toml|parquet|html|db"
-    own = re.compile(rf"\.step-\d+(?:\.\d+)?\.(\d+)\.tmp|[\w-]+\.(?:{kinds})\.(\d+)\.tmp")  # nobody else's names
-    found = [(m, p) for p in Path(folder).glob("*.tmp") if (m := own.fullmatch(p.name))]
-    gone = [p for m, p in found if not _is_alive(int(m[1] or m[2]))]
-    for path in gone: shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return gone

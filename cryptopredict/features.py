@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import talib
 
-from .leakage import check_times
+from .leakage import as_frame, check_times
 
 # %% auto #0
 __all__ = ['ALL', 'registry', 'Expr', 'Column', 'Clock', 'Const', 'Map', 'Lag', 'Window', 'Recursive', 'Ema', 'Rsi', 'Macd',
@@ -37,12 +37,12 @@ class Expr:
     def step(self, state, *xs): return self.batch(*xs)
 
 # %% ../nbs/01_features.ipynb #ca5081a2
-def _known(x: np.ndarray | np.float64) -> np.ndarray | np.float64:
+def finite_or_nan(x: np.ndarray | np.float64) -> np.ndarray | np.float64:
     "`x` with NaN in place of anything infinite."
     return np.where(np.isfinite(x), x, np.nan) if np.ndim(x) else x if np.isfinite(x) else np.float64(np.nan)
 
 # %% ../nbs/01_features.ipynb #f7b3ab3b
-def _number(bar: Mapping | pd.Series, name: str) -> np.float64:
+def bar_value(bar: Mapping | pd.Series, name: str) -> np.float64:
     "One value of a bar; None and NA are unknown."
     value = bar[name]
     try: return np.float64(np.nan if value is None or value is pd.NA else value)
@@ -54,8 +54,8 @@ class Column(Expr):
     "A column of the panel."
     def __init__(self, name: str): self.name = name  # column of the panel
     def __str__(self): return self.name
-    def load(self, panel): return _known(panel[self.name].to_numpy(dtype=float, na_value=np.nan))
-    def load_bar(self, time, bar): return _known(_number(bar, self.name))
+    def load(self, panel): return finite_or_nan(panel[self.name].to_numpy(dtype=float, na_value=np.nan))
+    def load_bar(self, time, bar): return finite_or_nan(bar_value(bar, self.name))
 
 # %% ../nbs/01_features.ipynb #0c99c31b
 class Clock(Expr):
@@ -74,34 +74,35 @@ class Const(Expr):
     def load_bar(self, time, bar): return self.value
 
 # %% ../nbs/01_features.ipynb #ccce5fd6
-def _finite(fn: Callable) -> Callable:
+def nan_if_infinite(fn: Callable) -> Callable:
     "`fn` with NaN in place of anything infinite."
-    return lambda *xs: _known(fn(*xs))
+    return lambda *xs: finite_or_nan(fn(*xs))
 
 # %% ../nbs/01_features.ipynb #304c587a
-def _width(*xs):
+def cross_deviation(*xs):
     "Standard deviation across several series at the same time (population)."
     mean = sum(xs) / len(xs)
     return np.sqrt(sum((x - mean) ** 2 for x in xs) / len(xs))
 
 # %% ../nbs/01_features.ipynb #71e9ea02
-def _missing(*xs):
+def missing_share(*xs):
     "Share of several series that are missing at the same time."
     return sum(np.isnan(x) for x in xs) / len(xs)
 
 # %% ../nbs/01_features.ipynb #25e94b22
-_MAPS = {"+": np.add, "-": np.subtract, "*": np.multiply, "/": _finite(np.divide), "log": _finite(np.log),
-         "log1p": _finite(np.log1p), "sqrt": np.sqrt, "square": np.square, "max": np.maximum, "min": np.minimum,
-         "sin": np.sin, "cos": np.cos, "width": _width, "missing": _missing}
+MAPS = {"+": np.add, "-": np.subtract, "*": np.multiply, "/": nan_if_infinite(np.divide), "log": nan_if_infinite(np.log),
+         "log1p": nan_if_infinite(np.log1p), "sqrt": np.sqrt, "square": np.square, "max": np.maximum, "min": np.minimum,
+         "sin": np.sin, "cos": np.cos, "width": cross_deviation, "missing": missing_share}
 
+# %% ../nbs/01_features.ipynb #a7e793c8
 class Map(Expr):
     "An elementwise function of other expressions; a plain number among them is a constant."
     def __init__(
         self,
-        name: str,  # which function: a key of `_MAPS`
+        name: str,  # which function: a key of `MAPS`
         *args: Expr | float,  # its arguments
     ):
-        self.name, self.batch = name, _MAPS[name]
+        self.name, self.batch = name, MAPS[name]
         self.args = tuple(a if isinstance(a, Expr) else Const(a) for a in args)
     def __str__(self):
         if self.name not in "+-*/": return f"{self.name}({', '.join(map(str, self.args))})"
@@ -151,7 +152,7 @@ class Window(Lag):
         return self.reduce(known) if len(known) >= self.need else np.nan
 
 # %% ../nbs/01_features.ipynb #f3f390e3
-def _by_stretch(fn: Callable, x: np.ndarray) -> np.ndarray:
+def apply_by_stretch(fn: Callable, x: np.ndarray) -> np.ndarray:
     "`fn` applied to each unbroken stretch of `x`; NaN elsewhere."
     known = np.concatenate([[False], ~np.isnan(x), [False]])
     edges = np.flatnonzero(known[1:] != known[:-1])
@@ -164,7 +165,7 @@ class Recursive(Expr):
     "An indicator with unlimited but fading memory: `begin` is its state before the first bar and after a gap."
     begin: tuple[float, ...] = ()
     def __str__(self): return f"{self.name}({', '.join(map(str, (*self.args, *self.rows)))})"
-    def batch(self, x): return _by_stretch(self.indicator, x)
+    def batch(self, x): return apply_by_stretch(self.indicator, x)
     def start(self): return np.array(self.begin)
     def resume(self, x):
         gap = np.flatnonzero(np.isnan(x))
@@ -177,7 +178,7 @@ class Recursive(Expr):
         return np.nan
 
 # %% ../nbs/01_features.ipynb #eb6ddf6e
-def _ema_step(state, at: int, count: int, x: float, n: int) -> float:
+def ema_step(state, at: int, count: int, x: float, n: int) -> float:
     "One bar of TA-Lib's EMA whose running sum or value is `state[at]`; `count` bars seen with this one; NaN before the seed."
     if count < n: state[at] += x; return np.nan
     state[at] = (state[at] + x) / n if count == n else state[at] + (x - state[at]) * (2 / (n + 1))
@@ -195,7 +196,7 @@ class Ema(Recursive):
     def indicator(self, x): return talib.EMA(x, self.rows[0])
     def advance(self, state, x):
         state[0] += 1
-        return _ema_step(state, 1, state[0], x, self.rows[0])
+        return ema_step(state, 1, state[0], x, self.rows[0])
 
 # %% ../nbs/01_features.ipynb #935463e6
 class Rsi(Recursive):
@@ -234,9 +235,9 @@ class Macd(Recursive):
     def advance(self, state, x):  # state: bars seen, fast, slow, signal (sums until each seed)
         fast, slow, signal = self.rows
         state[0] += 1
-        quick = _ema_step(state, 1, state[0] - slow + fast, x, fast) if state[0] > slow - fast else np.nan
-        line = quick - _ema_step(state, 2, state[0], x, slow)
-        trigger = _ema_step(state, 3, state[0] - slow + 1, line, signal) if state[0] >= slow else np.nan
+        quick = ema_step(state, 1, state[0] - slow + fast, x, fast) if state[0] > slow - fast else np.nan
+        line = quick - ema_step(state, 2, state[0], x, slow)
+        trigger = ema_step(state, 3, state[0] - slow + 1, line, signal) if state[0] >= slow else np.nan
         return (line, trigger)[self.part] if trigger == trigger else np.nan
 
 # %% ../nbs/01_features.ipynb #9862025b
@@ -275,86 +276,88 @@ class AfterSplice(Expr):
 
 # %% ../nbs/01_features.ipynb #401cf377
 ALL = ("market", "onchain", "technical", "macro", "time")
+
+# %% ../nbs/01_features.ipynb #dd8ca9ed
 _log, _log1p, _sqrt = partial(Map, "log"), partial(Map, "log1p"), partial(Map, "sqrt")
 _mean, _max, _min = partial(Window, "mean"), partial(Window, "max"), partial(Window, "min")
 
-def _h(text: str) -> int:
+def hours_of(text: str) -> int:
     "Hours in a duration such as `30d`."
     return int(text[:-1]) * {"h": 1, "d": 24}[text[-1]]
 
 # %% ../nbs/01_features.ipynb #c6918401
-def _growth(x: Expr, over: str) -> Expr:
+def log_growth(x: Expr, over: str) -> Expr:
     "Logarithmic growth of `x` over a duration."
-    return _log(x / Lag(x, _h(over)))
+    return _log(x / Lag(x, hours_of(over)))
 
 # %% ../nbs/01_features.ipynb #dfc37997
-def _deviation(x: Expr, over: str) -> Expr:
+def log_deviation(x: Expr, over: str) -> Expr:
     "`log x` less its own mean over a duration."
-    return _log(x) - _mean(_log(x), _h(over))
+    return _log(x) - _mean(_log(x), hours_of(over))
 
 # %% ../nbs/01_features.ipynb #d8abc982
-def _market() -> dict[str, Expr]:
+def market_features() -> dict[str, Expr]:
     "Returns, ranges, realised volatilities, volume."
     close, volume = Column("close"), Column("volume")
-    r = _growth(close, "1h")
+    r = log_growth(close, "1h")
     squares, down = (Map("square", x) for x in (r, Map("min", r, 0)))
-    f = {f"ret_{w}": _growth(close, w) for w in ("1h", "24h", "7d", "30d", "90d")}
-    f |= {f"range_{w}": _log(_max(Column("high"), _h(w)) / _min(Column("low"), _h(w))) for w in ("7d", "30d")}
-    f["drawdown_365d"] = _log(close / _max(close, _h("365d")))
-    f |= {f"rvol_{w}": _log(Map("max", _sqrt(_mean(squares, _h(w)) * 8760), .01)) for w in ("24h", "7d", "30d", "90d")}
-    f["downside_30d"] = _mean(down, _h("30d")) / Map("max", _mean(squares, _h("30d")), 1e-12)
+    f = {f"ret_{w}": log_growth(close, w) for w in ("1h", "24h", "7d", "30d", "90d")}
+    f |= {f"range_{w}": _log(_max(Column("high"), hours_of(w)) / _min(Column("low"), hours_of(w))) for w in ("7d", "30d")}
+    f["drawdown_365d"] = _log(close / _max(close, hours_of("365d")))
+    f |= {f"rvol_{w}": _log(Map("max", _sqrt(_mean(squares, hours_of(w)) * 8760), .01)) for w in ("24h", "7d", "30d", "90d")}
+    f["downside_30d"] = _mean(down, hours_of("30d")) / Map("max", _mean(squares, hours_of("30d")), 1e-12)
     for w, base in (("24h", "30d"), ("7d", "90d")):
-        f[f"volume_{w}"] = AfterSplice(_log1p(_mean(volume, _h(w)) / _mean(volume, _h(base))))
+        f[f"volume_{w}"] = AfterSplice(_log1p(_mean(volume, hours_of(w)) / _mean(volume, hours_of(base))))
     unknown = Map("missing", *map(Column, ("open", "high", "low", "close", "volume")))
     f["market_missing"] = Map("max", unknown, Column("is_filled"))
     return f
 
 # %% ../nbs/01_features.ipynb #704346b2
-def _onchain() -> dict[str, Expr]:
+def onchain_features() -> dict[str, Expr]:
     "Growth rates and ratios of transactions, addresses, fees, hash rate, supply, MVRV, UTXO count."
     names = ("tx_count", "transfer_count", "active_addresses", "fees", "hash_rate", "difficulty", "supply", "mvrv", "utxo_count")
-    week = lambda name: _mean(Column(name), _h("7d"))
+    week = lambda name: _mean(Column(name), hours_of("7d"))
     counts = (("tx_count", "tx"), ("active_addresses", "addresses"), ("hash_rate", "hash"))
-    f = {f"{short}_{w}": _growth(week(name), w) for name, short in counts for w in ("30d", "90d")}
-    f["fees_30d"] = _growth(week("fees"), "30d")
-    f |= {f"{short}_per_tx_dev_90d": _deviation(week(name) / week("tx_count"), "90d")
+    f = {f"{short}_{w}": log_growth(week(name), w) for name, short in counts for w in ("30d", "90d")}
+    f["fees_30d"] = log_growth(week("fees"), "30d")
+    f |= {f"{short}_per_tx_dev_90d": log_deviation(week(name) / week("tx_count"), "90d")
           for name, short in (("fees", "fee"), ("transfer_count", "transfers"), ("active_addresses", "addresses"))}
-    f["hash_per_difficulty_dev_90d"] = _deviation(week("hash_rate") / Column("difficulty"), "90d")
-    f["supply_30d"] = _growth(Column("supply"), "30d") * (365 / 30)
+    f["hash_per_difficulty_dev_90d"] = log_deviation(week("hash_rate") / Column("difficulty"), "90d")
+    f["supply_30d"] = log_growth(Column("supply"), "30d") * (365 / 30)
     log_mvrv = f["mvrv"] = _log(Column("mvrv"))
-    f["mvrv_z_365d"] = (log_mvrv - _mean(log_mvrv, _h("365d"))) / Map("max", Window("std", log_mvrv, _h("365d")), .01)
-    f["utxo_90d"] = _growth(Column("utxo_count"), "90d")
+    f["mvrv_z_365d"] = (log_mvrv - _mean(log_mvrv, hours_of("365d"))) / Map("max", Window("std", log_mvrv, hours_of("365d")), .01)
+    f["utxo_90d"] = log_growth(Column("utxo_count"), "90d")
     f["onchain_missing"] = Map("missing", *map(Column, names))
     return f
 
 # %% ../nbs/01_features.ipynb #784be37e
-_RIBBON = (9, 14, 25, 40, 60, 90, 128, 200)  # days
+RIBBON = (9, 14, 25, 40, 60, 90, 128, 200)  # days
 
-def _technical() -> dict[str, Expr]:
+def technical_features() -> dict[str, Expr]:
     "EMA distances, MACD, RSI, difficulty ribbon."
     close, difficulty = Column("close"), Column("difficulty")
-    f = {f"ema_{w}": _log(close / Ema(close, _h(w))) for w in ("24h", "7d", "30d", "200d")}
-    line, signal = (Macd(close, _h("12d"), _h("26d"), _h("9d"), part) for part in (0, 1))
+    f = {f"ema_{w}": _log(close / Ema(close, hours_of(w))) for w in ("24h", "7d", "30d", "200d")}
+    line, signal = (Macd(close, hours_of("12d"), hours_of("26d"), hours_of("9d"), part) for part in (0, 1))
     f |= {"macd": line / close, "macd_signal": signal / close, "macd_hist": (line - signal) / close}
-    f |= {f"rsi_{w}": Rsi(close, _h(w)) for w in ("14h", "14d")}
-    sma = {days: _log(_mean(difficulty, 24 * days)) for days in _RIBBON}
+    f |= {f"rsi_{w}": Rsi(close, hours_of(w)) for w in ("14h", "14d")}
+    sma = {days: _log(_mean(difficulty, 24 * days)) for days in RIBBON}
     f |= {"ribbon_9d_40d": sma[9] - sma[40], "ribbon_60d_200d": sma[60] - sma[200], "ribbon_width": Map("width", *sma.values())}
     f["technical_missing"] = Map("missing", close, difficulty)
     return f
 
 # %% ../nbs/01_features.ipynb #53eb2d64
-def _macro() -> dict[str, Expr]:
+def macro_features() -> dict[str, Expr]:
     "Dollar indices, yields, spread, and their changes."
     dxy, broad, ten, two = map(Column, ("dxy", "dtwexbgs", "dgs10", "dgs2"))
-    change = lambda x, over: x - Lag(x, _h(over))
+    change = lambda x, over: x - Lag(x, hours_of(over))
     spread = ten - two
-    return {"dxy_30d": _growth(dxy, "30d"), "dxy_90d": _growth(dxy, "90d"), "broad_dollar_90d": _growth(broad, "90d"),
+    return {"dxy_30d": log_growth(dxy, "30d"), "dxy_90d": log_growth(dxy, "90d"), "broad_dollar_90d": log_growth(broad, "90d"),
             "dgs2": two / 10, "dgs10": ten / 10, "spread": spread,
             "dgs2_90d": change(two, "90d"), "dgs10_90d": change(ten, "90d"), "spread_30d": change(spread, "30d"),
             "macro_missing": Map("missing", dxy, broad, ten, two)}
 
 # %% ../nbs/01_features.ipynb #d2241af4
-def _time() -> dict[str, Expr]:
+def time_features() -> dict[str, Expr]:
     "Hour and weekday as sine and cosine."
     clock = {"hour": (Clock("hour"), 24), "weekday": (Clock("day_of_week"), 7)}
     angles = {name: field * (2 * np.pi / period) for name, (field, period) in clock.items()}
@@ -368,8 +371,12 @@ class Feature:
     name: str  # column name
     group: str  # one of `ALL`
     expr: Expr  # what it is
+
+    def __post_init__(self) -> None:
+        if self.group not in ALL: raise ValueError(f"feature {self.name!r} has group {self.group!r}: choose from {', '.join(ALL)}")
+
     @property
-    def inputs(self) -> tuple[str, ...]: return tuple(sorted(_leaves(self.expr)))
+    def inputs(self) -> tuple[str, ...]: return tuple(sorted(expression_inputs(self.expr)))
     @property
     def lookback(self) -> int: return lookback(self.expr)
     @property
@@ -378,16 +385,16 @@ class Feature:
     def formula(self) -> str: return str(self.expr)
 
 # %% ../nbs/01_features.ipynb #9227d18a
-def _leaves(expr: Expr) -> set[str]:
+def expression_inputs(expr: Expr) -> set[str]:
     "Names of the panel columns an expression reads."
-    return {expr.name} if isinstance(expr, Column) else set().union(*map(_leaves, expr.args))
+    return {expr.name} if isinstance(expr, Column) else set().union(*map(expression_inputs, expr.args))
 
 # %% ../nbs/01_features.ipynb #7624cae8
 class Registry(dict):
     "Features by name; shows itself as a table in a notebook."
     def _repr_html_(self) -> str: return registry_table()._repr_html_()
 
-registry = Registry({name: Feature(name, group, expr) for group, make in zip(ALL, (_market, _onchain, _technical, _macro, _time))
+registry = Registry({name: Feature(name, group, expr) for group, make in zip(ALL, (market_features, onchain_features, technical_features, macro_features, time_features))
                      for name, expr in make().items()})
 
 # %% ../nbs/01_features.ipynb #849a9da9
@@ -396,11 +403,11 @@ def registry_table(
 ) -> pd.DataFrame:
     "The registry as a table: name, group, inputs, lookback (rows), half-life of the memory beyond it (rows; 0: none), formula."
     halflife = lambda f: round(np.log(.5) / np.log(f.decay), 1) if f.decay else 0.
-    rows = [(f.name, f.group, " ".join(f.inputs), f.lookback, halflife(f), f.formula) for f in _select(groups)]
+    rows = [(f.name, f.group, " ".join(f.inputs), f.lookback, halflife(f), f.formula) for f in select_features(groups)]
     return pd.DataFrame(rows, columns=["name", "group", "inputs", "lookback", "halflife", "formula"]).set_index("name")
 
 # %% ../nbs/01_features.ipynb #7aebdce2
-def _select(groups: str | Iterable[str]) -> list[Feature]:
+def select_features(groups: str | Iterable[str]) -> list[Feature]:
     "The registered features of some groups, in the registry's order."
     wanted = [groups] if isinstance(groups, str) else list(groups)
     unknown = [g for g in wanted if g not in ALL]
@@ -408,14 +415,14 @@ def _select(groups: str | Iterable[str]) -> list[Feature]:
     return [f for f in registry.values() if f.group in wanted]
 
 # %% ../nbs/01_features.ipynb #1da3d042
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     "Distinct expressions, arguments before users."
     nodes: list[Expr]
     args: list[list[int]]  # positions of each node's arguments
     roots: list[int]  # position of each feature
 
 # %% ../nbs/01_features.ipynb #0c0abec9
-def _plan(exprs: Iterable[Expr]) -> _Plan:
+def make_plan(exprs: Iterable[Expr]) -> Plan:
     "A plan that evaluates every distinct part of `exprs` once."
     nodes, args, place = [], [], {}
     def visit(e):
@@ -424,10 +431,10 @@ def _plan(exprs: Iterable[Expr]) -> _Plan:
             place[str(e)] = len(nodes)
             nodes.append(e); args.append(positions)
         return place[str(e)]
-    return _Plan(nodes, args, [visit(e) for e in exprs])
+    return Plan(nodes, args, [visit(e) for e in exprs])
 
 # %% ../nbs/01_features.ipynb #123ea779
-def _over_arrays(plan: _Plan, panel: pd.DataFrame, visit: Callable, given: Mapping[int, np.ndarray] | None = None):
+def evaluate_plan(plan: Plan, panel: pd.DataFrame, visit: Callable, given: Mapping[int, np.ndarray] | None = None):
     "Evaluate `plan` except what is `given`; `visit(i, arguments, value)` sees each node, then what is done with is dropped."
     last = {a: i for i, positions in enumerate(plan.args) for a in positions}
     values = {}
@@ -440,24 +447,24 @@ def _over_arrays(plan: _Plan, panel: pd.DataFrame, visit: Callable, given: Mappi
                 if last.get(a, i) == i: del values[a]
 
 # %% ../nbs/01_features.ipynb #466df3f6
-_BLOCK = 1 << 17  # rows
+BLOCK_ROWS = 1 << 17  # rows
 
-def _in_blocks(plan: _Plan, panel: pd.DataFrame, visit: Callable):
+def evaluate_in_blocks(plan: Plan, panel: pd.DataFrame, visit: Callable):
     "Evaluate `plan` block by block; `visit(i, rows, value)` sees each node over the slice `rows`."
     recursive = [i for i, node in enumerate(plan.nodes) if node.decay]
-    parts, whole = _plan(plan.nodes[i] for i in recursive), {}
+    parts, whole = make_plan(plan.nodes[i] for i in recursive), {}
     def keep(j, xs, value):
         if j in parts.roots: whole[recursive[parts.roots.index(j)]] = value
-    _over_arrays(parts, panel, keep)
+    evaluate_plan(parts, panel, keep)
     margin = max((lookback(plan.nodes[root]) for root in plan.roots), default=0)
-    for begin in range(0, len(panel), _BLOCK):
-        first, end = max(begin - margin, 0), min(begin + _BLOCK, len(panel))
+    for begin in range(0, len(panel), BLOCK_ROWS):
+        first, end = max(begin - margin, 0), min(begin + BLOCK_ROWS, len(panel))
         def cut(i, xs, value, rows=slice(begin, end), skip=begin - first):
             visit(i, rows, value[skip:] if np.ndim(value) else value)
-        _over_arrays(plan, panel.iloc[first:end], cut, {i: x[first:end] for i, x in whole.items()})
+        evaluate_plan(plan, panel.iloc[first:end], cut, {i: x[first:end] for i, x in whole.items()})
 
 # %% ../nbs/01_features.ipynb #3f051d45
-def _check_panel(panel: pd.DataFrame, features: list[Feature]):
+def check_panel(panel: pd.DataFrame, features: list[Feature]):
     "Raise `ValueError` unless the index is hourly UTC without holes and every input is there."
     index = check_times(panel.index, "panel.index")
     hole = np.flatnonzero(index[1:] - index[:-1] != pd.Timedelta("1h"))
@@ -473,32 +480,59 @@ def _check_panel(panel: pd.DataFrame, features: list[Feature]):
         texts = [name for name in f.inputs if not pd.api.types.is_numeric_dtype(panel[name].dtype)]
         if texts: raise ValueError(f"column {texts[0]!r} of the panel is {panel[texts[0]].dtype}, not numbers: use pd.to_numeric")
 
+# %% ../nbs/01_features.ipynb #f0f66362
+def own_columns(
+    fn: Callable[[pd.DataFrame], Any],  # from a panel to a frame or series on its times
+    panel: pd.DataFrame,  # hourly panel
+) -> pd.DataFrame:
+    "The columns of a function of your own as float32 on the panel's times; a `ValueError` names the function and what is wrong."
+    name = getattr(fn, "__name__", type(fn).__name__)
+    try:
+        out = fn(panel.copy())
+        # A series without a name of its own, or with that of the column it was made of, is called as the function.
+        if isinstance(out, pd.Series) and (out.name is None or out.name in panel): out = out.rename(name)
+        out = as_frame(out, panel)
+    except Exception as error: raise ValueError(f"feature function {name}: {type(error).__name__}: {error}") from error
+    for column, kind in out.dtypes.items():
+        if not (pd.api.types.is_numeric_dtype(kind) or pd.api.types.is_bool_dtype(kind)):
+            raise ValueError(f"feature function {name}: column {column!r} is {kind}: return numbers")
+    values = out.reindex(panel.index).to_numpy(dtype=np.float32, na_value=np.nan)
+    return pd.DataFrame(np.where(np.isfinite(values), values, np.float32(np.nan)), panel.index, out.columns)
+
 # %% ../nbs/01_features.ipynb #5885679c
 def build_features(
     panel: pd.DataFrame,  # hourly panel as `sources.load_panel` returns it
     groups: str | Iterable[str] = ALL,  # which groups of features
+    extra: Iterable[Feature | Callable[[pd.DataFrame], Any]] = (),  # your own, as `Feature` or as functions of the panel
 ) -> pd.DataFrame:
-    "The registered features of a panel: float32, same index, one column each; NaN where not known, never infinite."
-    features = _select(groups)
-    _check_panel(panel, features)
-    plan, out = _plan(f.expr for f in features), np.empty((len(features), len(panel)), dtype=np.float32)
+    """The registered features of a panel and your own: float32, same index, one column each; NaN where not known, never infinite.
+    A function in `extra` returns a frame or series on times of the panel. A `ValueError` names a column that is there twice."""
+    extra = list(extra)
+    features = [*select_features(groups), *(f for f in extra if isinstance(f, Feature))]
+    check_panel(panel, features)
+    plan, out = make_plan(f.expr for f in features), np.empty((len(features), len(panel)), dtype=np.float32)
     def keep(i, rows, value):
         for j, root in enumerate(plan.roots):
             if root == i: out[j, rows] = np.where(np.abs(value) < 3e38, value, np.nan)  # the range of float32
-    _in_blocks(plan, panel, keep)
-    return pd.DataFrame(out.T, index=panel.index, columns=[f.name for f in features], copy=False)
+    evaluate_in_blocks(plan, panel, keep)
+    made = pd.DataFrame(out.T, index=panel.index, columns=[f.name for f in features], copy=False)
+    functions = [own_columns(fn, panel) for fn in extra if not isinstance(fn, Feature)]
+    if functions: made = pd.concat([made, *functions], axis=1)
+    twice = made.columns[made.columns.duplicated()]
+    if len(twice): raise ValueError(f"feature {twice[0]!r} is there twice: give your own another name")
+    return made
 
 # %% ../nbs/01_features.ipynb #53136f93
-def _start_from(panel: pd.DataFrame, plan: _Plan) -> dict[int, np.ndarray]:
+def start_state(panel: pd.DataFrame, plan: Plan) -> dict[int, np.ndarray]:
     "The state of every operator after the last row of a panel."
     states = {}
     def keep(i, xs, value):
         if xs and len(plan.nodes[i].start()): states[i] = plan.nodes[i].resume(*xs)
-    _over_arrays(plan, panel, keep)
+    evaluate_plan(plan, panel, keep)
     return states
 
 # %% ../nbs/01_features.ipynb #d2552f3a
-def _bar_time(bar: Mapping | pd.Series, previous: pd.Timestamp | None) -> pd.Timestamp:
+def bar_time(bar: Mapping | pd.Series, previous: pd.Timestamp | None) -> pd.Timestamp:
     "The decision time of a bar: whole hours, UTC, one hour after the previous one."
     given = bar["time"] if "time" in bar else getattr(bar, "name", None)
     if given is None: raise ValueError("the bar has no time: pass a row of a panel, or a mapping with the key 'time'")
@@ -517,27 +551,27 @@ class FeatureState:
         self,
         groups: str | Iterable[str] = ALL,  # which groups of features
     ):
-        self.features = _select(groups)
-        self.plan = _plan(f.expr for f in self.features)
+        self.features = select_features(groups)
+        self.plan = make_plan(f.expr for f in self.features)
         self.names, self.inputs = [f.name for f in self.features], sorted({name for f in self.features for name in f.inputs})
         self.time, self.states = None, {i: s for i, s in enumerate(node.start() for node in self.plan.nodes) if len(s)}
     @classmethod
     def from_panel(cls, panel: pd.DataFrame, groups: str | Iterable[str] = ALL) -> FeatureState:
         "The state after the last row of `panel`."
         state = cls(groups)
-        _check_panel(panel, state.features)
-        if len(panel): state.time, state.states = panel.index[-1], _start_from(panel, state.plan)
+        check_panel(panel, state.features)
+        if len(panel): state.time, state.states = panel.index[-1], start_state(panel, state.plan)
         return state
     @property
     def arrays(self) -> dict[str, np.ndarray]: return {str(self.plan.nodes[i]): s for i, s in self.states.items()}
-    def update(self, bar: Mapping | pd.Series) -> pd.Series: return _update(self, bar)
+    def update(self, bar: Mapping | pd.Series) -> pd.Series: return update_state(self, bar)
 
 # %% ../nbs/01_features.ipynb #74136672
-def _update(state: FeatureState, bar: Mapping | pd.Series) -> pd.Series:
+def update_state(state: FeatureState, bar: Mapping | pd.Series) -> pd.Series:
     "Advance `state` by one bar, a panel row or a mapping with its `time`, and return the features there."
     absent = [name for name in state.inputs if name not in bar]
     if absent: raise ValueError(f"the bar has no {absent[0]!r}: pass every column of the panel, NaN where unknown")
-    when, plan = _bar_time(bar, state.time), state.plan
+    when, plan = bar_time(bar, state.time), state.plan
     # All leaves are read before any state moves: a bar that cannot be read leaves the state as it was.
     values = [None if at else node.load_bar(when, bar) for node, at in zip(plan.nodes, plan.args)]
     with np.errstate(all="ignore"):

@@ -5,17 +5,50 @@
 # %% ../nbs/02_labels.ipynb #431592e0
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import numpy as np
 import pandas as pd
 
 from .leakage import check_times
 
 # %% auto #0
-__all__ = ['DIRECTIONS', 'hours_in', 'check_hourly', 'check_labels', 'make_labels']
+__all__ = ['DIRECTIONS', 'HEADS', 'FORECAST_COLUMNS', 'SCHEMA', 'TASKS', 'QUANTILE_WEIGHT', 'Head', 'regression_loss',
+           'total_loss', 'hours_in', 'check_hourly', 'check_labels', 'make_labels']
 
-# %% ../nbs/02_labels.ipynb #ae6e45f1
+# %% ../nbs/02_labels.ipynb #7bbcb2c1
 DIRECTIONS = ("down", "flat", "up")  # the classes 0, 1, 2
 
+class Head(NamedTuple):
+    "One part of a forecast."
+    title: str  # in figures and tables
+    columns: tuple[str, ...]  # of a prediction
+    scores: tuple[str, ...]  # names of `scores.SCORES` summaries that are shown for it
+    losses: tuple[str, ...]  # columns of `scores.loss_table` whose sum decides whether a network's head is enabled
+    label_end: str  # column of `make_labels` that holds when its label ends
+
+HEADS = dict(
+    direction=Head("Direction", tuple(f"p_{d}" for d in DIRECTIONS), ("log_loss", "brier"), ("log_loss",), "label_end"),
+    band=Head("80 % band", ("p10", "p90"), ("pinball10", "pinball90", "interval_score", "coverage"), ("pinball10", "pinball90"),
+              "label_end"),
+    volatility=Head("Volatility", ("sigma",), ("rmse_sigma", "rmse_log_sigma", "qlike"), ("se_log_sigma",), "sigma_end"))
+FORECAST_COLUMNS = [column for head in HEADS.values() for column in head.columns]
+SCHEMA = ["time", "fold", "seed", "model", *FORECAST_COLUMNS]  # of every table of predictions
+
+TASKS = dict(cls="direction (log loss)", p10="10 % quantile (pinball)", p90="90 % quantile (pinball)",
+             vol="log volatility (squared error)")  # losses a network is trained on
+QUANTILE_WEIGHT = 10  # pinball losses of a 90-day return are about a tenth of the others
+
+def regression_loss(losses: Mapping) -> Any:
+    "Weighted sum of the losses `p10, p90, vol`: QUANTILE_WEIGHT (p10 + p90) + vol; of numbers or tensors."
+    return QUANTILE_WEIGHT * (losses["p10"] + losses["p90"]) + losses["vol"]
+
+def total_loss(losses: Mapping) -> Any:
+    "Sum of all losses `cls, p10, p90, vol` as an untrained network weighs them: cls + `regression_loss`."
+    return losses["cls"] + regression_loss(losses)
+
+# %% ../nbs/02_labels.ipynb #ae6e45f1
 def hours_in(duration: str | pd.Timedelta, name: str = "duration") -> int:
     "A duration as a whole number of hours, or a `ValueError`."
     hours = pd.Timedelta(duration) / pd.Timedelta("1h")
@@ -34,15 +67,16 @@ def check_hourly(index: pd.DatetimeIndex, name: str = "index") -> pd.DatetimeInd
     return index
 
 # %% ../nbs/02_labels.ipynb #2d4d20fb
-def _ends(index: pd.DatetimeIndex, hours: int, known: pd.Series) -> pd.Series:
+def window_ends(index: pd.DatetimeIndex, hours: int, known: pd.Series) -> pd.Series:
     "When a label of so many hours ends; NaT where the label is not known."
     return pd.Series(index + pd.Timedelta(hours=hours), index=index).where(known)
 
 # %% ../nbs/02_labels.ipynb #2f9593b0
-def _path_quantile(log_close: pd.Series, hours: int, q: float) -> pd.Series:
+def path_quantile(log_close: pd.Series, hours: int, q: float) -> pd.Series:
     "The q-quantile of log(c[s] / c[t]) over the hours s in (t, t + hours]."
     return log_close.rolling(hours).quantile(q).shift(-hours) - log_close
 
+# %% ../nbs/02_labels.ipynb #4d1800d0
 def check_labels(labels: pd.DataFrame) -> pd.DataFrame:
     "`labels` unchanged, or a `ValueError` that names time and column of the first impossible value."
     tests = dict(direction=(lambda v: ~np.isin(v, (0, 1, 2)), "is no class: give 0 (down), 1 (flat), 2 (up) or NA"),
@@ -73,6 +107,6 @@ def make_labels(
     squares = (log_close.diff() ** 2).rolling(w).sum().shift(-w).clip(lower=0)
     direction = (1 + (r90 > threshold).astype(int) - (r90 < -threshold).astype(int)).where(r90.notna()).astype("Int8")
     sigma = np.sqrt(squares * (pd.Timedelta("365D") / pd.Timedelta(vol_window)))
-    paths = {f"p{q}_path": _path_quantile(log_close, h, q / 100).where(r90.notna()) for q in (90, 10)}
-    ends = dict(label_end=_ends(index, max(h, w), r90.notna()), sigma_end=_ends(index, w, sigma.notna()))
+    paths = {f"p{q}_path": path_quantile(log_close, h, q / 100).where(r90.notna()) for q in (90, 10)}
+    ends = dict(label_end=window_ends(index, max(h, w), r90.notna()), sigma_end=window_ends(index, w, sigma.notna()))
     return pd.DataFrame(dict(r90=r90, direction=direction, sigma=sigma, **paths, **ends))

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .mamba2_block import (Mamba2Block, Mamba2Config, Mamba2State, RMSNorm, carried, check_input, check_like,
-                                        check_state, check_step, no_weight_decay)
+from .mamba2_block import Mamba2Block, Mamba2Config, Mamba2State, RMSNorm, no_weight_decay
+from .states import check_input, check_like, check_state, check_step, register_state
 
 # %% auto #0
 __all__ = ['KERNELS', 'rotate', 'KVCache', 'window_mask', 'MHSAConfig', 'MHSA', 'HybridState', 'HybridBlock']
@@ -38,7 +38,7 @@ def rotate(
     return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1).to(x.dtype)
 
 # %% ../nbs/04_mhsa.ipynb #b6553927
-@carried
+@register_state()
 class KVCache(NamedTuple):
     "The last keys (before rotation) and values, the newest at the end, and how many of them are real."
     k: Tensor  # (b, heads, kv_window, d)
@@ -84,47 +84,47 @@ class MHSAConfig:
             raise ValueError(f"base is {self.base!r}: give a number above 1")
 
 # %% ../nbs/04_mhsa.ipynb #ed931c30
-def _attend_reference(q: Tensor, k: Tensor, v: Tensor, window: int, seen: Tensor, series: Tensor | None) -> Tensor:
+def attend_reference(q: Tensor, k: Tensor, v: Tensor, window: int, seen: Tensor, series: Tensor | None) -> Tensor:
     "Softmax over what may be seen, written out: q (b, h, t, d), k and v (b, h, window + t, d)."
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** .5
     mask = window_mask(q.shape[2], window, seen, series)
     return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
 
 # %% ../nbs/04_mhsa.ipynb #b942c1b3
-def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int, seen: Tensor, series: Tensor | None) -> Tensor:
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int, seen: Tensor, series: Tensor | None) -> Tensor:
     "The same by PyTorch's fused kernels."
     return F.scaled_dot_product_attention(q, k, v, window_mask(q.shape[2], window, seen, series))
 
 # %% ../nbs/04_mhsa.ipynb #703db3ab
 @cache
-def _compiled_flex() -> Callable:
+def compiled_flex() -> Callable:
     "PyTorch's flex attention, compiled at its first use."
     from torch.nn.attention.flex_attention import flex_attention
     return torch.compile(flex_attention, dynamic=False)
 
 # %% ../nbs/04_mhsa.ipynb #5adc1ab0
-def _attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int, seen: Tensor, series: Tensor | None) -> Tensor:
-    "The same by flex attention; few queries are left to `_attend_sdpa`, whose start costs less."
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int, seen: Tensor, series: Tensor | None) -> Tensor:
+    "The same by flex attention; few queries are left to `attend_sdpa`, whose start costs less."
     from torch.nn.attention.flex_attention import create_block_mask
     if not q.is_cuda: raise ValueError(f"kernel 'flex' needs a GPU and the input is on {q.device.type}: give 'sdpa'")
     b, _, t, _ = q.shape
-    if t < 128: return _attend_sdpa(q, k, v, window, seen, series)
+    if t < 128: return attend_sdpa(q, k, v, window, seen, series)
     if series is None: series = torch.zeros(b, window + t, dtype=torch.int64, device=q.device)
     def visible(b, h, i, j):
         return (j >= i) & (j <= i + window) & (j >= window - seen[b]) & (series[b, j] == series[b, window + i])
     mask = create_block_mask(visible, b, None, t, window + t, device=str(q.device))
-    return _compiled_flex()(q, k, v, block_mask=mask)
+    return compiled_flex()(q, k, v, block_mask=mask)
 
-_KERNELS = dict(sdpa=_attend_sdpa, flex=_attend_flex, reference=_attend_reference)
+ATTEND = dict(sdpa=attend_sdpa, flex=attend_flex, reference=attend_reference)
 
 # %% ../nbs/04_mhsa.ipynb #16f7416b
-def _attend(cfg: MHSAConfig, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, reset: Tensor | None) -> tuple[Tensor, KVCache]:
+def attend_block(cfg: MHSAConfig, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, reset: Tensor | None) -> tuple[Tensor, KVCache]:
     "Attention of one block of queries to the cache and itself, and the cache after it."
     t, w = q.shape[2], cfg.kv_window
     keys, values = torch.cat([cache.k.to(k.dtype), k], 2), torch.cat([cache.v.to(v.dtype), v], 2)
     at, series = torch.arange(w + t, device=q.device), None if reset is None else F.pad(reset.cumsum(1), (w, 0))
     turned = rotate(q, at[w:], cfg.base), rotate(keys, at, cfg.base)
-    y = _KERNELS[cfg.kernel](*turned, values, w, cache.seen, series)
+    y = ATTEND[cfg.kernel](*turned, values, w, cache.seen, series)
     kept = (m[:, :, t:].to(cache.k.dtype).clone() for m in (keys, values))  # a view would keep all of them alive
     seen = (cache.seen + t).clamp_max(w)
     if series is not None:  # what is of another series is forgotten
@@ -155,7 +155,7 @@ class MHSA(nn.Module):
         parts = [m.split(c.block, 2) for m in rearrange(self.qkv(u), "b t (three h d) -> three b h t d", three=3, h=c.n_heads)]
         resets, ys = [None] * len(parts[0]) if reset is None else reset.split(c.block, 1), []
         for *part, r in zip(*parts, resets):
-            y, cache = _attend(c, *part, cache, r)
+            y, cache = attend_block(c, *part, cache, r)
             ys.append(y)
         return self.out_proj(rearrange(torch.cat(ys, 2), "b h t d -> b t (h d)")), cache
 
@@ -165,7 +165,7 @@ class MHSA(nn.Module):
         return y[:, 0], cache
 
 # %% ../nbs/04_mhsa.ipynb #530b4e83
-@carried
+@register_state()
 class HybridState(NamedTuple):
     "What a block with attention remembers between chunks."
     mixer: Mamba2State

@@ -7,120 +7,84 @@ from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import dataclass, fields, replace
-from functools import cache
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, replace
 from importlib.resources import files
-from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from .mamba2_block import (BACKENDS, Mamba2Block, Mamba2Config, RMSNorm, carried, check_finite, check_like,
-                                        check_reset, check_step, check_tensors, detach, no_weight_decay, running_sum)
-from .mhsa import KERNELS, MHSA, HybridBlock, MHSAConfig
+from .config import ConfigError, settings
+from .labels import regression_loss
+from .mamba2_block import Mamba2Block, Mamba2Config, RMSNorm, no_weight_decay
+from .mhsa import MHSA, HybridBlock, MHSAConfig
+from .ssd import running_sum
+from .states import (AUTOCAST, check_finite, check_like, check_reset, check_step, check_tensors, detach,
+                                  register_state)
+from .storage import to_toml, write_atomic
 
 # %% auto #0
-__all__ = ['DERIVED', 'POOLINGS', 'PRESETS', 'MAX_LOG_VAR', 'Bound', 'bounds', 'check_fields', 'ModelConfig', 'read_preset',
-           'preset', 'MeanState', 'Pooling', 'Forecast', 'Heads', 'ModelState', 'MultitaskModel', 'Targets', 'pinball',
-           'task_losses', 'multitask_loss', 'detach']
-
-# %% ../nbs/04a_multitask.ipynb #f924689a
-class Bound(NamedTuple):
-    "The least and the greatest value of a number, and its unit; of whole numbers where they are whole, of a bool False and True."
-    low: float
-    high: float
-    unit: str = ""
-
-    def __str__(self) -> str:
-        if isinstance(self.low, bool): return "False or True"
-        return f"{self.low} to {self.high} {self.unit}".rstrip() + ", a whole number" * isinstance(self.low, int)
-
-    def __get_pydantic_core_schema__(self, source, handler):
-        "The same for pydantic: nothing is converted."
-        from pydantic import Field
-        limits = {} if isinstance(self.low, bool) else dict(ge=self.low, le=self.high)
-        return handler.generate_schema(Annotated[type(self.low), Field(strict=True, **limits)])
-
-# %% ../nbs/04a_multitask.ipynb #7815921c
-@cache
-def bounds(
-    kind: type,  # a dataclass
-) -> dict[str, Bound | tuple]:
-    "By field, its `Bound` or the values to choose from; fields with neither are left out."
-    found = {}
-    for name, hint in get_type_hints(kind, include_extras=True).items():
-        if get_origin(hint) is Literal: found[name] = get_args(hint)
-        for bound in getattr(hint, "__metadata__", ()):
-            if isinstance(bound, Bound): found[name] = bound
-    return found
-
-# %% ../nbs/04a_multitask.ipynb #c363554c
-def check_fields(
-    config,  # a dataclass
-) -> None:
-    "A `ValueError` that names a field which is out of its bounds, and what it may be."
-    for name, bound in bounds(type(config)).items():
-        value = getattr(config, name)
-        if isinstance(bound, Bound):
-            kinds = (int, float) if isinstance(bound.low, float) else (type(bound.low),)
-            if type(value) not in kinds or not bound.low <= value <= bound.high:
-                raise ValueError(f"{name} is {value!r}: give {bound}")
-        elif value not in bound: raise ValueError(f"{name} is {value!r}; known are {', '.join(map(str, bound))}")
+__all__ = ['DERIVED', 'PRESET_FOLDER', 'PRESETS', 'MAX_LOG_VAR', 'ModelConfig', 'read_preset', 'preset', 'MeanState',
+           'running_mean', 'Pooling', 'Forecast', 'inverse_softplus', 'Heads', 'ModelState', 'MultitaskModel',
+           'Targets', 'pinball', 'masked_mean', 'task_losses', 'multitask_loss']
 
 # %% ../nbs/04a_multitask.ipynb #3a19ce85
-DERIVED = ("n_features", "anchored")  # of a model's sizes: these follow from the data, a user has no say in them
-POOLINGS = ("last", "mean", "attention")  # how the hidden states up to t become one
+DERIVED = ("n_features", "anchored")  # sizes of a model that follow from the data: no setting of a user's
 
-def _check_sizes(cfg: ModelConfig) -> None:
-    "A `ValueError` that names the field."
-    check_fields(cfg)
-    if cfg.n_features < 1 + cfg.anchored: raise ValueError(f"n_features is {cfg.n_features}: give at least 2, one is the anchor")
-    _ = cfg.mixer, cfg.attention  # made, they check how their sizes fit together
-
-# %% ../nbs/04a_multitask.ipynb #2a12950f
-@dataclass(frozen=True)
+@settings
 class ModelConfig:
-    "Sizes of the model."
-    n_features: Annotated[int, Bound(1, 100_000, "channels")] = 60  # input channels
-    d_model: Annotated[int, Bound(2, 16_384, "channels")] = 64  # width of the residual stream
-    n_layers: Annotated[int, Bound(1, 256, "blocks")] = 2  # blocks
-    expand: Annotated[int, Bound(1, 64, "times d_model")] = 2  # inner width of a mixer
-    d_state: Annotated[int, Bound(1, 4096, "numbers a channel")] = 16  # state of a mixer
-    headdim: Annotated[int, Bound(1, 4096, "channels")] = 32  # width of a head of the mixer
-    ngroups: Annotated[int, Bound(1, 4096, "groups")] = 1  # groups of heads that share B and C
-    d_conv: Annotated[int, Bound(1, 256, "hours")] = 4  # span of the causal convolution
-    chunk: Annotated[int, Bound(1, 65_536, "hours")] = 64  # what the scan handles at once
-    mlp: Annotated[int, Bound(1, 65_536, "channels")] = 128  # hidden width of the gated MLP
-    dropout: Annotated[float, Bound(0., .99, "of the values")] = 0.1  # left out in training, after mixer, attention and MLP
-    attention_every: Annotated[int, Bound(0, 256, "layers")] = 0  # an attention branch in every so many layers; 0: none
-    n_heads: Annotated[int, Bound(1, 1024, "heads")] = 4  # heads of the attention
-    kv_window: Annotated[int, Bound(0, 1_000_000, "hours")] = 512  # how far the attention looks back
-    kernel: Literal[*KERNELS] = "sdpa"  # kernel of the attention
-    backend: Literal[*BACKENDS] = "auto"  # backend of the scan
-    pooling: Literal[*POOLINGS] = "last"  # how the hidden states up to t become one
-    pool_window: Annotated[int, Bound(0, 1_000_000, "hours")] = 168  # how far the attention pooling looks back
-    anchored: Annotated[bool, Bound(False, True)] = False  # the last channel forecasts log sigma; the volatility head adds to it
-    __pydantic_config__ = dict(extra="forbid")
+    "Sizes of the model; widths are numbers of channels, spans are hours."
+    n_features: Annotated[int, Field(ge=1, le=100_000, strict=True)] = 60  # input channels
+    d_model: Annotated[int, Field(ge=2, le=16_384, strict=True)] = 64  # width of the residual stream
+    n_layers: Annotated[int, Field(ge=1, le=256, strict=True)] = 2  # number of blocks
+    expand: Annotated[int, Field(ge=1, le=64, strict=True)] = 2  # inner width of a mixer, in multiples of d_model
+    d_state: Annotated[int, Field(ge=1, le=4096, strict=True)] = 16  # state of a mixer, numbers a channel
+    headdim: Annotated[int, Field(ge=1, le=4096, strict=True)] = 32  # width of a head of the mixer
+    ngroups: Annotated[int, Field(ge=1, le=4096, strict=True)] = 1  # groups of heads that share B and C
+    d_conv: Annotated[int, Field(ge=1, le=256, strict=True)] = 4  # span of the causal convolution
+    chunk: Annotated[int, Field(ge=1, le=65_536, strict=True)] = 64  # hours that the scan handles at once
+    mlp: Annotated[int, Field(ge=1, le=65_536, strict=True)] = 128  # hidden width of the gated MLP
+    dropout: Annotated[float, Field(ge=0., le=.99, strict=True)] = 0.1  # share of values, after mixer, attention and MLP
+    attention_every: Annotated[int, Field(ge=0, le=256, strict=True)] = 0  # an attention branch every so many layers; 0: none
+    n_heads: Annotated[int, Field(ge=1, le=1024, strict=True)] = 4  # heads of the attention
+    kv_window: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 512  # hours that the attention looks back
+    kernel: Literal["sdpa", "flex", "reference"] = "sdpa"  # kernel of the attention
+    backend: Literal["auto", "torch", "mamba_ssm"] = "auto"  # backend of the scan
+    pooling: Literal["last", "mean", "attention"] = "last"  # how the hidden states up to t become one
+    pool_window: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 168  # hours that the attention pooling looks back
+    anchored: Annotated[bool, Field(strict=True)] = False  # the last channel forecasts log sigma; the head adds to it
 
-    def __post_init__(self): _check_sizes(self)
+    def __post_init__(self) -> None:
+        if self.n_features < 1 + self.anchored: raise ValueError("n_features is 1: give at least 2, one is the anchor")
+        _ = self.mixer, self.attention  # they check how their sizes fit together
 
     @property
-    def mixer(self) -> Mamba2Config: return Mamba2Config(**{f.name: getattr(self, f.name) for f in fields(Mamba2Config)})
+    def mixer(self) -> Mamba2Config:
+        "The sizes of a mixer."
+        return Mamba2Config(**{f.name: getattr(self, f.name) for f in fields(Mamba2Config)})
+
     @property
     def attention(self) -> MHSAConfig:
+        "The sizes of an attention branch."
         return MHSAConfig(self.d_model, self.n_heads, self.kv_window, kernel=self.kernel)
 
 # %% ../nbs/04a_multitask.ipynb #2f011791
-_FOLDER = files("cryptopredict").joinpath("presets")
-PRESETS = tuple(sorted(p.name.removesuffix(".toml") for p in _FOLDER.iterdir() if p.name.endswith(".toml")))
+PRESET_FOLDER = files("cryptopredict").joinpath("presets")
+PRESETS = tuple(sorted(p.name.removesuffix(".toml") for p in PRESET_FOLDER.iterdir() if p.name.endswith(".toml")))
 
 def read_preset(
     name: str,  # one of `PRESETS`
 ) -> dict:
     "The preset's TOML: tables `model` and `train`."
     if name not in PRESETS: raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
-    return tomllib.loads(_FOLDER.joinpath(f"{name}.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(PRESET_FOLDER.joinpath(f"{name}.toml").read_text(encoding="utf-8"))
 
 # %% ../nbs/04a_multitask.ipynb #4971676a
 def preset(
@@ -135,15 +99,14 @@ def preset(
     return replace(ModelConfig(n_features=n_features, **read_preset(name)["model"]), **overrides)
 
 # %% ../nbs/04a_multitask.ipynb #96af6092
-@carried
+@register_state(total=torch.float64, count=torch.float64)
 class MeanState(NamedTuple):
-    "Running mean of everything seen."
-    total: Tensor  # sum of hidden states, float64 (b, d)
-    count: Tensor  # how many, float64 (b, 1)
-    LEAST = {"total": torch.float64, "count": torch.float64}
+    "Running mean of everything seen, in float64."
+    total: Tensor  # sum of hidden states (b, d)
+    count: Tensor  # how many (b, 1)
 
 # %% ../nbs/04a_multitask.ipynb #880f4b6e
-def _running_mean(u: Tensor, state: MeanState, reset: Tensor | None) -> tuple[Tensor, MeanState]:
+def running_mean(u: Tensor, state: MeanState, reset: Tensor | None) -> tuple[Tensor, MeanState]:
     "Means (b, t, d) of what a stream has shown since its series began, and the state after the last step."
     # A series that begins late is a difference of two long sums: these are then made in float64.
     local = running_sum(u.to(torch.promote_types(u.dtype, torch.float32) if reset is None else torch.float64), 1)  # (b, t, d)
@@ -186,7 +149,7 @@ class Pooling(nn.Module):
         if self.kind == "attention":
             y, state = self.attention(u, state, reset)
             return u + y, state
-        return _running_mean(u, state, reset)
+        return running_mean(u, state, reset)
 
 # %% ../nbs/04a_multitask.ipynb #f44de43f
 class Forecast(NamedTuple):
@@ -197,7 +160,7 @@ class Forecast(NamedTuple):
     sigma: Tensor  # annualised volatility of the next 30 days, positive
 
 # %% ../nbs/04a_multitask.ipynb #97074974
-def _inverse_softplus(x: Tensor) -> Tensor:
+def inverse_softplus(x: Tensor) -> Tensor:
     "y with softplus(y) = x, for x > 0."
     return x + torch.log(-torch.expm1(-x))
 
@@ -219,7 +182,7 @@ class Heads(nn.Module):
         "Biases for class frequencies (3,), the 0.1, 0.5, 0.9 quantiles of r90 (3,) and a volatility."
         low, middle, high = quantiles
         self.classifier.bias.copy_(frequencies.clamp_min(1e-3).log())
-        widths = _inverse_softplus(torch.stack([middle - low, high - middle]).clamp_min(1e-3))
+        widths = inverse_softplus(torch.stack([middle - low, high - middle]).clamp_min(1e-3))
         self.regressor.bias.copy_(torch.cat([middle[None], widths, torch.tensor([math.log(sigma)])]))
 
     def forward(self, u: Tensor, anchor: Tensor | None) -> Forecast:
@@ -232,34 +195,14 @@ class Heads(nn.Module):
         return Forecast(logits, middle - F.softplus(down), middle + F.softplus(up), log_sigma.clamp(-6, 3).exp())
 
 # %% ../nbs/04a_multitask.ipynb #461bda95
-@carried
+@register_state()
 class ModelState(NamedTuple):
     "Everything the model remembers between chunks; `detach` cuts it off the graph."
     blocks: tuple  # one state a block
     pool: tuple  # of the pooling
 
-_all_ = ["detach"]  # told to the exporter: callers take it from here
-
-# %% ../nbs/04a_multitask.ipynb #1f2ab422
-def _blocks(cfg: ModelConfig) -> nn.ModuleList:
-    "The backbone: an attention branch in every `attention_every`-th block."
-    blocks = nn.ModuleList()
-    for k in range(1, cfg.n_layers + 1):
-        if cfg.attention_every and k % cfg.attention_every == 0:
-            blocks.append(HybridBlock(cfg.mixer, cfg.mlp, cfg.attention, cfg.dropout))
-        else: blocks.append(Mamba2Block(cfg.mixer, cfg.mlp, cfg.dropout))
-    for name, p in blocks.named_parameters():  # residual branches start small, so that depth does not blow up the stream
-        if name.endswith(("out_proj.weight", "fc2.weight")): p.data /= math.sqrt(2 * cfg.n_layers)
-    return blocks
-
-# %% ../nbs/04a_multitask.ipynb #06a7d7df
-def _through(blocks: nn.ModuleList, u: Tensor, states: tuple, reset: Tensor | None = None) -> tuple[Tensor, tuple]:
-    "The residual stream after all blocks, and their states."
-    after = []
-    for block, state in zip(blocks, states, strict=True):
-        u, state = block(u, state, reset)
-        after.append(state)
-    return u, tuple(after)
+# %% ../nbs/04a_multitask.ipynb #702c30dd
+_all_ = ["detach"]  # exported from here too: it is what a training loop does to this state
 
 # %% ../nbs/04a_multitask.ipynb #88e75079
 class MultitaskModel(nn.Module):
@@ -268,8 +211,14 @@ class MultitaskModel(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg, self.embed = cfg, nn.Linear(cfg.n_features - cfg.anchored, cfg.d_model)
-        self.blocks, self.norm = _blocks(cfg), RMSNorm(cfg.d_model)
-        self.pool, self.heads = Pooling(cfg), Heads(cfg.d_model)
+        self.blocks = nn.ModuleList()
+        for k in range(1, cfg.n_layers + 1):
+            if cfg.attention_every and k % cfg.attention_every == 0:
+                self.blocks.append(HybridBlock(cfg.mixer, cfg.mlp, cfg.attention, cfg.dropout))
+            else: self.blocks.append(Mamba2Block(cfg.mixer, cfg.mlp, cfg.dropout))
+        for name, p in self.blocks.named_parameters():  # residual branches start small, so that depth does not blow up the stream
+            if name.endswith(("out_proj.weight", "fc2.weight")): p.data /= math.sqrt(2 * cfg.n_layers)
+        self.norm, self.pool, self.heads = RMSNorm(cfg.d_model), Pooling(cfg), Heads(cfg.d_model)
         self.log_var_cls, self.log_var_reg = (no_weight_decay(nn.Parameter(torch.zeros(()))) for _ in range(2))
         no_weight_decay(self.embed.bias)
 
@@ -280,37 +229,57 @@ class MultitaskModel(nn.Module):
 
     def forward(self, x: Tensor, state: ModelState | None = None, reset: Tensor | None = None) -> tuple[Forecast, ModelState]:
         "Forecasts at all steps and the state after the last; where `reset` (b, t) is True, another series begins in a stream."
-        _check_input(self, x)
+        self.check_input(x)
         check_reset(reset, x, "x")
         x, anchor = (x[..., :-1], x[..., -1]) if self.cfg.anchored else (x, None)
         fresh = self.init_state(x.shape[0])
         state = fresh if state is None else check_like(state, fresh, "state", x)
-        u, blocks = _through(self.blocks, self.embed(x), state.blocks, reset)
+        u, after = self.embed(x), []
+        for block, before in zip(self.blocks, state.blocks, strict=True):
+            u, block_state = block(u, before, reset)
+            after.append(block_state)
         pooled, pool = self.pool(self.norm(u), state.pool, reset)
-        return self.heads(pooled, anchor), ModelState(blocks, pool)
+        return self.heads(pooled, anchor), ModelState(tuple(after), pool)
 
     def step(self, x_t: Tensor, state: ModelState) -> tuple[Forecast, ModelState]:
         "One time step: x_t (b, n_features)."
         forecast, state = self(check_step(x_t, self.cfg.n_features, "x_t"), state)
         return Forecast(*(v[:, 0] for v in forecast)), state
 
-# %% ../nbs/04a_multitask.ipynb #a11ef27c
-def _check_input(model: MultitaskModel, x: Tensor) -> None:
-    "A `ValueError` that names the argument, and both shapes or the place."
-    n, due = model.cfg.n_features, model.embed.weight.dtype
-    check_tensors(x=x)
-    check_finite("x", x)
-    if x.dim() != 3 or x.shape[-1] != n or 0 in x.shape:
-        raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, time, {n})")
-    device = model.embed.weight.device
-    narrow = torch.float32, torch.bfloat16, torch.float16  # what autocast converts
-    mixed = x.dtype in narrow and torch.is_autocast_enabled(device.type)
-    if x.device != device or (x.dtype != due and not mixed):
-        raise ValueError(f"x is {x.dtype} on {x.device}; expected {due} on {device}: convert it with .to")
-    if not x.is_cuda and not torch.isfinite(x).all():  # on a GPU looking would make the host wait; training stops on the gradient
-        row = torch.nonzero(~torch.isfinite(x))[0].tolist()
-        value = x[tuple(row)].item()
-        raise ValueError(f"x{row} (batch, time, feature) is {value}: scale features and set missing ones to 0 first")
+    def check_input(self, x: Tensor) -> None:
+        "A `ValueError` that names the argument, and both shapes or the place."
+        n, weight = self.cfg.n_features, self.embed.weight
+        check_tensors(x=x)
+        check_finite("x", x)
+        if x.dim() != 3 or x.shape[-1] != n or 0 in x.shape:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, time, {n})")
+        mixed = x.dtype in AUTOCAST and torch.is_autocast_enabled(weight.device.type)
+        if x.device != weight.device or (x.dtype != weight.dtype and not mixed):
+            raise ValueError(f"x is {x.dtype} on {x.device}; expected {weight.dtype} on {weight.device}: convert it with .to")
+        if not x.is_cuda and not torch.isfinite(x).all():  # on a GPU looking would make the host wait
+            row = torch.nonzero(~torch.isfinite(x))[0].tolist()
+            value = x[tuple(row)].item()
+            raise ValueError(f"x{row} (batch, time, feature) is {value}: scale features and set missing ones to 0 first")
+
+    def save(self, folder: str | Path) -> None:
+        "Write sizes and weights to `config.toml` and `model.safetensors` in a folder, which is made where absent."
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "model.safetensors", save_tensors({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}))
+        write_atomic(folder / "config.toml", to_toml(asdict(self.cfg)))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> MultitaskModel:
+        "The model that `save` wrote, in evaluation mode; a `ValueError` names the file and what is wrong with it."
+        folder = Path(folder)
+        try:
+            cfg = ModelConfig(**tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+            model = cls(cfg).to(device)
+            model.load_state_dict(load_tensors((folder / "model.safetensors").read_bytes()))
+        except OSError as error: raise ValueError(f"{folder} holds no saved model ({error}): give the folder of `save`") from None
+        except (ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder}: config.toml and model.safetensors do not fit ({' '.join(str(error).split())})") from None
+        return model.eval()
 
 # %% ../nbs/04a_multitask.ipynb #1d90338d
 class Targets(NamedTuple):
@@ -326,7 +295,7 @@ def pinball(y: Tensor, q: Tensor, alpha: float) -> Tensor:
     return torch.maximum(alpha * (y - q), (alpha - 1) * (y - q))
 
 # %% ../nbs/04a_multitask.ipynb #a075980a
-def _masked_mean(loss, y: Tensor) -> Tensor:
+def masked_mean(loss, y: Tensor) -> Tensor:
     "Mean of `loss(known, y filled)` where y is known; 0 where nothing is. NaN never enters the graph."
     known = torch.isfinite(y)
     value = loss(torch.where(known, y, torch.zeros_like(y)))
@@ -343,10 +312,10 @@ def task_losses(
     quantile = pinball if target == "terminal" else lambda y, q, alpha: (y - q) ** 2
     logp = forecast.logits.log_softmax(-1)
     return dict(
-        cls=_masked_mean(lambda y: -logp.gather(-1, y.long()[..., None])[..., 0], targets.direction),
-        p10=_masked_mean(lambda y: quantile(y, forecast.p10, .1), targets.low),
-        p90=_masked_mean(lambda y: quantile(y, forecast.p90, .9), targets.high),
-        vol=_masked_mean(lambda y: (y.clamp_min(1e-3).log() - forecast.sigma.log()) ** 2, targets.sigma))
+        cls=masked_mean(lambda y: -logp.gather(-1, y.long()[..., None])[..., 0], targets.direction),
+        p10=masked_mean(lambda y: quantile(y, forecast.p10, .1), targets.low),
+        p90=masked_mean(lambda y: quantile(y, forecast.p90, .9), targets.high),
+        vol=masked_mean(lambda y: (y.clamp_min(1e-3).log() - forecast.sigma.log()) ** 2, targets.sigma))
 
 # %% ../nbs/04a_multitask.ipynb #178a767b
 MAX_LOG_VAR = math.log(100)  # task weights stay in [1/100, 100]
@@ -359,6 +328,4 @@ def multitask_loss(
     "Uncertainty-weighted sum of the task losses."
     bound = lambda s: MAX_LOG_VAR * torch.tanh(s / MAX_LOG_VAR)
     cls, reg = bound(log_var_cls), bound(log_var_reg)
-    # Pinball losses of a 90-day return are about a tenth of the others: ten times them keeps the band from being drowned out.
-    regression = 10 * (losses["p10"] + losses["p90"]) + losses["vol"]
-    return torch.exp(-cls) * losses["cls"] + cls / 2 + torch.exp(-reg) * regression + reg / 2
+    return torch.exp(-cls) * losses["cls"] + cls / 2 + torch.exp(-reg) * regression_loss(losses) + reg / 2

@@ -5,66 +5,57 @@
 # %% ../nbs/06_results.ipynb #c2b8f61d
 from __future__ import annotations
 
-import html
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from fastcore.basics import patch
+from jinja2 import Environment
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from .checkpoint import write_atomic
-from .labels import DIRECTIONS
+from .figures import BLACK, GREY, PALETTE, SKY, colours, house_style
+from .labels import DIRECTIONS, HEADS, TASKS
+from .storage import write_atomic
+from .walkforward import Evaluation
 
 # %% auto #0
-__all__ = ['COLOURS', 'SCORE_NAMES', 'GROUPS', 'CURVES', 'REPORTED', 'SIZE_OF_TEST', 'STYLE', 'read_run', 'score_table', 'claims',
-           'figure_skill', 'figure_reliability', 'figure_coverage', 'figure_fan', 'figure_newest', 'network_sentence',
-           'figure_training', 'training_table', 'figure_vram', 'findings', 'newest_table', 'seed_table',
-           'head_sentences', 'missing_prices', 'write_report']
-
-# %% ../nbs/06_results.ipynb #264a86bd
-def read_run(
-    out: str | Path,  # run folder, as `evaluate.walk_forward_run` writes it
-) -> tuple[dict, pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    "Scores, predictions, daily origins and newest forecast of a finished run."
-    out = Path(out)
-    names = ("scores.json", "predictions.parquet", "origins.parquet", "forecast.parquet")
-    missing = [n for n in names if not (out / n).exists()]
-    if missing:
-        raise ValueError(f"{out} holds no finished run ({missing[0]} is missing): "
-                         "start it again with the same --out to finish it")
-    return json.loads((out / names[0]).read_text(encoding="utf-8")), *(pd.read_parquet(out / n) for n in names[1:])
+__all__ = ['SCORE_NAMES', 'REPORTED', 'SIZE_OF_TEST', 'STYLE', 'TEMPLATE', 'table_of_scores', 'percent_text', 'claims',
+           'figure_skill', 'interval_points', 'figure_reliability', 'figure_coverage', 'figure_fan', 'figure_newest',
+           'network_sentence', 'figure_training', 'training_table', 'figure_vram', 'leak_sentence', 'severities',
+           'better_models', 'distance_to_truth', 'finding_sentences', 'newest_table', 'seed_table', 'head_sentences',
+           'missing_prices', 'write_report']
 
 # %% ../nbs/06_results.ipynb #28620946
-# Okabe and Ito, colour-blind safe
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999"]
 SCORE_NAMES = {"log_loss": "log loss", "brier": "Brier", "pinball10": "pinball p10", "pinball90": "pinball p90",
                "interval_score": "interval score", "coverage": "coverage",
                "rmse_sigma": "RMSE sigma", "rmse_log_sigma": "RMSE log sigma", "qlike": "QLIKE"}
-GROUPS = {"Direction": ["log_loss", "brier"], "80 % band": ["pinball10", "pinball90", "interval_score", "coverage"],
-          "Volatility": ["rmse_sigma", "rmse_log_sigma", "qlike"]}  # the three heads and their scores
 
-def _cell(row: pd.Series) -> str:
+# %% ../nbs/06_results.ipynb #06fad821
+def cell_text(row: pd.Series) -> str:
     "A score with its interval as text."
     if pd.isna(row["mean"]): return "-"
     digits = 3 if row["mean"] >= .1 else 4
     return f"{row['mean']:.{digits}f}" + ("" if pd.isna(row["lo"]) else f" [{row['lo']:.{digits}f}, {row['hi']:.{digits}f}]")
 
 # %% ../nbs/06_results.ipynb #cca67bd3
-def score_table(
+def table_of_scores(
     scores: dict,  # content of `scores.json`
 ) -> pd.DataFrame:
     "Models by scores, each cell `mean [90 % interval]`; the last row counts the independent windows behind it."
     table = pd.DataFrame(scores["summary"])
-    wide = table.assign(cell=table.apply(_cell, axis=1)).pivot(index="model", columns="score", values="cell")
+    wide = table.assign(cell=table.apply(cell_text, axis=1)).pivot(index="model", columns="score", values="cell")
     wide = wide.reindex(index=scores["config"]["models"], columns=[c for c in SCORE_NAMES if c in set(table["score"])])
     wide.loc["independent windows"] = table.groupby("score")["n_windows"].max().reindex(wide.columns).astype(int).astype(str)
     return wide.rename(columns=SCORE_NAMES).rename_axis(index=None, columns=None)
 
 # %% ../nbs/06_results.ipynb #9dcd5e31
-def _percent(row: pd.Series) -> str:
+def percent_text(row: pd.Series) -> str:
     "A relative difference with its interval as text."
     if pd.isna(row["relative"]): return "-"
     return f"{row['relative']:+.1%}" + ("" if pd.isna(row["rel_lo"]) else f" [{row['rel_lo']:+.1%}, {row['rel_hi']:+.1%}]")
@@ -78,18 +69,7 @@ def claims(
     if table.empty: return pd.DataFrame(columns=["score", "model", "difference", "p (Holm)", "claim"])
     p = table["p_holm"].map(lambda x: "-" if pd.isna(x) else f"{x:.3f}")
     return pd.DataFrame({"score": table["score"].map(SCORE_NAMES), "model": table["model"],
-                         "difference": table.apply(_percent, axis=1), "p (Holm)": p, "claim": table["verdict"]})
-
-# %% ../nbs/06_results.ipynb #11ec9320
-def _colour_of(models: list[str]) -> dict[str, str]:
-    "One colour a model, the same in every figure."
-    return {m: COLOURS[k % len(COLOURS)] for k, m in enumerate(models)}
-
-# %% ../nbs/06_results.ipynb #0bc3eba9
-def _layout(fig: go.Figure, title: str, height: int = 380, **more) -> go.Figure:
-    "The house look."
-    return fig.update_layout(title=title, height=height, template="simple_white", margin=dict(t=85, b=45, l=60, r=20),
-                             legend=dict(orientation="h", y=-.25), **more)
+                         "difference": table.apply(percent_text, axis=1), "p (Holm)": p, "claim": table["verdict"]})
 
 # %% ../nbs/06_results.ipynb #cb63b790
 def figure_skill(
@@ -100,7 +80,7 @@ def figure_skill(
     table = pd.DataFrame(scores["comparison"], columns=columns).dropna(subset=["relative"])  # empty for a run of one model
     fig, reference = go.Figure(), scores["config"]["models"][0]
     models, order = list(dict.fromkeys(table["model"])), [s for s in SCORE_NAMES if s in set(table["score"])]
-    for model, colour in _colour_of(scores["config"]["models"]).items():
+    for model, colour in colours(scores["config"]["models"]).items():
         part = table[table["model"] == model]
         if part.empty: continue
         rows = [order.index(s) - .3 + .6 * models.index(model) / max(len(models) - 1, 1) for s in part["score"]]
@@ -110,10 +90,10 @@ def figure_skill(
     fig.add_vline(x=0, line=dict(color="#555555", width=1), opacity=1)
     fig.update_yaxes(tickvals=list(range(len(order))), ticktext=[SCORE_NAMES[s] for s in order], autorange="reversed")
     fig.update_xaxes(title=f"difference to {reference} (%), 90 % interval")
-    return _layout(fig, f"Loss relative to {reference}: left of zero is better", 460)
+    return house_style(fig, f"Loss relative to {reference}: left of zero is better", 460)
 
 # %% ../nbs/06_results.ipynb #d68bafaa
-def _points(part: pd.DataFrame, x: str, y: str, model: str, colour: str) -> go.Scatter:
+def interval_points(part: pd.DataFrame, x: str, y: str, model: str, colour: str) -> go.Scatter:
     "One model's points with their intervals `lo, hi`."
     at, value, lo, hi = (part[c].astype(float).round(3) for c in (x, y, "lo", "hi"))
     error = dict(type="data", symmetric=False, array=hi - value, arrayminus=value - lo, thickness=1)
@@ -130,15 +110,15 @@ def figure_reliability(
     fig = make_subplots(1, 3, subplot_titles=[f"class '{c}'" for c in DIRECTIONS], shared_yaxes=True, horizontal_spacing=.04)
     for k, name in enumerate(DIRECTIONS, 1):
         here = dict(row=1, col=k)
-        fig.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line=dict(color="#999999", dash="dot"), showlegend=False, **here)
-        for model, colour in _colour_of(models).items():
+        fig.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line=dict(color=GREY, dash="dot"), showlegend=False, **here)
+        for model, colour in colours(models).items():
             part = table[(table["class"] == name) & (table["model"] == model)]
             if part.empty: continue
-            trace = _points(part, "p", "frequency", model, colour).update(visible=True if model in shown else "legendonly")
+            trace = interval_points(part, "p", "frequency", model, colour).update(visible=True if model in shown else "legendonly")
             fig.add_trace(trace.update(legendgroup=model, showlegend=k == 1), **here)
         fig.update_xaxes(title="forecast probability", range=[0, 1], row=1, col=k)
     fig.update_yaxes(title="observed frequency", range=[0, 1], row=1, col=1)
-    return _layout(fig, "Reliability of the direction's probabilities, 90 % intervals", 400)
+    return house_style(fig, "Reliability of the direction's probabilities, 90 % intervals", 400)
 
 # %% ../nbs/06_results.ipynb #e9327a97
 def figure_coverage(
@@ -149,14 +129,14 @@ def figure_coverage(
     table = pd.concat([years.assign(label=years["year"].astype(str)), overall.assign(label="all")])
     labels, fig = sorted(table["label"].unique()), go.Figure()
     models = scores["config"]["models"]
-    for k, (model, colour) in enumerate(_colour_of(models).items()):
+    for k, (model, colour) in enumerate(colours(models).items()):
         part = table[(table["model"] == model) & table["mean"].notna()]
         at = [labels.index(x) + .6 * (k / max(len(models) - 1, 1) - .5) for x in part["label"]]
-        fig.add_trace(_points(part.assign(at=at), "at", "mean", model, colour))
+        fig.add_trace(interval_points(part.assign(at=at), "at", "mean", model, colour))
     fig.add_hline(y=.8, line=dict(color="#555555", width=1), opacity=1)
     fig.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, title="year of the forecast")
     fig.update_yaxes(title="share inside the band", range=[0, 1.02])
-    return _layout(fig, "Coverage of the 80 % band by year; 90 % intervals from 8 windows on")
+    return house_style(fig, "Coverage of the 80 % band by year; 90 % intervals from 8 windows on")
 
 # %% ../nbs/06_results.ipynb #12f90bad
 def figure_fan(
@@ -175,9 +155,9 @@ def figure_fan(
     fig.add_scatter(x=when, y=high, line=dict(width=0), showlegend=False, hoverinfo="skip")
     name = f"{model}: 80 % band made {pd.Timedelta(horizon).days} days before"
     fig.add_scatter(x=when, y=low, fill="tonexty", fillcolor="rgba(86,180,233,.35)", line=dict(width=0), name=name)
-    fig.add_scatter(x=shown.index, y=shown, name="price", line=dict(color="#000000", width=1.3))
+    fig.add_scatter(x=shown.index, y=shown, name="price", line=dict(color=BLACK, width=1.3))
     fig.update_yaxes(type="log", title="USD").update_xaxes(title="day (UTC)")
-    return _layout(fig, "Price against the band forecast for it")
+    return house_style(fig, "Price against the band forecast for it")
 
 # %% ../nbs/06_results.ipynb #5a105e99
 def figure_newest(
@@ -188,27 +168,25 @@ def figure_newest(
 ) -> go.Figure:
     "The last year of prices and each model's 80 % band for the price one horizon after the newest hour."
     recent = daily.set_index("time")["close"].iloc[-365:].round(2)
-    fig = go.Figure(go.Scatter(x=recent.index, y=recent, name="price", line=dict(color="#000000", width=1.3), showlegend=False))
+    fig = go.Figure(go.Scatter(x=recent.index, y=recent, name="price", line=dict(color=BLACK, width=1.3), showlegend=False))
     end = newest["time"].iloc[0] + pd.Timedelta(horizon)
     for k, (model, band) in enumerate(newest.groupby("model", sort=False)[["p10", "p90"]].mean().iterrows()):
         at = end + pd.Timedelta(days=5 * k)  # side by side, not on top of each other
-        line = dict(color=_colour_of(models)[model], width=3)
+        line = dict(color=colours(models)[model], width=3)
         low_high = (daily["close"].iloc[-1] * np.exp(band.to_numpy())).round(2).tolist()
         fig.add_scatter(x=[at, at], y=low_high, mode="lines+markers", name=model, line=line,
                         marker=dict(symbol="line-ew-open", size=10))
     fig.update_yaxes(type="log", title="USD").update_xaxes(title="day (UTC)")
-    return _layout(fig, f"Newest forecast: 80 % bands for {end.date()} (drawn side by side)")
+    return house_style(fig, f"Newest forecast: 80 % bands for {end.date()} (drawn side by side)")
 
 # %% ../nbs/06_results.ipynb #6586ced3
-CURVES = {"cls": "direction, log loss", "vol": "log sigma, squared error", "p10": "pinball p10", "p90": "pinball p90"}
-
 def network_sentence(
     scores: dict,  # content of `scores.json`
 ) -> str:
     "In how many folds the network takes part, and in which heads; empty for a run without network."
     folds = {r["fold"]: r["heads"] for r in scores.get("training", []) if r["fold"] != "newest"}
     if not folds: return ""
-    moved = [f"{head} in {sum(head in h for h in folds.values())}" for head in ("direction", "band", "volatility")]
+    moved = [f"{head} in {sum(head in h for h in folds.values())}" for head in HEADS]
     same = sum(not h for h in folds.values())
     return (f"The network repeats its baselines (a climatology, log-HAR) in {same} of {len(folds)} folds; "
             f"folds in which it takes part: {', '.join(moved)}.")
@@ -220,17 +198,17 @@ def figure_training(
     "Training loss by head, task log-variances and learning rate by update: each fold's newest choice, dotted, and its refits."
     fig = make_subplots(1, 3, subplot_titles=("loss by head", "task log-variances", "learning rate"), horizontal_spacing=.08)
     weights = {"log_var_cls": "log-variance, direction", "log_var_reg": "log-variance, regressions"}
-    columns = {1: CURVES, 2: weights, 3: {"lr": "learning rate"}}
+    columns = {1: TASKS, 2: weights, 3: {"lr": "learning rate"}}
     kinds = [(key, name, column) for column, names in columns.items() for key, name in names.items()]
     curves = [(r["curve"], "dot" if r["training"].startswith("choice") else "solid") for r in scores.get("training", [])]
     curves = [(curve, dash) for curve, dash in curves if curve]
     for k, (key, name, column) in enumerate(kinds):
         for j, (curve, dash) in enumerate(curves):
             x, y = [p["step"] for p in curve], [float(f"{p[key]:.3g}") for p in curve]
-            line = dict(color=COLOURS[k], width=1, dash=dash)
+            line = dict(color=PALETTE[k], width=1, dash=dash)
             fig.add_scatter(x=x, y=y, name=name, legendgroup=name, showlegend=j == 0, mode="lines", line=line, row=1, col=column)
     fig.update_xaxes(title="update").update_yaxes(type="log", row=1, col=1).update_yaxes(title="loss", row=1, col=1)
-    return _layout(fig, "Training of the network: choices (dotted) and refits, where a head takes part", 400)
+    return house_style(fig, "Training of the network: choices (dotted) and refits, where a head takes part", 400)
 
 # %% ../nbs/06_results.ipynb #8efac113
 def training_table(
@@ -259,7 +237,7 @@ def figure_vram(
 ) -> go.Figure:
     "Peak memory against `tbptt_len` for each preset, measured and as once reported."
     fig = go.Figure()
-    for preset, colour in zip(REPORTED, COLOURS):
+    for preset, colour in zip(REPORTED, PALETTE):
         rows = [r for r in record["sweep"] if r["preset"] == preset and r["status"] == "ok"]
         for key, dash in (("peak_allocated", "solid"), ("peak_reserved", "dot")):
             y = [round(r[key] / 1e9, 2) for r in rows]
@@ -269,13 +247,14 @@ def figure_vram(
         fig.add_hrect(y0=low, y1=high, fillcolor=colour, opacity=.15, line_width=0, annotation_text=f"{preset}, reported")
     fig.update_xaxes(title="tbptt_len (hours)", type="log", tickvals=[256, 512, 1024, 2048])
     fig.update_yaxes(title="GB", rangemode="tozero")
-    return _layout(fig, f"Peak memory of training, batch {record['arguments']['batch']}, {record['device']['name']}")
+    return house_style(fig, f"Peak memory of training, batch {record['arguments']['batch']}, {record['device']['name']}")
 
 # %% ../nbs/06_results.ipynb #8a25c84f
 SIZE_OF_TEST = ("p-values are of a Diebold-Mariano test whose critical values come from normal noise with the same overlap. At "
                 "a nominal 5 % it rejects a true null in 4 to 6 % of series of such noise. Where losses are skewed it rejects "
                 "too often: of nine kinds of losses, in up to 9 % of series with 84 independent windows, 13 % with 27, 17 % "
                 "with 11 (1,000 daily origins of a 90-day label) and 22 % with 4.")
+
 STYLE = """body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1a1a1a;max-width:1080px}
 body{margin:2rem auto;padding:0 1.2rem}h1{margin-bottom:.1rem}.sub{color:#555;margin-top:0}
 h2{margin-top:2.4rem;border-bottom:1px solid #ddd;padding-bottom:.2rem}
@@ -286,15 +265,35 @@ thead th{border-bottom:1px solid #999}tbody th{font-weight:500}td:first-child,th
 .good{color:#00694d;font-weight:600}.bad{color:#a33c00;font-weight:600}
 ul{padding-left:1.2rem}code{background:#f4f4f4;padding:0 .25rem}"""
 
-def _table(frame: pd.DataFrame, index: bool = True, kind: str = "numbers") -> str:
-    "A frame as a scrollable HTML table; its content is escaped. `kind=\"text\"` is set flush left and wraps."
-    return f'<div class="scroll">{frame.to_html(index=index, border=0, escape=True, classes=kind)}</div>'
+# What a section of the report holds, by kind: text, list, table, figure, details (a table behind a heading), audits.
+TEMPLATE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>CryptoPredict report</title><style>{{ style }}</style><script>{{ script }}</script></head>
+<body><h1>CryptoPredict</h1><p class="sub">{{ source }}</p>
+{%- macro grid(frame, index=True, kind="numbers") -%}
+<div class="scroll">{{ frame.to_html(index=index, border=0, escape=True, classes=kind) | safe }}</div>
+{%- endmacro -%}
+{%- for title, items in sections %}<h2>{{ title }}</h2>
+{%- for kind, value in items %}
+{%- if kind == "text" %}<p>{{ value }}</p>
+{%- elif kind == "heading" %}<h3>{{ value }}</h3>
+{%- elif kind == "list" %}<ul>{% for text in value %}<li>{{ text }}</li>{% endfor %}</ul>
+{%- elif kind == "figure" %}{{ draw(value) | safe }}
+{%- elif kind == "table" %}{{ grid(value) }}
+{%- elif kind == "rows" %}{{ grid(value, index=False) }}
+{%- elif kind == "facts" %}{{ grid(value, kind="text") }}
+{%- elif kind == "details" %}<details><summary>{{ value.summary }}</summary><p>{{ value.text }}</p>{{ grid(value.table, index=False) }}</details>
+{%- elif kind == "audits" %}<ul>{% for audit in value %}<li><b>{{ audit.name }}</b>: {% if audit.leaks -%}
+<span class="bad">{{ audit.leaks }} leak(s)</span>{% elif audit.too_little %}<span class="bad">too little could be tested</span>
+{%- else %}<span class="good">no leak found</span>{% endif %}{% if audit.suspects %}, {{ audit.suspects }} worth a look{% endif %}
+ ({% for name, tried in audit.tested.items() %}{{ name }} {{ tried }}{{ ", " if not loop.last }}{% endfor %})
+{%- if audit.findings is not none %}{{ grid(audit.findings, index=False) }}{% endif %}</li>{% endfor %}</ul>
+{%- endif %}{% endfor %}{% endfor %}</body></html>"""
 
 # %% ../nbs/06_results.ipynb #7c2c0b98
-def _leak_sentence(audits: dict) -> str:
+def leak_sentence(audits: dict) -> str:
     "What the audits found: leaks, and findings that are only worth a look."
     if not audits: return "No leak audit was made."
-    with_leak = [k for k, a in audits.items() if _severities(a).count("leak")]
+    with_leak = [k for k, a in audits.items() if severities(a).count("leak")]
     unsure = [k for k, a in audits.items() if not a["ok"] and k not in with_leak]
     look = [f"{f['column']} ({k})" for k, a in audits.items() for f in a.get("findings", []) if f.get("severity") == "suspect"]
     clean = [k for k in audits if k not in with_leak + unsure]
@@ -304,12 +303,12 @@ def _leak_sentence(audits: dict) -> str:
     if look: told.append(f"Worth a look, as an honest feature can look the same: {', '.join(look)}.")
     return " ".join(told)
 
-def _severities(audit: dict) -> list[str]:
+def severities(audit: dict) -> list[str]:
     "The severity of each finding of an audit in a certificate."
     return [f.get("severity", "leak") for f in audit.get("findings", [] if audit["ok"] else [{}])]
 
 # %% ../nbs/06_results.ipynb #e4b97fea
-def _better(comparison: list[dict], names: list[str], without: tuple[str, ...] = ("truth",)) -> str:
+def better_models(comparison: list[dict], names: list[str], without: tuple[str, ...] = ("truth",)) -> str:
     "Who is better than the reference on the named scores, and on which; empty if nobody. Models in `without` are left out."
     who = {}
     for row in comparison:
@@ -318,14 +317,13 @@ def _better(comparison: list[dict], names: list[str], without: tuple[str, ...] =
     return "; ".join(f"{model} ({', '.join(on)})" for model, on in who.items())
 
 # %% ../nbs/06_results.ipynb #ba965bf4
-def _repeats_anchor(scores: dict, group: str) -> list[str]:
-    "The network's name, where its head of that group always repeats its baseline, whose claim is not the network's."
-    head = {"Direction": "direction", "80 % band": "band", "Volatility": "volatility"}[group]
+def repeats_baseline(scores: dict, head: str) -> list[str]:
+    "The network's name, where this head of it always repeats its baseline, whose claim is not the network's."
     folds = [r["heads"] for r in scores.get("training", []) if r["fold"] != "newest"]
     return ["mamba2"] if folds and not any(head in heads for heads in folds) else []
 
 # %% ../nbs/06_results.ipynb #e2d5da8d
-def _distance_to_truth(scores: dict) -> list[str]:
+def distance_to_truth(scores: dict) -> list[str]:
     "How much of what the truth gains over the reference each model gains, on log loss and QLIKE."
     mean = {(r["model"], r["score"]): r["mean"] for r in scores["summary"]}
     reference, said = scores["config"]["models"][0], []
@@ -338,19 +336,19 @@ def _distance_to_truth(scores: dict) -> list[str]:
     return said
 
 # %% ../nbs/06_results.ipynb #d5581bea
-def findings(
+def finding_sentences(
     scores: dict,  # content of `scores.json`
 ) -> list[str]:
     "What the run shows, in sentences made from its numbers: leaks, direction, band, volatility."
-    config, said = scores["config"], [_leak_sentence(scores["audits"])]
+    config, said = scores["config"], [leak_sentence(scores["audits"])]
     reference = config["models"][0]
-    for what, names in GROUPS.items():
-        who = _better(scores["comparison"], names, ("truth", *_repeats_anchor(scores, what)))
+    for name, head in HEADS.items():
+        who = better_models(scores["comparison"], head.scores, ("truth", *repeats_baseline(scores, name)))
         nobody = f"no model is shown to be better than {reference}"
         shown = f"better than {reference} at Holm-adjusted p < .05: {who}" if who else nobody
-        said.append(f"On the {what.lower()}, {shown}.")
+        said.append(f"On the {head.title.lower()}, {shown}.")
     if network_sentence(scores): said.append(network_sentence(scores))
-    if "truth" in config["models"]: said += _distance_to_truth(scores)
+    if "truth" in config["models"]: said += distance_to_truth(scores)
     count = pd.DataFrame(scores["summary"]).groupby("score")["n_windows"].max().astype(int)
     returns, volatility = (f"{count[s]} of {config[span]}" for s, span in (("log_loss", "horizon"), ("qlike", "vol_window")))
     names = dict(r90="return", sigma="volatility")
@@ -358,23 +356,6 @@ def findings(
                for k, s in scores["origins_by_label"].items()]
     windows = f"{returns} for the return, {volatility} for volatility"
     return [*said, f"Independent windows behind it: {windows} ({'; '.join(origins)})."]
-
-# %% ../nbs/06_results.ipynb #d59647ed
-def _audit_section(audits: dict, untested: tuple[str, ...] | list[str] = (), provenance: dict | None = None) -> str:
-    "The certificate as HTML: each audit's result, what could not be tested, and on which data."
-    rows = []
-    for name, a in audits.items():
-        leaks, look = (_severities(a).count(severity) for severity in ("leak", "suspect"))
-        mark = f'<span class="bad">{leaks} leak(s)</span>' if leaks else '<span class="good">no leak found</span>'
-        if look: mark += f", {look} worth a look"
-        if not leaks and not a["ok"]: mark = '<span class="bad">too little could be tested</span>'
-        tried = ", ".join(f"{html.escape(str(k))} {html.escape(str(v))}" for k, v in a["tested"].items())
-        details = _table(pd.DataFrame(a["findings"]), index=False) if a["findings"] else ""
-        rows.append(f"<li><b>{html.escape(name)}</b>: {mark} ({tried}){details}</li>")
-    said = f"<ul>{''.join(rows)}</ul>" if rows else "<p>No audit was made in this run.</p>"
-    left = "".join(f"<li>{html.escape(t)}</li>" for t in untested)
-    data = f"<p>Data: sha256 <code>{html.escape(provenance['data_sha256'])}</code></p>" if provenance else ""
-    return said + (f"<p>Not tested:</p><ul>{left}</ul>" if left else "") + data
 
 # %% ../nbs/06_results.ipynb #cf8f6ad1
 def newest_table(
@@ -415,7 +396,8 @@ def head_sentences(
         told.append(f"{model}: {'; '.join(both)}.")
     return told
 
-def _fold_dates(folds: list[dict]) -> pd.DataFrame:
+# %% ../nbs/06_results.ipynb #12e1c47e
+def fold_dates(folds: list[dict]) -> pd.DataFrame:
     "First and last day of each part of each fold."
     sides = [(part, side) for part in ("train", "valid", "refit", "test") for side in ("begin", "end")]
     dates = [{f"{part} {side}": f[part][side][:10] for part, side in sides} for f in folds]
@@ -433,58 +415,114 @@ def missing_prices(
             f"any model, because the price is unknown within {lost['history']} before them, and {lost['without_label']} more "
             "lack a label."]
 
-def _facts(scores: dict) -> pd.DataFrame:
+# %% ../nbs/06_results.ipynb #3b57a815
+def facts(scores: dict) -> pd.DataFrame:
     "Provenance and configuration, one row each."
     config = {f"config: {k}": v for k, v in scores["config"].items()}
     return pd.Series({**scores["provenance"], **config}, name="value").map(str).to_frame()
 
 # %% ../nbs/06_results.ipynb #6fef9dfc
-def _sections(scores: dict, predictions: pd.DataFrame, daily: pd.DataFrame, newest: pd.DataFrame) -> list[tuple[str, list]]:
-    "Titles and contents (HTML text or figures) of the report."
-    models, horizon, table = scores["config"]["models"], scores["config"]["horizon"], score_table(scores)
+def audit_rows(audits: dict) -> list[dict]:
+    "What the report shows of each audit in a certificate."
+    rows = []
+    for name, a in audits.items():
+        leaks, suspects = (severities(a).count(severity) for severity in ("leak", "suspect"))
+        findings = pd.DataFrame(a["findings"]) if a["findings"] else None
+        rows.append(dict(name=name, leaks=leaks, suspects=suspects, too_little=not leaks and not a["ok"], tested=a["tested"],
+                         findings=findings))
+    return rows
+
+def report_sections(run: Evaluation) -> list[tuple[str, list]]:
+    "Titles and contents of the report; an item is a kind that `TEMPLATE` knows and a value."
+    scores, newest, models, horizon = run.record, run.newest, run.models, run.record["config"]["horizon"]
+    table, seeds = table_of_scores(scores), seed_table(scores)
     fan = next((m for m in reversed(models) if m != "truth"), models[0])
-    said = "".join(f"<li>{html.escape(s)}</li>" for s in [*findings(scores), *missing_prices(scores)])
     text = ("Mean and 90 % block-bootstrap interval; lower is better, coverage should be 0.80. Scored is the forecast that is "
             "shown, the mean over a model's seeds.")
-    parts = [f"<h3>{title}</h3>{_table(table[[SCORE_NAMES[s] for s in names]])}" for title, names in GROUPS.items()]
-    seeds = seed_table(scores)
-    if len(seeds): parts += ["<h3>Single seeds</h3><p>Lowest and highest score of one seed by itself.</p>", _table(seeds)]
-    every = f"<details><summary>All comparisons</summary><p>{SIZE_OF_TEST}</p>{_table(claims(scores), index=False)}</details>"
-    made = f", made at {newest['time'].iloc[0]:%Y-%m-%d %H:%M} UTC" if len(newest) else ""
-    now = ["<p>None: the price is unknown for a part of the time that models look back on.</p>"]
-    if made:
-        told = [f"Close {scores['newest']['close']:,.2f} USD.", *head_sentences(scores["newest"]["heads"])]
-        table_now = _table(newest_table(newest, horizon, scores["config"]["vol_window"]))
-        now = [f"<p>{html.escape(' '.join(told))}</p>", table_now, figure_newest(newest, daily, models, horizon)]
-    trained = any(r["curve"] for r in scores.get("training", []))
-    about = figure_training(scores), _table(training_table(scores), index=False)
-    training = [("The network's training", [*about])] if trained else []
-    return [("What it shows", [f"<ul>{said}</ul>"]),
-            ("Scores", [f"<p>{text}</p>", *parts]),
-            (f"Against {models[0]}", [figure_skill(scores), every]),
-            *training,
-            ("Calibration", [figure_reliability(scores), figure_coverage(scores)]),
-            ("Forecasts on the price", [figure_fan(predictions, daily, fan, horizon)]),
+    tables = [item for head in HEADS.values()
+              for item in (("heading", head.title), ("table", table[[SCORE_NAMES[s] for s in head.scores]]))]
+    if len(seeds): tables += [("heading", "Single seeds"), ("text", "Lowest and highest score of one seed by itself."), ("table", seeds)]
+    every = dict(summary="All comparisons", text=SIZE_OF_TEST, table=claims(scores))
+    made, now = "", [("text", "None: the price is unknown for a part of the time that models look back on.")]
+    if len(newest):
+        made = f", made at {newest['time'].iloc[0]:%Y-%m-%d %H:%M} UTC"
+        lines = [f"Close {scores['newest']['close']:,.2f} USD.", *head_sentences(scores["newest"]["heads"])]
+        now = [("text", " ".join(lines)), ("table", newest_table(newest, horizon, scores["config"]["vol_window"])),
+               ("figure", figure_newest(newest, run.realised, models, horizon))]
+    training = [("The network's training", [("figure", figure_training(scores)), ("rows", training_table(scores))])]
+    audits = [("audits", audit_rows(scores["audits"]))] if scores["audits"] else [("text", "No audit was made in this run.")]
+    if scores.get("untested"): audits += [("text", "Not tested:"), ("list", scores["untested"])]
+    return [("What it shows", [("list", [*finding_sentences(scores), *missing_prices(scores)])]),
+            ("Scores", [("text", text), *tables]),
+            (f"Against {models[0]}", [("figure", figure_skill(scores)), ("details", every)]),
+            *(training if any(r["curve"] for r in scores.get("training", [])) else []),
+            ("Calibration", [("figure", figure_reliability(scores)), ("figure", figure_coverage(scores))]),
+            ("Forecasts on the price", [("figure", figure_fan(run.predictions, run.realised, fan, horizon))]),
             (f"Newest forecast{made}", now),
-            ("Leak certificate", [_audit_section(scores["audits"], scores.get("untested", ()), scores["provenance"])]),
-            ("Folds", [_table(_fold_dates(scores["folds"]))]),
-            ("Provenance", [_table(_facts(scores), kind="text")])]
+            ("Leak certificate", [*audits, ("text", f"Data: sha256 {scores['provenance']['data_sha256']}")]),
+            ("Folds", [("table", fold_dates(scores["folds"]))]),
+            ("Provenance", [("facts", facts(scores))])]
 
 # %% ../nbs/06_results.ipynb #723d2343
 def write_report(
-    out: str | Path,  # run folder of a finished run
+    run: Evaluation | str | Path,  # a finished run, or its folder
 ) -> Path:
-    "`report.html` in the run folder: one file, works offline."
-    scores, predictions, daily, newest = read_run(out)
-    body, config = [], {"displaylogo": False, "displayModeBar": False, "responsive": True}
-    draw = lambda figure: figure.to_html(full_html=False, include_plotlyjs=False, config=config)
-    for title, contents in _sections(scores, predictions, daily, newest):
-        body.append(f"<h2>{html.escape(title)}</h2>")
-        body += [c if isinstance(c, str) else draw(c) for c in contents]
-    made_by = scores["provenance"]
-    source = html.escape(f"{made_by['source']}; {made_by['begin'][:10]} to {made_by['end'][:10]}")
-    head = ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>CryptoPredict report</title><style>{STYLE}</style><script>{get_plotlyjs()}</script></head>")
-    page = f"{head}<body><h1>CryptoPredict</h1><p class='sub'>{source}</p>{''.join(body)}</body></html>"
-    write_atomic(Path(out) / "report.html", page)
-    return Path(out) / "report.html"
+    "`report.html` in the run folder: one file, works offline. Returns its path; a `ValueError` where the run is not finished."
+    run = run if isinstance(run, Evaluation) else Evaluation.load(run)
+    made_by, config = run.record["provenance"], {"displaylogo": False, "displayModeBar": False, "responsive": True}
+    source = f"{made_by['source']}; {made_by['begin'][:10]} to {made_by['end'][:10]}"
+    page = Environment(autoescape=True).from_string(TEMPLATE).render(
+        style=Markup(STYLE), script=Markup(get_plotlyjs()), source=source, sections=report_sections(run),
+        draw=lambda figure: figure.to_html(full_html=False, include_plotlyjs=False, config=config))
+    write_atomic(run.folder.report, page)
+    return run.folder.report
+
+# %% ../nbs/06_results.ipynb #9065133a
+@patch
+def plot_skill(self: Evaluation) -> go.Figure:
+    "Relative difference to the reference by score and model, with 90 % intervals."
+    return figure_skill(self.record)
+
+@patch
+def plot_reliability(self: Evaluation, shown: tuple[str, ...] | None = None) -> go.Figure:
+    "Observed frequency against forecast probability, a panel per class; `shown` are the models drawn at first."
+    return figure_reliability(self.record, shown)
+
+@patch
+def plot_coverage(self: Evaluation) -> go.Figure:
+    "Coverage of the 80 % band by year."
+    return figure_coverage(self.record)
+
+@patch
+def plot_fan(self: Evaluation, model: str) -> go.Figure:
+    "Price and the band that a model forecast for it one horizon before."
+    return figure_fan(self.predictions, self.realised, model, self.record["config"]["horizon"])
+
+@patch
+def plot_newest(self: Evaluation) -> go.Figure:
+    "The last year of prices and each model's band for the price one horizon after the newest hour."
+    return figure_newest(self.newest, self.realised, self.models, self.record["config"]["horizon"])
+
+@patch
+def plot_training(self: Evaluation) -> go.Figure:
+    "Losses, log-variances and learning rate of the network's trainings."
+    return figure_training(self.record)
+
+@patch
+def score_table(self: Evaluation) -> pd.DataFrame:
+    "Models by scores, each cell `mean [90 % interval]`."
+    return table_of_scores(self.record)
+
+@patch
+def findings(self: Evaluation) -> list[str]:
+    "What the run shows, in sentences made from its numbers."
+    return finding_sentences(self.record)
+
+@patch
+def report(self: Evaluation) -> Path:
+    "Write `report.html` into the run folder, one file that works offline; returns its path."
+    return write_report(self)
+
+@patch
+def _repr_html_(self: Evaluation) -> str:
+    return f"<p><b>{self!r}</b></p>{table_of_scores(self.record).to_html()}"

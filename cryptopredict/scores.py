@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 import scoringrules as sr
 
-from .labels import check_labels
+from .labels import FORECAST_COLUMNS, SCHEMA, check_labels
 
 # %% auto #0
-__all__ = ['SCORES', 'SCHEMA', 'LEAST_WINDOWS', 'Score', 'seed_mean', 'loss_table', 'effective_windows', 'block_bootstrap',
-           'Null', 'summarise', 'seed_spread', 'dm_test', 'compare']
+__all__ = ['SCORES', 'LEAST_WINDOWS', 'Score', 'seed_mean', 'loss_table', 'effective_windows', 'block_bootstrap', 'Null',
+           'summarise', 'seed_spread', 'dm_test', 'compare']
 
 # %% ../nbs/05b_scores.ipynb #c9b3da3a
 class Score(NamedTuple):
@@ -41,13 +41,12 @@ SCORES = {
     "se_log_sigma": Score("sigma", "rmse_log_sigma", root=True),
     "qlike": Score("sigma", "qlike"),
 }
-SCHEMA = ["time", "fold", "seed", "model", "p_down", "p_flat", "p_up", "p10", "p90", "sigma"]
 
 # %% ../nbs/05b_scores.ipynb #6d0aa611
-def _faults(p: pd.DataFrame) -> Iterable[tuple[str, pd.Series, str]]:
+def prediction_faults(p: pd.DataFrame) -> Iterable[tuple[str, pd.Series, str]]:
     "Column, mask of bad rows, and remedy, for each rule a forecast must keep."
     probs = ["p_down", "p_flat", "p_up"]
-    for c in SCHEMA[4:]:
+    for c in FORECAST_COLUMNS:
         yield c, ~np.isfinite(p[c].astype(float)), "give a finite number, or leave the origin out"
     for c in probs:
         yield c, p[c] < 0, "probabilities are at least 0"
@@ -57,20 +56,20 @@ def _faults(p: pd.DataFrame) -> Iterable[tuple[str, pd.Series, str]]:
     yield "time, model, seed", p.duplicated(["time", "model", "seed"]), "keep one forecast per origin, model and seed"
 
 # %% ../nbs/05b_scores.ipynb #68814e02
-def _check_predictions(p: pd.DataFrame) -> None:
+def check_predictions(p: pd.DataFrame) -> None:
     "ValueError naming model, time, column and remedy of the first row that cannot be scored."
     missing = [c for c in SCHEMA if c not in p.columns]
     if missing:
         raise ValueError(f"predictions lack the column(s) {', '.join(missing)}; the schema is {', '.join(SCHEMA)}")
     if not isinstance(p["time"].dtype, pd.DatetimeTZDtype):
         raise ValueError(f"predictions column time is {p['time'].dtype}; make it tz-aware, e.g. pd.to_datetime(..., utc=True)")
-    for column, bad, remedy in _faults(p):
+    for column, bad, remedy in prediction_faults(p):
         if bad.any():
             row = p.loc[bad.to_numpy()].iloc[0]
             raise ValueError(f"model {row['model']}, time {row['time']}, column {column}: {remedy} ({int(bad.sum())} such rows)")
 
 # %% ../nbs/05b_scores.ipynb #93dc46a4
-def _direction_losses(
+def direction_losses(
     p: np.ndarray,  # (origins, 3) class probabilities
     direction: np.ndarray,  # (origins,) 0, 1, 2 or NaN
 ) -> dict[str, np.ndarray]:
@@ -83,7 +82,7 @@ def _direction_losses(
     return {"log_loss": np.where(known, log_loss, np.nan), "brier": np.where(known, brier, np.nan)}
 
 # %% ../nbs/05b_scores.ipynb #c363bc2b
-def _band_losses(
+def band_losses(
     p10: np.ndarray,  # forecast 0.1 quantile of r90
     p90: np.ndarray,  # forecast 0.9 quantile of r90
     r90: np.ndarray,  # realised 90-day log return, NaN where unknown
@@ -98,7 +97,7 @@ def _band_losses(
     }
 
 # %% ../nbs/05b_scores.ipynb #d7ec93c6
-def _sigma_losses(
+def sigma_losses(
     forecast: np.ndarray,  # forecast sigma, annualised
     sigma: np.ndarray,  # realised sigma, NaN where unknown
 ) -> dict[str, np.ndarray]:
@@ -117,7 +116,7 @@ def seed_mean(
 ) -> pd.DataFrame:
     "The mean forecast of a model's seeds at each origin, which is the one that is shown; seed -1 where there are several."
     means = predictions.groupby(["model", "time"], sort=False, as_index=False).agg(
-        dict(fold="first", seed="first") | dict.fromkeys(SCHEMA[4:], "mean"))
+        dict(fold="first", seed="first") | dict.fromkeys(FORECAST_COLUMNS, "mean"))
     several = predictions.groupby("model")["seed"].nunique() > 1
     return means.assign(seed=means["seed"].mask(means["model"].map(several), -1))[SCHEMA]
 
@@ -127,7 +126,7 @@ def loss_table(
     by_seed: bool = False,  # score each seed by itself, not the seeds' mean forecast
 ) -> pd.DataFrame:
     "Every score of each model's forecast, one row an origin; NaN where its label is not known yet."
-    _check_predictions(predictions)
+    check_predictions(predictions)
     if not by_seed: predictions = seed_mean(predictions)
     if missing := {"r90", "direction", "sigma"} - set(labels.columns):
         raise ValueError(f"labels lack the column(s) {', '.join(sorted(missing))}; build them with labels.make_labels(close)")
@@ -139,13 +138,13 @@ def loss_table(
     known = check_labels(labels.iloc[at])
     r90, direction, sigma = (known[c].to_numpy("float64", na_value=np.nan) for c in ("r90", "direction", "sigma"))
     p = predictions
-    losses = _direction_losses(p[["p_down", "p_flat", "p_up"]].to_numpy(float), direction)
-    losses |= _band_losses(p["p10"].to_numpy(float), p["p90"].to_numpy(float), r90)
-    losses |= _sigma_losses(p["sigma"].to_numpy(float), sigma)
+    losses = direction_losses(p[["p_down", "p_flat", "p_up"]].to_numpy(float), direction)
+    losses |= band_losses(p["p10"].to_numpy(float), p["p90"].to_numpy(float), r90)
+    losses |= sigma_losses(p["sigma"].to_numpy(float), sigma)
     return pd.concat([p[SCHEMA[:4]].reset_index(drop=True), pd.DataFrame(losses)], axis=1)
 
 # %% ../nbs/05b_scores.ipynb #cde4cf61
-def _spacing(times: pd.DatetimeIndex) -> pd.Timedelta:
+def origin_spacing(times: pd.DatetimeIndex) -> pd.Timedelta:
     "Median step between successive origins."
     return pd.Timedelta(pd.Series(times).diff().median()) if len(times) > 1 else pd.Timedelta("1D")
 
@@ -158,7 +157,7 @@ def effective_windows(
     times = pd.DatetimeIndex(times).unique().sort_values()
     if len(times) == 0:
         return 0
-    covered = len(times) * _spacing(times)
+    covered = len(times) * origin_spacing(times)
     return int(min(len(times), max(1, covered // pd.Timedelta(horizon))))
 
 # %% ../nbs/05b_scores.ipynb #5da39243
@@ -184,7 +183,7 @@ def block_bootstrap(
     return centre + (total[start + lengths] - total[start]).sum(axis=1) / n
 
 # %% ../nbs/05b_scores.ipynb #f1ff4e75
-def _block_se(
+def block_standard_error(
     x: np.ndarray,  # (..., origins)
     block: int,  # rows per block
 ) -> np.ndarray:
@@ -196,7 +195,7 @@ def _block_se(
     return np.sqrt((means**2).mean(axis=-1) * block / n)
 
 # %% ../nbs/05b_scores.ipynb #4f6fa85d
-def _overlapping_noise(
+def overlapping_noise(
     n: int,  # rows
     overlap: int,  # each row sums this many independent numbers
     n_sim: int,  # number of series
@@ -214,8 +213,9 @@ class Null(NamedTuple):
     t_skewed: np.ndarray  # the same of the noise squared, less its mean
     n_eff_bias: float  # median of variance / squared block standard error, over its true value
 
+# %% ../nbs/05b_scores.ipynb #0f12f24d
 @lru_cache(maxsize=256)
-def _null(
+def null_distribution(
     n: int,  # origins
     overlap: int,  # origins that share a window
     block: int,  # rows per block
@@ -227,10 +227,10 @@ def _null(
     n = min(n, 400 * overlap)
     t, t_skewed, ratio = [], [], []
     for part in range(16):  # in parts: memory stays small
-        x = _overlapping_noise(n, overlap, 250, seed=20180101 + part) / np.sqrt(overlap)
-        squares, se = x**2 - 1, _block_se(x, block)
+        x = overlapping_noise(n, overlap, 250, seed=20180101 + part) / np.sqrt(overlap)
+        squares, se = x**2 - 1, block_standard_error(x, block)
         t.append(np.abs(x.mean(axis=1)) / se)
-        t_skewed.append(np.abs(squares.mean(axis=1)) / _block_se(squares, block))
+        t_skewed.append(np.abs(squares.mean(axis=1)) / block_standard_error(squares, block))
         ratio.append(x.var(axis=1) / se**2)
     lags = np.arange(1, min(overlap, n))
     true_n_eff = n / (1 + 2 * np.sum((1 - lags / n) * (1 - lags / overlap)))
@@ -238,21 +238,23 @@ def _null(
     return Null(np.sort(one(t)), np.sort(one(t_skewed)), float(np.median(one(ratio)) / true_n_eff))
 
 # %% ../nbs/05b_scores.ipynb #4334f3fb
-def _block_length(
+def block_length(
     n: int,  # origins
     overlap: int,  # origins that share a window
 ) -> int | None:
     "Twice the overlap, or half the origins where there are fewer; None below two windows, where nothing can be tested."
     return None if n < max(4, 2 * overlap) else min(2 * overlap, n // 2)
 
+# %% ../nbs/05b_scores.ipynb #8e953a23
 LEAST_WINDOWS = 8  # below, an interval covers too little however it is stretched, and none is given
 
-def _varies(x: np.ndarray, se: float) -> bool:
+# %% ../nbs/05b_scores.ipynb #77558399
+def varies(x: np.ndarray, se: float) -> bool:
     "Whether a standard error is more than rounding."
     return bool(se > 1e-12 * np.abs(x).max())
 
 # %% ../nbs/05b_scores.ipynb #94728bbd
-def _interval(
+def stretched_interval(
     draws: np.ndarray,  # bootstrap draws of the quantity
     point: float,  # its estimate
     n: int,  # origins
@@ -260,13 +262,13 @@ def _interval(
     level: float,  # nominal coverage, 0.9
 ) -> tuple[float, float]:
     "Percentile interval, stretched about the estimate by what so few blocks of plain or skewed losses demand."
-    normal, null = NormalDist().inv_cdf((1 + level) / 2), _null(n, overlap, _block_length(n, overlap))
+    normal, null = NormalDist().inv_cdf((1 + level) / 2), null_distribution(n, overlap, block_length(n, overlap))
     stretch = max(np.quantile(null.t, level), np.quantile(null.t_skewed, level)) / normal
     lo, hi = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return point + stretch * (lo - point), point + stretch * (hi - point)
 
 # %% ../nbs/05b_scores.ipynb #890f3780
-def _per_origin(
+def losses_by_origin(
     losses: pd.DataFrame,  # from `loss_table`
 ) -> pd.DataFrame:
     "Losses by (model, time), in time order; a `ValueError` where a model has several at one time."
@@ -281,7 +283,7 @@ def _per_origin(
     return table
 
 # %% ../nbs/05b_scores.ipynb #8182edd2
-def _describe(
+def describe_losses(
     x: pd.Series,  # one model's losses on one score, by time, label known
     score: Score,
     span: pd.Timedelta,  # window the losses share
@@ -295,13 +297,13 @@ def _describe(
     root = np.sqrt if score.root else np.asarray
     out = dict(mean=float(root(v.mean())) if n else np.nan, lo=np.nan, hi=np.nan)
     out |= dict(n_origins=n, n_windows=effective_windows(x.index, span), n_eff=np.nan)
-    overlap = max(1, round(span / _spacing(x.index)))
-    block = _block_length(n, overlap)
-    if block and np.isfinite(v).all() and _varies(v, se := _block_se(v, block)):
-        out["n_eff"] = min(n, v.var() / se**2 / _null(n, overlap, block).n_eff_bias)
+    overlap = max(1, round(span / origin_spacing(x.index)))
+    block = block_length(n, overlap)
+    if block and np.isfinite(v).all() and varies(v, se := block_standard_error(v, block)):
+        out["n_eff"] = min(n, v.var() / se**2 / null_distribution(n, overlap, block).n_eff_bias)
         if n >= LEAST_WINDOWS * overlap:
             draws, top = root(block_bootstrap(v, block, n_boot, seed)), np.inf if score.proper else 1.0
-            out["lo"], out["hi"] = np.clip(_interval(draws, out["mean"], n, overlap, level), 0, top)
+            out["lo"], out["hi"] = np.clip(stretched_interval(draws, out["mean"], n, overlap, level), 0, top)
     return out
 
 # %% ../nbs/05b_scores.ipynb #e5ecd4cc
@@ -319,13 +321,13 @@ def summarise(
         raise ValueError(f"by={by!r}: use None or 'year'")
     span = {"r90": pd.Timedelta(horizon), "sigma": pd.Timedelta(vol_window)}
     rows = []
-    for model, table in _per_origin(losses).groupby(level="model"):
+    for model, table in losses_by_origin(losses).groupby(level="model"):
         table = table.droplevel("model")
         for year, part in table.groupby(table.index.year) if by else [(None, table)]:
             for name in part.columns:
                 s = SCORES[name]
                 head = {"model": model} | ({"year": year} if by else {}) | {"score": s.summary}
-                rows.append(head | _describe(part[name].dropna(), s, span[s.label], n_boot, level, seed))
+                rows.append(head | describe_losses(part[name].dropna(), s, span[s.label], n_boot, level, seed))
     return pd.DataFrame(rows)
 
 def seed_spread(
@@ -356,14 +358,14 @@ def dm_test(
     if len(wrong):
         raise ValueError(f"difference {wrong[0]} is {d[wrong[0]]}: leave out origins without a label or with an infinite loss")
     if overlap != int(overlap) or overlap < 1: raise ValueError(f"overlap is {overlap}: give a whole number, at least 1")
-    block = _block_length(len(d), overlap)
-    if block is None or not _varies(d, se := _block_se(d, block)): return np.nan, np.nan
-    t, null = d.mean() / se, _null(len(d), overlap, block).t
+    block = block_length(len(d), overlap)
+    if block is None or not varies(d, se := block_standard_error(d, block)): return np.nan, np.nan
+    t, null = d.mean() / se, null_distribution(len(d), overlap, block).t
     above = len(null) - np.searchsorted(null, abs(t))
     return float(t), (1 + above) / (1 + len(null))
 
 # %% ../nbs/05b_scores.ipynb #6c0d66f4
-def _holm(
+def holm(
     p: np.ndarray,  # p-values; NaN entries are no tests and stay NaN
 ) -> np.ndarray:
     "Holm (1979) adjusted p-values."
@@ -375,7 +377,7 @@ def _holm(
     return out
 
 # %% ../nbs/05b_scores.ipynb #f87bced9
-def _paired(
+def paired_difference(
     pair: pd.DataFrame,  # two columns by time: the reference's losses, the model's
     score: Score,
     span: pd.Timedelta,
@@ -385,7 +387,7 @@ def _paired(
 ) -> dict:
     "Difference and ratio of two forecasters' summary scores with paired block intervals, and the test."
     ref, v = pair.to_numpy(float).T
-    overlap, n = max(1, round(span / _spacing(pair.index))), len(pair)
+    overlap, n = max(1, round(span / origin_spacing(pair.index))), len(pair)
     out = dict.fromkeys(["diff", "lo", "hi", "relative", "rel_lo", "rel_hi", "p"], np.nan)
     out |= dict(n_origins=n, n_windows=effective_windows(pair.index, span), identical=False)
     if n == 0 or not np.isfinite(pair).all(axis=None):
@@ -396,14 +398,14 @@ def _paired(
     a, b = root(ref.mean()), root(v.mean())
     out |= dict(diff=b - a, relative=b / a - 1 if a else np.nan, p=dm_test(v - ref, overlap)[1])
     if n >= LEAST_WINDOWS * overlap and a:
-        block = _block_length(n, overlap)
+        block = block_length(n, overlap)
         da, db = root(block_bootstrap(pair.to_numpy(float), block, n_boot, seed)).T
-        out["lo"], out["hi"] = _interval(db - da, out["diff"], n, overlap, level)
-        out["rel_lo"], out["rel_hi"] = _interval(db / da - 1, out["relative"], n, overlap, level)
+        out["lo"], out["hi"] = stretched_interval(db - da, out["diff"], n, overlap, level)
+        out["rel_lo"], out["rel_hi"] = stretched_interval(db / da - 1, out["relative"], n, overlap, level)
     return out
 
 # %% ../nbs/05b_scores.ipynb #c96b6a2d
-def _verdict(
+def verdict_of(
     row: pd.Series,  # of the comparison table
     alpha: float,
 ) -> str:
@@ -427,7 +429,7 @@ def compare(
     seed: int = 0,  # of the bootstrap
 ) -> pd.DataFrame:
     "Each model against the reference on the origins both have; negative differences favour the model."
-    table = _per_origin(losses)
+    table = losses_by_origin(losses)
     models = list(table.index.unique("model"))
     if reference not in models:
         raise ValueError(f"reference {reference!r} is not among the models {', '.join(map(str, models))}")
@@ -435,8 +437,8 @@ def compare(
     for name in scores or [c for c in table.columns if SCORES[c].proper]:
         wide, s = table[name].unstack("model"), SCORES[name]
         for model in (m for m in models if m != reference):
-            got = _paired(wide[[reference, model]].dropna(), s, span[s.label], n_boot, level, seed)
+            got = paired_difference(wide[[reference, model]].dropna(), s, span[s.label], n_boot, level, seed)
             rows.append(dict(score=s.summary, model=model, reference=reference) | got)
     out = pd.DataFrame(rows, columns=None if rows else ["score", "model", "p", "identical"])
-    out["p_holm"] = _holm(out["p"].to_numpy(float))
-    return out.assign(verdict=[_verdict(row, alpha) for _, row in out.iterrows()]).drop(columns="identical")
+    out["p_holm"] = holm(out["p"].to_numpy(float))
+    return out.assign(verdict=[verdict_of(row, alpha) for _, row in out.iterrows()]).drop(columns="identical")

@@ -24,7 +24,7 @@ __all__ = ['Scaler', 'fit_scaler', 'FoldData', 'LabelRows', 'fold_data', 'Stream
            'windows', 'warm_forecast']
 
 # %% ../nbs/04b_streams.ipynb #0ead3d10
-def _finite_or_missing(features: pd.DataFrame) -> pd.DataFrame:
+def check_not_infinite(features: pd.DataFrame) -> pd.DataFrame:
     "The features; a `ValueError` names the first infinite one, which no scale can make sense of."
     row, column = np.nonzero(np.isinf(features.to_numpy(dtype=np.float64)))
     if not len(row): return features
@@ -42,7 +42,7 @@ class Scaler:
 
     def __call__(self, features: pd.DataFrame) -> np.ndarray:
         "Scaled features (rows, columns), float32, clipped to +-10, missing ones 0."
-        x = _finite_or_missing(features[list(self.columns)]).to_numpy(dtype=np.float32)
+        x = check_not_infinite(features[list(self.columns)]).to_numpy(dtype=np.float32)
         return np.nan_to_num(np.clip((x - np.float32(self.centre)) / np.float32(self.spread), -10, 10), nan=0.)
 
 # %% ../nbs/04b_streams.ipynb #b6f30295
@@ -51,7 +51,7 @@ def fit_scaler(
     rows: np.ndarray,  # training rows
 ) -> Scaler:
     "A scaler of the training rows."
-    seen = _finite_or_missing(features.iloc[rows].astype("float64"))
+    seen = check_not_infinite(features.iloc[rows].astype("float64"))
     if seen.empty: raise ValueError("rows is empty: a scaler needs training rows")
     kept = [c for c in features if seen[c].notna().mean() >= .5]
     low, middle, high = (seen[kept].quantile(q) for q in (.25, .5, .75))
@@ -80,7 +80,8 @@ class LabelRows(NamedTuple):
         "The rows of a part of a fold, `train`, `valid` or `refit`, for each label those that had matured."
         return cls(*(getattr(fold.of(end), part) for end in ("label_end", "sigma_end")))
 
-def _targets(labels: pd.DataFrame, rows: LabelRows, target: str) -> Targets:
+# %% ../nbs/04b_streams.ipynb #2a632dcf
+def label_targets(labels: pd.DataFrame, rows: LabelRows, target: str) -> Targets:
     "Labels at their rows as float32 tensors over all hours, NaN elsewhere."
     names = ("direction", *(("r90", "r90") if target == "terminal" else ("p10_path", "p90_path")), "sigma")
     def column(name: str) -> Tensor:
@@ -90,7 +91,7 @@ def _targets(labels: pd.DataFrame, rows: LabelRows, target: str) -> Targets:
     return Targets(*map(column, names))
 
 # %% ../nbs/04b_streams.ipynb #209c8898
-def _check_labelled(labels: pd.DataFrame, column: str = "r90", **rows: np.ndarray | None) -> None:
+def check_labelled(labels: pd.DataFrame, column: str = "r90", **rows: np.ndarray | None) -> None:
     "A `ValueError` that names the rows which hold no label at all in `column`."
     for name, at in rows.items():
         if at is None or (len(at) and labels[column].iloc[at].notna().any()): continue
@@ -113,7 +114,7 @@ def fold_data(
     check_labels(labels)
     fit, valid = (rows if isinstance(rows, LabelRows | None) else LabelRows(rows, rows) for rows in (fit, valid))
     returns = dict(fit=fit.r90, valid=None if valid is None else valid.r90)
-    _check_labelled(labels, "r90" if target == "terminal" else "p10_path", **returns)
+    check_labelled(labels, "r90" if target == "terminal" else "p10_path", **returns)
     rows = np.union1d(*fit)
     scaler = fit_scaler(features, rows)
     if not scaler.columns: raise ValueError("every feature is missing in over half of the rows of fit: bring data")
@@ -125,8 +126,8 @@ def fold_data(
         # Before `start` nothing is used; later gaps carry the last forecast on.
         filled = pd.Series(np.where(np.isfinite(anchor), anchor, np.nan)).ffill().fillna(0).to_numpy(dtype="float32")
         x = np.concatenate([x, filled[:, None]], axis=1)
-    rest = None if valid is None else _targets(labels, valid, target)
-    return FoldData(torch.from_numpy(x), _targets(labels, fit, target), rest, scaler, start, int(rows[-1]) + 1)
+    rest = None if valid is None else label_targets(labels, valid, target)
+    return FoldData(torch.from_numpy(x), label_targets(labels, fit, target), rest, scaler, start, int(rows[-1]) + 1)
 
 # %% ../nbs/04b_streams.ipynb #f4a0e88e
 class StreamPlan(NamedTuple):
@@ -210,14 +211,14 @@ def warm_forecast(
     model.eval()
     try:
         while True:
-            try: return _forecast_in_passes(model, x[start:], chunk)
+            try: return forecast_in_passes(model, x[start:], chunk)
             except torch.OutOfMemoryError:
                 if chunk == 1: raise
             chunk = math.ceil(chunk / 2)  # what the passes held is free only here
     finally: model.train(training)
 
 # %% ../nbs/04b_streams.ipynb #c1e97e5e
-def _forecast_in_passes(model: MultitaskModel, x: Tensor, chunk: int) -> Forecast:
+def forecast_in_passes(model: MultitaskModel, x: Tensor, chunk: int) -> Forecast:
     "Forecasts at every hour, so many hours a pass."
     state, made, device = None, [], next(model.parameters()).device
     for part in x.split(chunk):
