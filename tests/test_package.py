@@ -16,17 +16,14 @@ from helpers import ENV
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "cryptopredict"
-# The notebooks in the order in which data flow; a module imports only what stands before it.
-ORDER = ["leakage", "files", "checks", "readers", "sources", "simulate", "features", "labels", "mamba2_block", "mhsa",
-         "multitask", "streams", "checkpoint", "tbptt_trainer", "vram", "scores", "baselines", "calibration", "forecast",
-         "evaluate", "track", "results", "cli"]
-# These need torch: the network, and what trains it.
-NETWORK = {"mamba2_block", "mhsa", "multitask", "streams", "checkpoint", "tbptt_trainer", "vram", "forecast",
-           "evaluate", "track", "results"}
-MODULES = sorted((p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_")), key=ORDER.index)
+# The notebooks stand in the order in which data flow; a module imports only what stands before it. The museum exports nothing.
+NOTEBOOKS = [p.stem.partition("_")[2] for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))]
+MODULES = [name for name in NOTEBOOKS if name != "museum"]
+# These need torch: the network, and what trains, evaluates and reports it.
+NETWORK = {*MODULES[MODULES.index("states"):]} - {"scores", "baselines", "calibration", "console", "cli"}
 LIGHT, NETWORK_HERE = [m for m in MODULES if m not in NETWORK], [m for m in reversed(MODULES) if m in NETWORK]
 # Distributions whose module is called otherwise.
-NAMES = {"TA-Lib": "talib", "scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}
+NAMES = {"TA-Lib": "talib", "scikit-learn": "sklearn", "mlflow-skinny": "mlflow", "tomli-w": "tomli_w"}
 
 WATCH = """import socket, sys
 def refuse(*args, **kwargs): raise RuntimeError("a connection at import")
@@ -69,27 +66,43 @@ def _imports(tree: ast.Module) -> set[str]:
 
 @pytest.mark.parametrize("module", ["", *LIGHT, "network"])
 def test_import_is_silent_and_light(imported, module):
-    said, loaded = imported[module]
-    assert said == "", said
+    printed, loaded = imported[module]
+    assert printed == "", printed
     heavy = {"nbdev", "execnb", "IPython", "pytest", "lightgbm", "sklearn", "arch", "mamba_ssm", "matplotlib", "CUDA"}
     assert loaded.isdisjoint(heavy | (set() if module == "network" else {"torch"})), loaded & (heavy | {"torch"})
 
 
-@pytest.mark.parametrize("module", [m for m in LIGHT if m != "cli"])
+@pytest.mark.parametrize("module", [m for m in LIGHT if m not in ("figures", "console", "cli")])
 def test_the_core_needs_neither_plots_nor_shell(imported, module):
     assert imported[module][1].isdisjoint({"plotly", "tyro", "rich"})
+
+
+def test_package_alone_loads_neither_torch_nor_tables(imported):
+    assert imported[""][1].isdisjoint({"torch", "pandas", "numpy", "pydantic", "rich", "tyro", "plotly"})
+
+
+def test_public_names_are_where_the_package_says():
+    import cryptopredict as cp
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    block = next(n for n in tree.body if isinstance(n, ast.If))  # what a type checker reads
+    assert {a.name: n.module for n in block.body for a in n.names} == cp.MODULE_OF
+    assert set(cp.__all__) == {*cp.MODULE_OF, "__version__"} <= set(dir(cp))
+    for name, module in cp.MODULE_OF.items():
+        assert getattr(cp, name) is getattr(importlib.import_module(f"cryptopredict.{module}"), name)
+    with pytest.raises(AttributeError, match="has no attribute 'forecast'"): cp.forecast  # noqa: B018
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_module_imports_a_later_one(module):
     mine = {name.split(".")[1] for name in _imports(_tree(module)) if name.startswith("cryptopredict.")} - {"__version__"}
-    later = mine & set(ORDER[ORDER.index(module):])
-    assert not later and mine <= set(ORDER), f"{module} imports {sorted(later or mine - set(ORDER))}"
+    later = mine & set(MODULES[MODULES.index(module):])
+    assert not later and mine <= set(MODULES), f"{module} imports {sorted(later or mine - set(MODULES))}"
 
 
-def test_notebooks_stand_in_the_same_order():
-    notebooks = [re.sub(r"^\d\d[a-z]?_", "", p.stem) for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))]
-    assert notebooks == MODULES, "one notebook is one module"
+def test_one_notebook_is_one_module():
+    assert set(MODULES) == {p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_")}
+    sidebar = re.findall(r"- (\w+)\.ipynb", (ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8"))
+    assert [name.partition("_")[2] for name in sidebar] == NOTEBOOKS
 
 
 def _declared(*keys: str) -> set[str]:
@@ -118,7 +131,7 @@ def test_no_pickle_and_no_print(module):
     assert tops.isdisjoint({"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve"})
     assert not re.search(r"allow_pickle\s*=\s*True|weights_only\s*=\s*False|read_pickle|to_pickle", text)
     calls = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-    assert calls.isdisjoint({"eval", "exec", "breakpoint"}) and ("print" not in calls or module == "cli")
+    assert calls.isdisjoint({"eval", "exec", "breakpoint"}) and ("print" not in calls or module in ("console", "cli"))
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -147,8 +160,8 @@ def test_modules_are_what_the_notebooks_export(tmp_path):
 def test_package_data_is_declared():
     # Files beside the modules reach a wheel only when setup.py names them.
     others = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
-    assert all(re.fullmatch(r"presets/\w+\.toml", name) for name in others), others
-    assert "presets/*.toml" in (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert all(re.fullmatch(r"presets/\w+\.toml|py\.typed", name) for name in others), others
+    assert '["py.typed", "presets/*.toml"]' in (ROOT / "setup.py").read_text(encoding="utf-8")
 
 
 def test_results_are_small_and_hold_no_data_rows():

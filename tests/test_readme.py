@@ -1,4 +1,4 @@
-"What README says about commands, notebooks and results is what the checkout holds."
+"README's commands, examples and figures agree with the checkout."
 import json
 import re
 from itertools import product
@@ -75,9 +75,9 @@ def test_leak_figures_are_those_measured():
     paid = json.loads((ROOT / "results" / "leaks.json").read_text(encoding="utf-8"))
     loss = {r["name"]: r["log_loss"] for r in paid["leaks"] if r["target"] == "direction"}
     assert paid["honest"]["log_loss"] > paid["honest"]["climatology_log_loss"] and f"{len(paid['leaks'])} leaks" in README
-    told = [paid["honest"]["log_loss"], loss["shuffled split"], loss["Fourier low-pass"], loss["calibrated on the test"]]
+    figures = [paid["honest"]["log_loss"], loss["shuffled split"], loss["Fourier low-pass"], loss["calibrated on the test"]]
     text = " ".join(README.split())
-    for figure, words in zip(told, ("falls from {:.2f}", "to {:.2f} when the split is shuffled", "to {:.2f} by a low-pass",
+    for figure, words in zip(figures, ("falls from {:.2f}", "to {:.2f} when the split is shuffled", "to {:.2f} by a low-pass",
                                     "to {:.2f} by a calibrator"), strict=True):
         assert words.format(figure) in text, (words, figure)
 
@@ -85,30 +85,43 @@ def test_leak_figures_are_those_measured():
 def test_built_in_figures_are_those_of_the_default_run(default_run):
     scores = json.loads((default_run.out / "scores.json").read_text())
     mean = {r["model"]: r["mean"] for r in scores["summary"] if r["score"] == "log_loss"}
-    told = re.search(r"log loss of ([\d.]+) \(climatology\)\s+to ([\d.]+); the\s+truth's is ([\d.]+)", README).groups()
-    for name, figure in zip(("climatology", "mamba2", "truth"), told, strict=True):
+    quoted = re.search(r"log loss of ([\d.]+) \(climatology\)\s+to ([\d.]+); the\s+truth's is ([\d.]+)", README).groups()
+    for name, figure in zip(("climatology", "mamba2", "truth"), quoted, strict=True):
         assert abs(mean[name] - float(figure)) < 0.006, (name, mean[name])  # training differs in the last digits between machines
 
 
 def test_every_notebook_has_its_line():
     there = {p.stem for p in (ROOT / "nbs").glob("*.ipynb")}
-    said = set(re.findall(r"^\| \**(\d\d[a-z]?_\w+?)\** \| (?!to come)", README, re.M))
-    assert said == there
+    listed = set(re.findall(r"^\| \**(\d\d[a-z]?_\w+?)\** \| (?!to come)", README, re.M))
+    assert listed == there
 
 
 def test_commands_and_flags_exist():
     from cryptopredict.cli import COMMANDS
 
-    named = set(re.findall(r"cryptopredict ([a-z]+)", README)) | {"fetch", "plan"}
+    named = set(re.findall(r"(?<!import )(?<!from )cryptopredict ([a-z]+)", README)) | {"fetch", "plan"}
     assert named == set(COMMANDS)
     assert (ROOT / "results" / "report.png").stat().st_size < 200_000
+
+
+def test_python_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines, own = re.search(r"## In Python.*?```python\n(.*?)```.*?```python\n(.*?)```", README, re.S).groups()
+    made, brief = {}, "n_boot=100, "
+    exec(lines.replace("365 * 8", "365 * 5").replace("run = cp.evaluate(panel, ", f"run = cp.evaluate(panel, {brief}"), made)
+    assert {"climatology_4y", "log_har"} == set(made["run"].scores["model"]) == set(made["run"].predictions["model"])
+    assert "Climatology" in (tmp_path / "runs" / "a" / "report.html").read_text(encoding="utf-8").title()
+    exec(own.replace("run = cp.evaluate(panel, ", f"run = cp.evaluate(panel, {brief}"), made)
+    assert set(made["run"].scores["model"]) == {"climatology_4y", "LastYear"}
+    known = made["run"].predictions.query("model == 'LastYear'")
+    assert (known[["p_down", "p_flat", "p_up"]].sum(axis=1) - 1).abs().max() < 1e-12 and known["p10"].le(known["p90"]).all()
 
 
 def test_the_layer_example_runs(tmp_path, monkeypatch):
     import torch
 
     monkeypatch.chdir(tmp_path)
-    code = re.search(r"```python\n(from cryptopredict.mamba2_block.*?)```", README, re.S).group(1)
+    code = re.search(r"```python\n(from cryptopredict import Mamba2.*?)```", README, re.S).group(1)
     stream = [torch.randn(1, n, 256) for n in (3, 5)]
     made = {"stream": stream, "loss": lambda y: y.square().mean()}
     exec(code, made)
@@ -129,9 +142,9 @@ def test_exact_gradient_is_what_was_measured():
     assert {(s["preset"], s["backend"]) for s in gpu["sweeps"]} == set(product(("baseline", "mhsa"), ("mamba_ssm", "torch")))
     states = [f"{s['records'][-1]['boundary_states'] / 1e9:.1f}" for s in gpu["sweeps"] if s["backend"] == "torch"]
     assert f"{' and '.join(states)} GB at the longest" in text, states
-    for report, told in ((gpu, "times truncated on the H100"), (cpu, "on two CPU cores")):
+    for report, words in ((gpu, "times truncated on the H100"), (cpu, "on two CPU cores")):
         ratios = [r["ratio"]["median"] for s in report["sweeps"] for r in s["records"] if "ratio" in r]
-        assert max(ratios) <= 1.6 and f"{min(ratios):.2f} to {max(ratios):.2f} {told}" in text, (told, min(ratios), max(ratios))
+        assert max(ratios) <= 1.6 and f"{min(ratios):.2f} to {max(ratios):.2f} {words}" in text, (words, min(ratios), max(ratios))
 
 
 def test_cost_of_truncation_is_what_was_measured():
@@ -142,17 +155,17 @@ def test_cost_of_truncation_is_what_was_measured():
     at = {n: k for k, n in enumerate(cost["lengths"])}
     cosine = lambda epochs, n: median(r["cosine"]["decay and step size"][at[n]] for r in rows[epochs])
     due = [f"{cosine(epochs, n):.2f}" for epochs in (4, 1) for n in (256, 2048)]
-    told = (r"cosine of ([\d.]+) with the exact one at chunks of 256 hours and ([\d.]+) at 2,048 after .*?, "
-            r"([\d.]+) and ([\d.]+) after one")
-    assert list(re.search(told, " ".join(README.split())).groups()) == due
+    quoted = (r"cosine of ([\d.]+) with the exact one at chunks of 256 hours and ([\d.]+) at 2,048 after .*?, "
+              r"([\d.]+) and ([\d.]+) after one")
+    assert list(re.search(quoted, " ".join(README.split())).groups()) == due
     assert all(r["cosine"]["all"][at[256]] > .99 for r in rows[4])
 
 
 def test_cost_of_checkpoints_is_what_was_measured():
     cost = json.loads((ROOT / "results" / "checkpoints.json").read_text(encoding="utf-8"))
     rows = {r["save_every"]: r for r in cost["tiny"]}
-    told = r"is ([\d.]+) MB and takes (\d+) ms .*?: ([\d.]+) % of a training .*?, (\d+) % with"
+    quoted = r"is ([\d.]+) MB and takes (\d+) ms .*?: ([\d.]+) % of a training .*?, (\d+) % with"
     usual, each = rows[500], rows[1]
     due = usual["bytes"] / 1e6, 1e3 * usual["one_save"], 100 * usual["share"]["median"], 100 * each["share"]["median"]
-    figures = re.search(told, " ".join(README.split())).groups()
+    figures = re.search(quoted, " ".join(README.split())).groups()
     assert figures == tuple(f"{value:.{digits}f}" for value, digits in zip(due, (1, 0, 1, 0)))
