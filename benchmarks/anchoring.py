@@ -1,9 +1,9 @@
-"""When should a head leave its baseline? Rules compared on built-in markets with signal and without.
+"""When should the network's head be enabled? Rules compared on built-in markets with signal and without.
 
   python benchmarks/anchoring.py --out results/anchoring.json        12 seeds x 2 markets x 2 folds, about a quarter of an hour
 
 A rule sees validation spans only: the newest or three of them, the network alone or combined half and half with its baseline, and
-a level of the two-sided test. It is judged by the loss on the test year less the baseline's, 0 where the head stays.
+a level of the two-sided test. It is judged by the loss on the test year less the baseline's, 0 where the head is not enabled.
 """
 
 from __future__ import annotations
@@ -23,42 +23,43 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process a core; read when num
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
-import cryptopredict.evaluate as ev  # noqa: E402
-from cryptopredict.checkpoint import code_commit, write_atomic  # noqa: E402
+from cryptopredict.baselines import origins  # noqa: E402
 from cryptopredict.features import build_features  # noqa: E402
-from cryptopredict.labels import make_labels  # noqa: E402
+from cryptopredict.labels import HEADS, make_labels  # noqa: E402
+from cryptopredict.network import Network, choice_folds, choose_climatologies, combine, head_evidence  # noqa: E402
+from cryptopredict.protocol import EvaluateConfig, make_folds  # noqa: E402
 from cryptopredict.simulate import simulate_market  # noqa: E402
+from cryptopredict.storage import code_commit, write_atomic  # noqa: E402
 from cryptopredict.tbptt_trainer import best_epoch, train  # noqa: E402
 
-HEADS, SHARES, LEVELS = list(ev.HEAD_COLUMNS), (.5, 1.), (.1, .2)
+SHARES, LEVELS = (.5, 1.), (.1, .2)
 OVERLAPS = dict(direction=90, band=90, volatility=30)
 
 
-def forecasts(run, prepared, panel, features, rows) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The network's and its anchor's at `rows`."""
-    anchor = ev._anchor_forecast(prepared.anchor, panel, rows)
-    return ev._network_forecast(run.model, prepared, panel, features, rows), anchor
+def forecasts(model, run, inputs, panel, features, rows) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The network's and its baselines' forecasts at `rows`."""
+    return model.network_forecast(run.model, inputs, panel, features, rows), inputs.baselines.forecast(panel, rows)
 
 
 def evidence(pairs, labels, share: float) -> dict:
     """`head_evidence` of the pairs' combinations in a row."""
-    mixed = pd.concat([ev.combine(anchor, ours, HEADS, share) for ours, anchor in pairs])
-    return ev.head_evidence(mixed, pd.concat([anchor for _, anchor in pairs]), labels, OVERLAPS)
+    mixed = pd.concat([combine(baseline, ours, list(HEADS), share) for ours, baseline in pairs])
+    return head_evidence(mixed, pd.concat([baseline for _, baseline in pairs]), labels, OVERLAPS)
 
 
 def one_fold(model, panel, features, labels, fold, folder: Path) -> dict:
     """Evidence of one fold's validation spans and of its test year, by share."""
-    folds = ev.choice_folds(labels, fold, 3)
-    years = {head: chosen["years"] for head, chosen in ev.choose_climatologies(panel, labels, folds).items()}
-    trials = [ev._trial(model, panel, features, labels, f, years, 0, folder / f"choice-{k}") for k, f in enumerate(folds)]
+    folds = choice_folds(labels, fold, 3)
+    years = {head: chosen["years"] for head, chosen in choose_climatologies(panel, labels, folds).items()}
+    trials = [model.trial(panel, features, labels, f, years, 0, folder / f"choice-{k}") for k, f in enumerate(folds)]
     best, pairs = best_epoch(*(run.out for run, _ in trials)), []
     if not best: return dict(best_epoch=0)
-    for f, (run, prepared) in zip(folds, trials):
+    for f, (run, inputs) in zip(folds, trials):
         run.at_epoch(best)
-        pairs.append(forecasts(run, prepared, panel, features, ev.origins(panel.index, f.valid)))
-    prepared = ev._prepare(model, panel, features, labels, fold, "refit", years)
-    refit = train(ev._train_config(model, prepared.data, 0), prepared.data, folder / "refit", prepared.start, until=best)
-    test = [forecasts(refit, prepared, panel, features, ev.origins(panel.index, fold.test))]
+        pairs.append(forecasts(model, run, inputs, panel, features, origins(panel.index, f.valid)))
+    inputs = model.with_climatologies(panel, labels, fold, "refit", years, *model.tensors(panel, features, labels, fold, "refit"))
+    refit = train(model.train_config(inputs.data, 0), inputs.data, folder / "refit", inputs.start, until=best)
+    test = [forecasts(model, refit, inputs, panel, features, origins(panel.index, fold.test))]
     parts = dict(newest=pairs[-1:], all=pairs, test=test)
     seen = {f"{name} {share}": evidence(pairs, labels, share) for (name, pairs), share in product(parts.items(), SHARES)}
     return dict(best_epoch=best, **seen)
@@ -70,22 +71,22 @@ def one_market(job: tuple[bool, int]) -> list[dict]:
     torch.set_num_threads(1)
     panel, _ = simulate_market(24 * 365 * 11, seed, null=null)
     features, labels = build_features(panel), make_labels(panel["close"])
-    folds, records = ev.make_folds(ev.EvaluateConfig(models=("mamba2",)), labels), []
+    folds, records = make_folds(EvaluateConfig(models=("mamba2",)), labels), []
     for k in (2, 5):
         with tempfile.TemporaryDirectory() as folder:
-            record = one_fold(ev.Network(folder=folder), panel, features, labels, folds[k], Path(folder))
+            record = one_fold(Network(folder=folder), panel, features, labels, folds[k], Path(folder))
         records.append(dict(null=null, seed=seed, fold=k, **record))
     return records
 
 
 def judge(records: list[dict], spans: str, share: float, level: float, head: str) -> dict:
-    """How often a rule lets a head leave, and what that does to the test loss: mean and worst of all folds."""
+    """How often a rule enables a head (`left`), and what that does to the test loss: mean and worst of all folds."""
     gains, left = [], 0
     for r in records:
         seen = r.get(f"{spans} {share}", {}).get(head, dict(difference=0., p=1.))
-        leaves = seen["difference"] < 0 and seen["p"] < level
-        left += leaves
-        gains.append(r[f"test {share}"][head]["difference"] if leaves else 0.)
+        enabled = seen["difference"] < 0 and seen["p"] < level
+        left += enabled
+        gains.append(r[f"test {share}"][head]["difference"] if enabled else 0.)
     return dict(spans=spans, share=share, level=level, head=head, folds=len(records), left=left,
                 mean=sum(gains) / len(gains), worst=max(gains))
 

@@ -3,7 +3,8 @@
     python benchmarks/backends.py --out results/backends.json
 
 `mamba_ssm` (and `causal_conv1d` where installed) beside the plain PyTorch scan, outputs, states and gradients of all arguments;
-flex attention beside PyTorch's fused attention. On random inputs. Needs torch, numpy, einops and the packages that are compared.
+flex attention beside PyTorch's fused attention. On random inputs. Needs what `vram.py run` needs, and the packages that are
+compared.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from vram import describe_device, quantiles, versions, write_atomic  # noqa: E402
 
-from cryptopredict import mamba2_block as block  # noqa: E402
+from cryptopredict.mamba2_block import Mamba2, Mamba2Config, causal_conv1d_kernel  # noqa: E402
 from cryptopredict.mhsa import MHSA, MHSAConfig  # noqa: E402
+from cryptopredict.ssd import choose_backend, mamba_ssm_scan, ssd_scan  # noqa: E402
 
 HOW = dict(
     errors="norm of the difference to a float64 run of the PyTorch backend on the same (rounded) inputs, relative to its norm, "
@@ -40,15 +42,15 @@ def scan_inputs(b: int, t: int, dtype: torch.dtype) -> list[torch.Tensor]:
     draw = lambda *s: torch.randn(*s, generator=r)
     dt, A = F.softplus(draw(b, t, 8) - 4), -torch.exp(draw(8).abs())
     x, B, C, D, state = draw(b, t, 8, 64), draw(b, t, 1, 128), draw(b, t, 1, 128), draw(8), draw(b, 8, 64, 128)
-    wide = torch.promote_types(dtype, torch.float32)
-    kinds = dtype, wide, wide, dtype, dtype, wide, wide
-    return [v.to("cuda", kind) for v, kind in zip((x, dt, A, B, C, D, state), kinds)]
+    acc_dtype = torch.promote_types(dtype, torch.float32)
+    dtypes = dtype, acc_dtype, acc_dtype, dtype, dtype, acc_dtype, acc_dtype
+    return [v.to("cuda", one) for v, one in zip((x, dt, A, B, C, D, state), dtypes)]
 
 
 def with_gradients(inputs: list[torch.Tensor], **options) -> dict[str, torch.Tensor]:
     """Outputs, final state and gradients of every argument."""
     inputs = [v.clone().requires_grad_() for v in inputs]
-    y, state = block.ssd_scan(*inputs, **options)
+    y, state = ssd_scan(*inputs, **options)
     weights = torch.linspace(-1, 1, y.numel(), device="cuda", dtype=torch.float64).view_as(y)
     total = (y.double() * weights).sum() + state.double().square().sum()
     grads = torch.autograd.grad(total, inputs)
@@ -78,11 +80,11 @@ def chunked_errors(found: dict[str, str]) -> list[dict]:
     rows, u = [], torch.randn(2, 300, 256, device="cuda")
     relative = lambda a, b: ((a.double() - b).norm() / b.norm()).item()
     for backend in found:
-        m = block.Mamba2(block.Mamba2Config(backend=backend)).cuda()
-        wide = block.Mamba2(block.Mamba2Config(backend="torch")).cuda().double()
-        wide.load_state_dict(m.state_dict())
-        whole = wide(u.double())[0]
-        due = torch.autograd.grad(whole.square().sum(), list(wide.parameters()), retain_graph=True)
+        m = Mamba2(Mamba2Config(backend=backend)).cuda()
+        exact = Mamba2(Mamba2Config(backend="torch")).cuda().double()
+        exact.load_state_dict(m.state_dict())
+        whole = exact(u.double())[0]
+        due = torch.autograd.grad(whole.square().sum(), list(exact.parameters()), retain_graph=True)
         for lengths in ([300], [100, 1, 7, 64, 128]):
             state, ys = None, []
             with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -118,14 +120,14 @@ def scan_time(backend: str) -> dict[str, float]:
     """Forward and backward of the scan in bfloat16."""
     inputs = [v.requires_grad_() for v in scan_inputs(16, 1024, torch.bfloat16)]
     def work():
-        y, state = block.ssd_scan(*inputs, backend=backend)
+        y, state = ssd_scan(*inputs, backend=backend)
         torch.autograd.grad((y, state), inputs, (torch.ones_like(y), torch.ones_like(state)))
     return replayed(work)
 
 
 def mixer_time(backend: str) -> dict[str, float]:
     """Forward and backward of a mixer with a carried state."""
-    m, u = block.Mamba2(block.Mamba2Config(backend=backend)).cuda(), torch.randn(16, 1024, 256, device="cuda")
+    m, u = Mamba2(Mamba2Config(backend=backend)).cuda(), torch.randn(16, 1024, 256, device="cuda")
     state = m.init_state(16)
     def work():
         with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False): y, _ = m(u, state)
@@ -166,11 +168,11 @@ def main() -> int:
     p.add_argument("--commit", default="", help="version of the code, for the report")
     args = p.parse_args()
     if not torch.cuda.is_available(): p.error("no GPU here: nothing to compare")
-    kernels, why = block._kernels()
+    kernels, why = mamba_ssm_scan()
     found = {"torch": "plain PyTorch"} | ({"mamba_ssm": why} if kernels is not None else {})
     packages = {name: installed(name) for name in ("mamba-ssm", "causal-conv1d")}
-    conv = block._conv_kernel() is not None
-    auto = block.choose_backend("auto", torch.zeros(1, device="cuda").bfloat16())
+    conv = causal_conv1d_kernel() is not None
+    auto = choose_backend("auto", torch.zeros(1, device="cuda").bfloat16())
     print(found, packages, "causal_conv1d's kernel:", conv, "auto:", auto)
     report = dict(device=describe_device("cuda"), versions=versions(), packages=packages, conv_kernel=conv, why=why,
                   commit=args.commit, date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", how=HOW)

@@ -3,7 +3,7 @@
     python benchmarks/checkpoints.py --data ../shared/data --out results/checkpoints.json     four minutes on two cores
     python benchmarks/checkpoints.py --data ../shared/data --out results/checkpoints_gpu.json --device cuda
 
-`share` is the time inside `tbptt_trainer.checkpoint` (content, hashes, writes, flushes, pruning) over the whole training's,
+`share` is the time inside `Run.save` (content, hashes, writes, flushes, pruning) over the whole training's,
 validation included; trainings with different `save_every` take turns.
 """
 
@@ -14,10 +14,12 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,37 +28,36 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from vram import describe_device, one_fold, versions, write_atomic  # noqa: E402
 
-from cryptopredict import tbptt_trainer  # noqa: E402
+from cryptopredict.checkpoint import checkpoints  # noqa: E402
 from cryptopredict.features import build_features  # noqa: E402
 from cryptopredict.labels import make_labels  # noqa: E402
 from cryptopredict.sources import load_panel  # noqa: E402
+from cryptopredict.storage import TrainingFolder, code_commit  # noqa: E402
 from cryptopredict.streams import FoldData, fold_data  # noqa: E402
-from cryptopredict.tbptt_trainer import TrainConfig, train, train_preset  # noqa: E402
+from cryptopredict.tbptt_trainer import Run, TrainConfig, train, train_preset  # noqa: E402
 
-HOW = dict(share="seconds inside checkpoint / seconds of the training, median of the repeats",
+HOW = dict(share="seconds inside Run.save / seconds of the training, median of the repeats",
            derived="share at save_every 500 from the seconds of one save and of one update: a preset too slow here to be trained")
 
 
 def timed(config: TrainConfig, data: FoldData, stop: int | None = None) -> dict:
     """Seconds of a training, of its checkpoints, and their size; ended after `stop` updates where given."""
-    spent, plain = [], tbptt_trainer.checkpoint
+    spent, plain = [], Run.save
 
-    def checkpoint(run):
+    def timed_save(run):
         began = time.perf_counter()
         try: return plain(run)
         finally: spent.append(time.perf_counter() - began)
 
-    def progress(run, record):
+    def on_update(run, record):
         if run.step == stop: raise InterruptedError
 
-    tbptt_trainer.checkpoint = checkpoint
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as out:
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as out, mock.patch.object(Run, "save", timed_save):
         began = time.perf_counter()
-        try: updates = train(config, data, out, progress=progress).step
+        try: updates = train(config, data, out, on_update=on_update).step
         except InterruptedError: updates = stop
-        finally: tbptt_trainer.checkpoint = plain
         seconds = time.perf_counter() - began
-        newest = tbptt_trainer.checkpoints(Path(out) / "checkpoints")[0]
+        newest = checkpoints(TrainingFolder(out).checkpoints)[0]
         size = sum(p.stat().st_size for p in newest.iterdir())
     return dict(seconds=seconds, updates=updates, saves=len(spent), in_saves=sum(spent), one_save=median(spent), bytes=size)
 
@@ -65,7 +66,7 @@ def shares(config: TrainConfig, data: FoldData, every: list[int], repeats: int) 
     """Share of checkpoints in trainings that save so often."""
     made = {n: [] for n in every}
     for _ in range(repeats):
-        for n in every: made[n].append(timed(tbptt_trainer.replace(config, save_every=n), data))
+        for n in every: made[n].append(timed(replace(config, save_every=n), data))
     records = []
     for n, runs in made.items():
         share = sorted(r["in_saves"] / r["seconds"] for r in runs)
@@ -99,7 +100,7 @@ def main() -> None:
     features, labels = build_features(panel), make_labels(panel["close"])
     fold = one_fold(panel.index, labels, "2023-01-01")
     data = fold_data(features, labels, fold.train, fold.valid)
-    report = dict(device=describe_device(args.device), versions=versions(), commit=args.commit or tbptt_trainer.code_commit(),
+    report = dict(device=describe_device(args.device), versions=versions(), commit=args.commit or code_commit(),
                   date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", how=HOW, hours=data.stop - data.start)
     often, preset = [0, 500, 50, 10, 1], partial(train_preset, n_features=data.x.shape[1], epochs=4, device=args.device)
     if args.device == "cuda":  # kernels are loaded and tuned at their first use

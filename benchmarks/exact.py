@@ -4,7 +4,7 @@
     python benchmarks/exact.py --device cpu --out results/exact_cpu.json      preset tiny, two threads, three minutes
 
 On random inputs. One update of `bptt="exact"` reads the same chunks as the truncated updates it is compared with, in turn with
-them. Needs torch, numpy, pandas, einops and safetensors only.
+them. Needs what `vram.py run` needs.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed
 import torch  # noqa: E402
 from vram import clear, describe_device, peaks, quantiles, synchronize, versions, write_atomic  # noqa: E402
 
-from cryptopredict.mamba2_block import BACKENDS, choose_backend, map_state  # noqa: E402
 from cryptopredict.multitask import PRESETS, Targets  # noqa: E402
+from cryptopredict.ssd import BACKENDS, choose_backend  # noqa: E402
+from cryptopredict.states import map_state  # noqa: E402
 from cryptopredict.streams import Chunk  # noqa: E402
 from cryptopredict.tbptt_trainer import Run, train_preset, train_step  # noqa: E402
 
@@ -99,8 +100,8 @@ def measure(args: argparse.Namespace, run: Run, steps: int, repeats: int, both: 
     return record
 
 
-def started(path: Path | None, report: dict) -> list[dict]:
-    """Sweeps of an earlier report of the same device and versions, which is gone on with."""
+def earlier_sweeps(path: Path | None, report: dict) -> list[dict]:
+    """Sweeps of an earlier report of the same device and versions, which is extended."""
     if path is None or not path.is_file(): return []
     try: before = json.loads(path.read_text())
     except ValueError as broken: raise SystemExit(f"{path} cannot be read ({broken}): give another --out") from broken
@@ -150,7 +151,7 @@ def whole(text: str) -> int:
 def main() -> int:
     """Measure and write."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--out", type=Path, help="JSON report, also of a run cut off; goes on with one that is there")
+    p.add_argument("--out", type=Path, help="JSON report, also of a run cut off; an existing one is extended")
     p.add_argument("--commit", default="", help="version of the code, for the report")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to run")
     p.add_argument("--threads", type=whole, default=2, help="of torch on a CPU")
@@ -177,9 +178,9 @@ def main() -> int:
         if steps % length: p.error(f"--steps: {steps} is no multiple of {length}, the tbptt_len of {name}")
     report = dict(device=describe_device(args.device), versions=versions(), commit=args.commit, date=now(), how=HOW,
                   sweeps=[])
-    report["sweeps"] = started(args.out, report)
+    report["sweeps"] = earlier_sweeps(args.out, report)
     try:
-        if args.out: write_atomic(args.out, report)  # what cannot be written is told before anything is measured
+        if args.out: write_atomic(args.out, report)  # a path that cannot be written is reported before anything is measured
     except OSError as error: p.error(f"--out: {args.out} cannot be written ({error})")
     for name, backend in itertools.product(args.presets, args.backends):
         for made in sweep(args, name, backend):

@@ -16,10 +16,10 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"): os.e
 
 import pandas as pd  # noqa: E402
 
-from cryptopredict.checkpoint import code_commit, write_atomic  # noqa: E402
 from cryptopredict.features import FeatureState, build_features  # noqa: E402
 from cryptopredict.leakage import audit  # noqa: E402
 from cryptopredict.simulate import simulate_market  # noqa: E402
+from cryptopredict.storage import code_commit, write_atomic  # noqa: E402
 
 ROWS = (100_000, 200_000)
 

@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 from scipy import optimize
 
-from cryptopredict.checkpoint import code_commit, write_atomic
 from cryptopredict.scores import (
     LEAST_WINDOWS,
-    _block_length,
-    _block_se,
-    _interval,
-    _null,
-    _overlapping_noise,
     block_bootstrap,
+    block_length,
+    block_standard_error,
     dm_test,
+    null_distribution,
+    overlapping_noise,
+    stretched_interval,
 )
+from cryptopredict.storage import code_commit, write_atomic
 
 SIZES = [(365, 90), (365, 30), (1000, 90), (2465, 90), (2525, 30)]  # daily origins, days that they share
 
@@ -59,16 +59,16 @@ LOSSES = {"normal": lambda x: x, "squares": lambda x: x**2, "exponential": lambd
 
 def one(n: int, overlap: int, name: str, series: int, seed: int) -> dict:
     "Coverage, size and effective sample size for one kind of loss."
-    x = _overlapping_noise(n, overlap, series, seed) / np.sqrt(overlap)
+    x = overlapping_noise(n, overlap, series, seed) / np.sqrt(overlap)
     truth = LOSSES[name](np.random.default_rng(0).standard_normal(4_000_000)).mean()
-    losses, block = LOSSES[name](x) - truth, _block_length(n, overlap)
+    losses, block = LOSSES[name](x) - truth, block_length(n, overlap)
     inside = []
     for k, v in enumerate(losses if n >= LEAST_WINDOWS * overlap else ()):
-        low, high = _interval(block_bootstrap(v, block, 300, seed=k), v.mean(), n, overlap, .9)
+        low, high = stretched_interval(block_bootstrap(v, block, 300, seed=k), v.mean(), n, overlap, .9)
         inside.append(low <= 0 <= high)
     p = np.array([dm_test(v, overlap)[1] for v in losses])
-    se, some = _block_se(losses, block), losses.std(axis=1) > 0  # a short series may hold one value only
-    n_eff = np.minimum(n, losses.var(axis=1)[some] / se[some] ** 2 / _null(n, overlap, block).n_eff_bias)
+    se, some = block_standard_error(losses, block), losses.std(axis=1) > 0  # a short series may hold one value only
+    n_eff = np.minimum(n, losses.var(axis=1)[some] / se[some] ** 2 / null_distribution(n, overlap, block).n_eff_bias)
     return dict(origins=n, overlap=overlap, losses=name, coverage_of_90=round(float(np.mean(inside)), 3) if inside else None,
                 size_of_5=round(float(np.mean(p < .05)), 3), n_eff_median=round(float(np.median(n_eff)), 1),
                 windows=round(n / overlap, 1))

@@ -1,10 +1,10 @@
-"""`cryptopredict train` killed with SIGKILL again and again and gone on with, file by file beside one left alone.
+"""`cryptopredict train` killed with SIGKILL again and again and resumed, file by file beside one left alone.
 
     python benchmarks/kills.py --data ../shared/data --out results/kills_gpu.json --device cuda
 
 Both train with deterministic algorithms and a checkpoint after each update; kills come up to half a second after updates that
 are drawn at random. Exit code 1 where a file differs, `timings.jsonl` excepted, where a kill came too late, or where a process
-did not go on with what the one before had done. Also compared: the time and the memory that `--dry-run` expects with those of
+did not resume where the one before stopped. Also compared: the time and the memory that `--dry-run` expects with those of
 the training left alone.
 """
 
@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from vram import describe_device, versions, write_atomic  # noqa: E402
 
-from cryptopredict.checkpoint import code_commit  # noqa: E402
+from cryptopredict.storage import code_commit  # noqa: E402
 
 CLI = [sys.executable, "-c", "from cryptopredict.cli import main; raise SystemExit(main())"]
 
@@ -63,7 +63,7 @@ def finished(what: list[str]) -> tuple[float, str]:
 
 
 def killed(what: list[str], folder: Path, after: int | None, delay: float = 0.) -> dict:
-    """A process that goes on with what is there, killed some time after so many updates; None: not at all."""
+    """A process that resumes what is there, killed some time after so many updates; None: not at all."""
     found = now = least = updates(folder)
     due = float("inf") if after is None else max(after, found + 1)  # it must have done something
     process = subprocess.Popen(what, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -81,15 +81,15 @@ def killed(what: list[str], folder: Path, after: int | None, delay: float = 0.) 
                 half_written=half)
 
 
-def expected(told: str) -> dict:
-    """What a dry run says of all trainings."""
-    found = re.search(r"in all ([\d,]+) updates?, about (.+?) of training and ([\d,]+) MiB", told)
-    if not found: raise SystemExit(f"a dry run told nothing of time and memory:\n{told}")
+def expected(output: str) -> dict:
+    """What a dry run prints of all trainings."""
+    found = re.search(r"in all ([\d,]+) updates?, about (.+?) of training and ([\d,]+) MiB", output)
+    if not found: raise SystemExit(f"the dry run printed neither time nor memory:\n{output}")
     return dict(updates=int(found[1].replace(",", "")), time=found[2], mib=int(found[3].replace(",", "")))
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
-    """One training left alone, one killed and gone on with."""
+    """One training left alone, one killed and resumed."""
     what, (whole, other), draw = command(args), (folder / "whole", folder / "killed"), random.Random(args.seed)
     dry = expected(finished([*what, "--dry-run", "--out", str(folder / "dry")])[1])
     seconds, _ = finished([*what, "--out", str(whole)])
@@ -108,10 +108,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def is_shown(made: dict) -> bool:
-    """Whether each process was killed at work, the next went on where it was, but for one update, and no file differs."""
-    gone_on = all(run["least"] >= run["found"] - 1 for run in (*made["kills"], made["last"]))
+    """Whether each process was killed at work, the next resumed where it was, but for one update, and no file differs."""
+    resumed = all(run["least"] >= run["found"] - 1 for run in (*made["kills"], made["last"]))
     hit = made["kills"] and all(kill["ended"] == -signal.SIGKILL for kill in made["kills"])
-    return bool(hit and gone_on and made["last"]["ended"] == 0 and not made["differ"])
+    return bool(hit and resumed and made["last"]["ended"] == 0 and not made["differ"])
 
 
 def main() -> int:

@@ -38,13 +38,13 @@ from sklearn.model_selection import KFold  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
 from sklearn.preprocessing import StandardScaler  # noqa: E402
 
-from cryptopredict.checkpoint import code_commit, write_atomic  # noqa: E402
-from cryptopredict.evaluate import panel_hash  # noqa: E402
 from cryptopredict.features import ALL, build_features, registry  # noqa: E402
 from cryptopredict.labels import make_labels  # noqa: E402
 from cryptopredict.leakage import Fold, walk_forward  # noqa: E402
 from cryptopredict.scores import block_bootstrap, effective_windows  # noqa: E402
 from cryptopredict.sources import join_panel, load_tables  # noqa: E402
+from cryptopredict.storage import code_commit, write_atomic  # noqa: E402
+from cryptopredict.walkforward import panel_hash  # noqa: E402
 
 TREES, OVERLAP = 100, dict(direction=90, sigma=30)  # days that neighbouring labels share
 UNUSED = ["hour_sin", "hour_cos", "utxo_90d"]  # constant at 00:00; a source that ends in 2018
@@ -437,7 +437,7 @@ LEAKS = [
          *column(fourier_slope)),
     Leak("min-max over the horizon", "The price is scaled by the minimum and maximum of look-back and horizon together.", "audit",
          *column(min_max)),
-    Leak("zigzag", "Peaks and troughs are found in the whole series; the feature says which comes next.",
+    Leak("zigzag", "Peaks and troughs are found in the whole series; the feature holds which comes next.",
          "audit", *column(zigzag)),
     Leak("chikou span", "The lagging span is read where it is drawn: the close of 26 days later.", "audit", *column(chikou)),
     Leak("label in disguise", "A column holds the 90-day return to come, under noise of about its own size.",

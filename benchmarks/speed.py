@@ -5,7 +5,7 @@
 `scan`: `ssd_scan` beside a loop over time. `plain`: beside `plain_ssd`, the textbook's chunked scan, at several sizes, after a
 check that both give the same. `plain_training`: training of preset tiny with either. `tail`: lengths that are no multiple of the
 chunk. `step`: one hour after another through the presets baseline and mhsa. `training`, `memory`: of preset tiny.
-Times that are compared are taken in turn in one process. Needs torch, numpy, pandas, einops and safetensors only.
+Times that are compared are taken in turn in one process. Needs what `vram.py run` needs.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from einops import rearrange  # noqa: E402
 from torch import Tensor  # noqa: E402
 from vram import describe_device, quantiles, timed_steps, versions, wrapped_chunks, write_atomic  # noqa: E402
 
-from cryptopredict.mamba2_block import ssd_reference, ssd_scan  # noqa: E402
 from cryptopredict.multitask import MultitaskModel, Targets, preset  # noqa: E402
+from cryptopredict.ssd import ssd_reference, ssd_scan  # noqa: E402
 from cryptopredict.streams import FoldData, plan_streams  # noqa: E402
 from cryptopredict.tbptt_trainer import Run, peak_bytes, train_epoch, train_preset  # noqa: E402
 
@@ -53,7 +53,7 @@ HOW = dict(
                    "steps in turn; ratio is plain / ours; `loss_difference` is the largest relative one over all steps",
     tail="as scan, chunk 64, the lengths in turn; seconds a token relative to length 1024, of the same round",
     step="MultitaskModel.step, 60 channels, batch 1, no gradient, evaluation mode, carried state, after 20 steps of warm-up; "
-         "`fresh` goes on from no history, `after_history` from `history` hours read in chunks, a step of each in turn; "
+         "`fresh` starts from no history, `after_history` from `history` hours read in chunks, a step of each in turn; "
          "milliseconds",
     training="train_step of preset tiny, batch 16, tbptt_len 256, 60 channels, carried and detached state, after 3 warm-up "
              "steps; tokens are hours times streams",
@@ -106,19 +106,19 @@ def plain_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor 
     X, dA, B, C = (rearrange(v, "b (c q) ... -> b c q ...", q=chunk) for v in padded)
     dA = rearrange(dA, "b c q h -> b h c q")
     total = dA.cumsum(-1)
-    own = torch.einsum("bcihn,bcjhn,bhcij,bcjhp->bcihp", C, B, segment_sums(dA).exp(), X)
-    left = torch.einsum("bcjhn,bhcj,bcjhp->bchpn", B, (total[..., -1:] - total).exp(), X)
+    intra = torch.einsum("bcihn,bcjhn,bhcij,bcjhp->bcihp", C, B, segment_sums(dA).exp(), X)
+    added = torch.einsum("bcjhn,bhcj,bcjhp->bchpn", B, (total[..., -1:] - total).exp(), X)
     start = x.new_zeros(b, h, p, n) if initial_state is None else initial_state
     across = segment_sums(F.pad(total[..., -1], (1, 0))).exp()  # (b, h, c + 1, c + 1)
-    states = torch.einsum("bhij,bjhpn->bihpn", across, torch.cat([start[:, None], left], 1))
+    states = torch.einsum("bhij,bjhpn->bihpn", across, torch.cat([start[:, None], added], 1))
     read = torch.einsum("bcihn,bchpn,bhci->bcihp", C, states[:, :-1], total.exp())
-    y = (own + read).flatten(1, 2)[:, :t]
+    y = (intra + read).flatten(1, 2)[:, :t]
     return (y if D is None else y + D[:, None] * x), states[:, -1]
 
 
 @torch.no_grad()
 def difference(inputs: list[Tensor]) -> float:
-    """Largest difference of both scans relative to the largest value; an error where it says that they are not the same."""
+    """Largest difference of both scans relative to the largest value; an error where they are not the same."""
     b, _, h, p = inputs[0].shape
     more = torch.randn(h), torch.randn(b, h, p, inputs[3].shape[3])
     off = max(((one - two).abs().max() / two.abs().max()).item()
@@ -182,7 +182,7 @@ class PlainNorm:
     def apply(x, weight, eps): return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
-PLAIN = dict(scan=dict(ssd_scan=plain_ssd), mixer=dict(ssd_scan=plain_ssd, causal_conv=plain_conv, _Norm=PlainNorm))
+PLAIN = dict(scan=dict(ssd_scan=plain_ssd), mixer=dict(ssd_scan=plain_ssd, causal_conv=plain_conv, FusedRMSNorm=PlainNorm))
 
 
 def plain_training(steps: int, folder: Path, plain: dict) -> dict:
@@ -265,7 +265,7 @@ def report(args: argparse.Namespace) -> dict:
 
 
 def table(made: dict) -> str:
-    """Medians, with quartiles where they are telling."""
+    """Medians, with quartiles where they matter."""
     span = lambda q, form: f"{q['median']:{form}} ({q['q25']:{form}} to {q['q75']:{form}})"
     of = lambda r: f"{span(r['ratio'], '.2f')}   {1000 * r['ours_s']['median']:.1f} ms to {1000 * r['plain_s']['median']:.1f} ms"
     rows = [("loop / scan", span(made["scan"]["ratio"], ".1f"))]
@@ -276,8 +276,8 @@ def table(made: dict) -> str:
     for name, measured in made["step"].items():
         for n in (1, 2):
             at = {kind.replace("_", " "): q for kind, q in measured[f"threads_{n}"].items()}
-            told = ", ".join(f"{q['median']:.2f} (90 %: {q['q90']:.2f}) {kind}" for kind, q in at.items())
-            rows.append((f"step of {name}, ms, {n} thread{'s' * (n > 1)}", told))
+            steps = ", ".join(f"{q['median']:.2f} (90 %: {q['q90']:.2f}) {kind}" for kind, q in at.items())
+            rows.append((f"step of {name}, ms, {n} thread{'s' * (n > 1)}", steps))
     rows.append(("peak, MB, by chunks a stream", ", ".join(f"{n}: {v / 1e6:.0f}" for n, v in made["memory"].items())))
     return "\n".join(f"{name:34}{value}" for name, value in rows)
 

@@ -23,9 +23,10 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from vram import climatology, describe_device, one_fold, versions, write_atomic  # noqa: E402
 
+from cryptopredict.bptt import exact_backward  # noqa: E402
 from cryptopredict.multitask import Targets, multitask_loss, task_losses  # noqa: E402
 from cryptopredict.streams import Chunk, FoldData, fold_data  # noqa: E402
-from cryptopredict.tbptt_trainer import Run, exact_backward, train, train_preset  # noqa: E402
+from cryptopredict.tbptt_trainer import Run, train, train_preset  # noqa: E402
 
 HOW = dict(
     weights="preset tiny, and the same with attention over 168 hours in its second layer, trained on the fold for so many epochs "

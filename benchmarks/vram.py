@@ -5,7 +5,8 @@ Two steps, because features need TA-Lib and the readers, and the network does no
     python benchmarks/vram.py prepare --data ../shared/data --out .gpu/fold.safetensors     where everything is installed
     python benchmarks/vram.py run --fold .gpu/fold.safetensors --out results/vram.json      where the GPU is
 
-`run` needs torch, numpy, pandas, einops and safetensors only; `--device cpu --quick` tries it out without a GPU in seconds.
+`run` needs torch, numpy, pandas, einops, safetensors, pydantic, psutil, filelock and tomli-w only; `--device cpu --quick` tries it
+out without a GPU in seconds.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from cryptopredict.mamba2_block import choose_backend  # noqa: E402
 from cryptopredict.multitask import Targets  # noqa: E402
+from cryptopredict.ssd import choose_backend  # noqa: E402
 from cryptopredict.streams import Chunk, FoldData, Scaler, fold_data, plan_streams  # noqa: E402
 from cryptopredict.tbptt_trainer import (  # noqa: E402
     Run,
@@ -94,7 +95,7 @@ def save_fold(path: Path, data: FoldData, **about: str) -> None:
 
 
 def load_fold(path: Path) -> tuple[FoldData, dict[str, str]]:
-    """The fold in a file of `save_fold`, and what the file says about itself."""
+    """The fold in a file of `save_fold`, and the rest of the file's metadata."""
     if not path.is_file(): raise ValueError(f"--fold {path}: no such file; make it with `prepare`")
     with safe_open(path, "pt") as file:
         tensors, about = {k: file.get_tensor(k) for k in file.keys()}, dict(file.metadata())
@@ -105,7 +106,7 @@ def load_fold(path: Path) -> tuple[FoldData, dict[str, str]]:
 
 def check_imports() -> None:
     """`run` must start without what only `prepare` needs: its help, in a process where those modules cannot be imported."""
-    absent = ("talib", "pandera", "pydantic", "tyro", "plotly", "rich", "scoringrules", "httpx", "fastcore", "execnb", "nbdev")
+    absent = ("talib", "pandera", "tyro", "plotly", "rich", "scoringrules", "httpx", "fastcore", "execnb", "nbdev")
     code = ("import runpy, sys\n"
             f"sys.modules.update(dict.fromkeys({absent!r}))\n"
             f"sys.argv = ['vram.py', 'run', '--help']\nrunpy.run_path({str(Path(__file__))!r}, run_name='__main__')")
@@ -134,7 +135,7 @@ def prepare(args: argparse.Namespace) -> int:
         sizes = f"batch {plan.batch}, tbptt_len {plan.tbptt_len}, {plan.note or 'not reduced'}"
         print(f"  {name}: {plan.chunks - 1} updates an epoch ({sizes})")
     check_imports()
-    print("  `run` starts without TA-Lib, pandera, pydantic, tyro and plotly")
+    print("  `run` starts without TA-Lib, pandera, tyro and plotly")
     return 0
 
 
@@ -236,7 +237,7 @@ def timed_steps(run: Run, chunks: list[Chunk]) -> Iterator[tuple[float, float]]:
         synchronize(device)
         seconds, loss = time.perf_counter() - began, record["loss"].item()
         del record
-        if run.guard["rows"] or run.guard["pieces"] > 1: raise torch.OutOfMemoryError("the batch fits in parts only")
+        if run.micro_batcher.rows or run.micro_batcher.pieces > 1: raise torch.OutOfMemoryError("the batch fits in parts only")
         yield seconds, loss
 
 
@@ -288,13 +289,13 @@ def fit_fold(args: argparse.Namespace, name: str, data: FoldData, deadline: floa
     config, ends, status = config_for(args, name, data, **own), [], "ok"
     plan = plan_streams(data.stop - data.start, config.batch, config.tbptt_len)
 
-    def progress(run: Run, record: dict) -> None:
+    def on_update(run: Run, record: dict) -> None:
         ends.append((run.epoch, time.perf_counter()))
         if time.monotonic() > deadline: raise BudgetSpent
 
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        try: train(config, data, folder, climatology(data.fit), progress=progress)
+        try: train(config, data, folder, climatology(data.fit), on_update=on_update)
         except BudgetSpent: status = "stopped at the budget"
         synchronize(args.device)
         wall, made = time.perf_counter() - began, history(Path(folder), args.every)
@@ -404,7 +405,7 @@ def add_prepare(p: argparse.ArgumentParser) -> None:
 def add_run(p: argparse.ArgumentParser) -> None:
     """Flags of `run`."""
     p.add_argument("--fold", type=Path, required=True, help="file made by prepare")
-    p.add_argument("--out", type=Path, required=True, help="JSON report, written anew after each record")
+    p.add_argument("--out", type=Path, required=True, help="JSON report, rewritten after each record")
     p.add_argument("--commit", default="", help="version of the code, for the report")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to run")
     p.add_argument("--quick", action="store_true", help="tiny models, lengths and data: does everything run?")

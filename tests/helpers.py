@@ -93,7 +93,7 @@ def measured(*words: str, cwd: Path, timeout: float = 400) -> Measured:
 
 
 def snapshot(folder: Path, times: bool = True) -> dict:
-    "Every path below a folder with its content's hash and, unless told otherwise, its time of change."
+    "Every path below a folder with its content's hash and, unless `times` is false, its time of change."
     def entry(path):
         content = "folder" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
         return content, path.stat().st_mtime_ns if times else 0

@@ -1,18 +1,22 @@
-"The layer in somebody else's program: what it needs, what it says, and an installation of mamba_ssm that is broken."
+"The layer in another program: what it imports, its warnings, and an installation of mamba_ssm that is broken."
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ENV
 
+from cryptopredict.mamba2_block import Mamba2, Mamba2Block, Mamba2Config
+
 ABSENT = ("pandas", "pyarrow", "safetensors", "pydantic", "tyro", "pandera", "rich", "plotly", "talib", "scoringrules",
-          "fastcore", "httpx", "nbdev", "IPython", "scipy", "sklearn")
+          "fastcore", "filelock", "tomli_w", "jinja2", "psutil", "httpx", "nbdev", "IPython", "scipy", "sklearn")
 USE = """
 import sys
 sys.modules.update(dict.fromkeys({absent!r}))  # importing one of these is an ImportError
 import torch
-from cryptopredict.mamba2_block import Mamba2, Mamba2Config, detach
+from cryptopredict.mamba2_block import Mamba2, Mamba2Config
+from cryptopredict.states import detach
 torch.manual_seed(0)
 layer = Mamba2(Mamba2Config(d_model=16, d_state=4, headdim=8, backend={backend!r}))
 state, total = None, 0.
@@ -44,10 +48,10 @@ def _use(folder: Path, backend: str = "auto", **files: str) -> subprocess.Comple
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> str:
-    "What the layer prints where there is no mamba_ssm."
+    "Output of the layer where there is no mamba_ssm."
     done = _use(tmp_path_factory.mktemp("none"))
     assert done.returncode == 0, done.stderr
-    assert "mamba_ssm" not in done.stderr, "nothing is missing, nothing is said"
+    assert "mamba_ssm" not in done.stderr, "no warning where nothing is broken"
     return done.stdout
 
 
@@ -56,14 +60,47 @@ def test_torch_and_einops_are_enough(plain):
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_mamba_ssm_is_survived_with_one_warning(name, tmp_path, plain):
+def test_a_broken_mamba_ssm_costs_one_warning(name, tmp_path, plain):
     (tmp_path / "mamba_ssm").mkdir()
     done = _use(tmp_path, **BROKEN[name])
     assert done.returncode == 0, done.stderr
-    assert done.stdout == plain, "the PyTorch backend has taken over"
+    assert done.stdout == plain, "the PyTorch backend was used instead"
     assert done.stderr.count("RuntimeWarning: mamba_ssm does not import") == done.stderr.count("Warning:") == 1, done.stderr
 
 
-def test_a_backend_that_was_asked_for_and_cannot_serve_is_an_error(tmp_path):
+def test_a_requested_backend_that_cannot_be_used_is_an_error(tmp_path):
     done = _use(tmp_path, "mamba_ssm", **BROKEN["an extension is missing"])
     assert done.returncode == 1 and "ValueError: backend 'mamba_ssm' cannot be used" in done.stderr
+
+
+# --- sizes from weights ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [
+    Mamba2Config(), Mamba2Config(d_model=12, d_state=5, expand=3, headdim=6, ngroups=2, d_conv=7),
+    Mamba2Config(d_model=4, d_state=1, expand=1, headdim=1, ngroups=4, d_conv=1)], ids=["default", "odd", "smallest"])
+def test_from_weights_gives_back_the_config(config):
+    block = Mamba2Block(config, mlp=8)
+    assert Mamba2Config.from_weights(block.mixer.state_dict(), config.ngroups) == config
+    weights = {name.removeprefix("mixer."): v for name, v in block.state_dict().items() if name.startswith("mixer.")}
+    assert Mamba2Config.from_weights(weights, config.ngroups) == config
+    other = Mamba2(Mamba2Config.from_weights(weights, config.ngroups))
+    other.load_state_dict(weights)
+    u = torch.randn(2, 5, config.d_model)
+    assert torch.equal(other(u)[0], block.mixer(u)[0])
+
+
+SMALL = Mamba2Config(d_model=8, d_state=4, headdim=4, ngroups=2)
+
+
+@pytest.mark.parametrize("change, ngroups, words", [
+    (lambda w: w.pop("dt_bias"), 2, "'dt_bias'"), (lambda w: w.update(norm1=w["D"]), 2, "'norm1'"),
+    (lambda w: w.update(D=w["D"][:-1]), 2, "D has shape"),
+    (lambda w: w.update({"out_proj.weight": torch.zeros(8, 9)}), 2, "out_proj.weight has shape"),
+    (lambda w: w.update({"conv1d.weight": w["conv1d.weight"][:, 0]}), 2, "conv1d.weight has shape"),
+    (lambda w: None, 3, "3 groups"), (lambda w: None, 0, "ngroups")])
+def test_from_weights_names_what_does_not_fit(change, ngroups, words):
+    weights = Mamba2(SMALL).state_dict()
+    change(weights)
+    with pytest.raises(ValueError) as refused: Mamba2Config.from_weights(weights, ngroups)
+    assert words in str(refused.value) and "\n" not in str(refused.value), refused.value

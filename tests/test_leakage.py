@@ -5,7 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cryptopredict.leakage import audit, audit_folds, audit_labels
+from cryptopredict.audits import audit_labels, audit_pipeline
+from cryptopredict.leakage import FoldSplit, audit, audit_folds, walk_forward
 
 HOURS = pd.date_range("2012-01-01", periods=100_000, freq="h", tz="UTC")
 
@@ -35,13 +36,13 @@ def test_one_leaky_column_among_64_is_the_one_named(walks):
 
 
 def test_memory_stays_under_three_frames(walks):
-    wide = pd.concat([walks.add_suffix(str(k)) for k in range(4)], axis=1)
+    frame = pd.concat([walks.add_suffix(str(k)) for k in range(4)], axis=1)
     tracemalloc.start()
     try:
-        audit(lambda f: f["a0"].diff(), wide, n_cuts=8)
+        audit(lambda f: f["a0"].diff(), frame, n_cuts=8)
         peak = tracemalloc.get_traced_memory()[1]
     finally: tracemalloc.stop()
-    assert peak < 3 * wide.memory_usage().sum(), peak / wide.memory_usage().sum()
+    assert peak < 3 * frame.memory_usage().sum(), peak / frame.memory_usage().sum()
 
 
 # --- drawn at random ------------------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def test_the_first_row_is_cut(bars):
     assert not audit(lambda f: f.close.diff().bfill(), bars, n_cuts=8).ok
 
 
-def test_what_was_computed_before_is_called_untested(bars):
+def test_a_column_computed_before_the_audit_is_reported_as_untested(bars):
     ahead = bars.close.shift(-1)
     report = audit(lambda f: f.assign(ahead=ahead.loc[f.index]), bars, n_cuts=8)
     assert report.tested["columns that ignore the frame's values"] == "untested: ahead"
@@ -136,7 +137,6 @@ def test_fitted_trees(bars, model):
     from sklearn.linear_model import Ridge
     from sklearn.model_selection import GridSearchCV
 
-    from cryptopredict.leakage import audit_pipeline
     make = {"boosting": lambda: GradientBoostingRegressor(n_estimators=5, random_state=0),
             "forest": lambda: RandomForestRegressor(5, max_depth=3, random_state=0),
             "grid": lambda: GridSearchCV(Ridge(), dict(alpha=[1., 10.]), cv=3)}[model]
@@ -150,7 +150,7 @@ def test_fitted_trees(bars, model):
     assert not audit_pipeline(leaky, predict, frame, [fold], labels=["y"]).ok
 
 
-# --- severities, and cuts that say nothing --------------------------------------------------------------------------------
+# --- severities, and cuts without output ---------------------------------------------------------------------------------
 
 
 def test_a_column_that_needs_rows_is_no_leak(bars):
@@ -208,3 +208,41 @@ def test_combinatorial_splits_are_judged_on_both_sides(blocks, embargo):
     right, short = (audit_folds(split(gap), ends, f"{embargo}D") for gap in (due, due - 1))
     assert right.ok and set(right.findings.kind) == {"interleaved"}
     assert not short.ok and set(short.leaks.kind) == {"embargo" if embargo else "label overlap"}
+
+
+# --- folds in scikit-learn ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def labelled() -> tuple[pd.DataFrame, pd.Series, list]:
+    "Two features of 700 days, a label of the next 30 days (missing at the end), and its walk-forward folds."
+    days, rng = pd.date_range("2019-01-01", periods=700, freq="D", tz="UTC"), np.random.default_rng(0)
+    X = pd.DataFrame(rng.normal(size=(700, 2)), days, ["a", "b"])
+    y = (X.a + rng.normal(size=700)).where(np.arange(700) < 670)
+    ends = pd.Series(days + pd.Timedelta("30D"), days).where(y.notna())
+    return X, y, walk_forward(days, ends, first_test="2020-01-01", step="90D", validation="60D")
+
+
+def test_fold_split_yields_the_rows_of_the_folds(labelled):
+    X, y, folds = labelled
+    split = FoldSplit(folds)
+    assert split.get_n_splits() == split.get_n_splits(X, y) == len(folds) > 2
+    for (train, test), fold in zip(split.split(), folds, strict=True):
+        assert np.array_equal(train, fold.refit) and np.array_equal(test, fold.test)
+    for (train, test), fold in zip(split.split(X, y), folds, strict=True):
+        assert np.array_equal(train, fold.refit) and test.tolist() == [row for row in fold.test if y.notna().iloc[row]]
+    ends = pd.Series(X.index + pd.Timedelta("30D"), X.index).where(y.notna())
+    audit_folds(list(split.split(X, y)), ends).raise_if_leaky()
+
+
+def test_cross_val_score_takes_a_fold_split(labelled):
+    from sklearn.linear_model import Ridge
+    from sklearn.metrics import r2_score
+    from sklearn.model_selection import GridSearchCV, cross_val_score
+    X, y, folds = labelled
+    scores = cross_val_score(Ridge(), X, y, cv=FoldSplit(folds), error_score="raise")
+    pairs = [(f.refit, f.test[y.notna().to_numpy()[f.test]]) for f in folds]
+    alone = [r2_score(y.iloc[test], Ridge().fit(X.iloc[train], y.iloc[train]).predict(X.iloc[test])) for train, test in pairs]
+    assert np.array_equal(scores, alone) and len(scores) == len(folds)
+    search = GridSearchCV(Ridge(), dict(alpha=[1., 1e6]), cv=FoldSplit(folds), refit=False).fit(X, y)
+    assert search.best_params_ == dict(alpha=1.)

@@ -45,7 +45,7 @@ def test_notebook_has_title_and_last_section(path):
     assert first[0].startswith("# ") and any(line.startswith("> ") for line in first)
     prose = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
     heads = re.findall(r"^## .*", prose, re.M)
-    assert "break" in heads[-1].lower(), f"the last section says what would break this, not {heads[-1]!r}"
+    assert "break" in heads[-1].lower(), f"the last section must list what would break this, and is {heads[-1]!r}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -53,9 +53,9 @@ def test_figures_are_titled(path):
     for layout in (f["layout"] for f in _figures(_code(path))):
         title = layout.get("title", {}).get("text")
         assert title, "a figure without a title"
-        # A scale of names, such as models, says itself what it is; the other one has to.
+        # A scale of names, such as models, needs no title; the other one does.
         axes = [v for k, v in layout.items() if re.fullmatch(r"[xy]axis\d*", k) and v.get("visible", True)]
-        assert not axes or any((a.get("title") or {}).get("text") for a in axes), f"{title}: no axis says what it measures"
+        assert not axes or any((a.get("title") or {}).get("text") for a in axes), f"{title}: no axis has a title"
 
 
 def _plain(value):

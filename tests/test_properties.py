@@ -1,4 +1,4 @@
-"What must hold for every table, index and price: against plain loops that say the same thing slowly."
+"What must hold for every table, index and price, compared with plain, slow loops."
 import itertools
 
 import numpy as np
@@ -7,11 +7,14 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from cryptopredict import evaluate
+from cryptopredict import protocol
 from cryptopredict.baselines import BASELINES, Climatology
-from cryptopredict.evaluate import EvaluateConfig, walk_forward_run
+from cryptopredict.features import ALL, Column, Feature, Lag, build_features
 from cryptopredict.labels import make_labels
 from cryptopredict.leakage import Fold, audit_folds, live_fold, point_in_time, walk_forward
+from cryptopredict.protocol import EvaluateConfig
+from cryptopredict.simulate import simulate_market
+from cryptopredict.walkforward import walk_forward_run
 
 ZERO, HOUR = pd.Timestamp("2020-02-27", tz="UTC"), pd.Timedelta("1h")
 NEVER = 10**9  # an hour after all others
@@ -149,6 +152,45 @@ def test_live_fold_uses_all_that_has_matured(history):
     assert fold.test.tolist() == [len(index) - 1] and fold.refit.tolist() == np.flatnonzero(matured).tolist()
 
 
+# --- features of your own -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bars() -> pd.DataFrame:
+    "A panel of a hundred days."
+    return simulate_market(24 * 100, seed=0)[0]
+
+
+def spread(panel): return panel["high"] - panel["low"]
+def moves(panel): return pd.DataFrame({f"move_{k}": panel["close"].diff(k) for k in (1, 2)})
+
+
+def test_own_features_are_added_as_columns(bars):
+    plain = build_features(bars, "market")
+    made = build_features(bars, "market", extra=[spread, moves, Feature("close_3h_ago", "market", Lag(Column("close"), 3))])
+    assert list(made) == [*plain, "close_3h_ago", "spread", "move_1", "move_2"] and set(made.dtypes) == {np.dtype("float32")}
+    pd.testing.assert_frame_equal(made[list(plain)], plain)
+    expected = {"close_3h_ago": bars["close"].shift(3), "spread": bars["high"] - bars["low"], "move_2": bars["close"].diff(2)}
+    for name, column in expected.items(): assert np.array_equal(made[name], column.astype("float32"), equal_nan=True), name
+
+
+@pytest.mark.parametrize("fn, words", [
+    (lambda panel: panel["nothing"], "KeyError nothing"), (lambda panel: 3, "int series"),
+    (lambda panel: panel["close"].astype(str).rename("text"), "text return numbers"),
+    (lambda panel: panel["close"].rename("ret_1h"), "ret_1h twice another name")])
+def test_own_features_that_cannot_be_used_are_one_line(bars, fn, words):
+    with pytest.raises(ValueError) as refused: build_features(bars, "market", extra=[fn])
+    message = str(refused.value)
+    assert "\n" not in message and all(w in message for w in words.split()), message
+
+
+def test_a_feature_of_an_unknown_group_is_one_line():
+    with pytest.raises(ValueError) as refused: Feature("goals", "sport", Column("close"))
+    message = str(refused.value)
+    assert "\n" not in message and all(w in message for w in ("'goals'", "'sport'", *ALL)), message
+    with pytest.raises(ValueError, match="'sport'.*market"): build_features(pd.DataFrame(), "sport")
+
+
 # --- labels ---------------------------------------------------------------------------------------------------------------
 
 
@@ -173,12 +215,12 @@ PRICE = st.one_of(st.just(np.nan), st.floats(1., 1e5), st.sampled_from([100., 10
 
 @settings(max_examples=120)
 @given(st.lists(PRICE, min_size=2, max_size=50), st.integers(1, 12), st.integers(1, 12), st.sampled_from([0., .05, .7]))
-def test_labels_are_what_the_contract_says(close, h, w, threshold):
+def test_labels_equal_the_contract_row_by_row(close, h, w, threshold):
     index = pd.date_range(ZERO, periods=len(close), freq="h")
     made = make_labels(pd.Series(close, index=index), h * HOUR, w * HOUR, threshold)
     expected = _labels(np.array(close), h, w, threshold)
     got = made[["r90", "direction", "sigma", "p90_path", "p10_path"]].astype(float).to_numpy()
-    # A running sum of squares forgets a large move only to rounding; its root is compared as a square.
+    # A running sum of squares drops a large move only up to rounding; its root is compared as a square.
     for k, tolerance in ((0, 0.), (1, 0.), (3, 1e-9), (4, 1e-9)):
         assert np.allclose(got[:, k], expected[:, k], rtol=0, atol=tolerance, equal_nan=True), k
     assert np.allclose(got[:, 2]**2, expected[:, 2]**2, rtol=1e-9, atol=1e-8 * 365 * 24 / w, equal_nan=True)
@@ -260,7 +302,7 @@ def test_baseline_uses_every_row_of_refit(market, model):
         assert moved > 0 or not assume_other, f"row {row} of refit has no weight"
 
 
-def test_the_short_climatology_forgets_after_four_years(market):
+def test_the_short_climatology_ignores_what_is_older_than_four_years(market):
     panel, labels, fold = market
     begin = panel.index[fold.test[0]] - pd.DateOffset(years=4)
     old = labels.assign(**{c: labels[c].where(panel.index >= begin, v) for c, v in (("r90", 9.), ("direction", 2))})
@@ -270,22 +312,23 @@ def test_the_short_climatology_forgets_after_four_years(market):
 
 
 class _Spy(Climatology):
-    "A climatology that notes what it is given."
+    "A climatology that records its arguments."
     seen: list = []
 
-    def fit(self, panel, features, labels, fold, seed=0):
+    def fit(self, panel, X, y, fold, seed=0):
         self.fold = fold
-        return super().fit(panel, features, labels, fold, seed)
+        return super().fit(panel, X, y, fold, seed)
 
-    def predict(self, panel, features, rows):
+    def predict(self, panel, X, rows):
         self.seen.append((self.fold, rows))
-        return super().predict(panel, features, rows)
+        return super().predict(panel, X, rows)
 
 
 def test_the_walk_forward_gives_every_model_the_same_rows(market, monkeypatch, tmp_path):
     panel, labels, _ = market
     _Spy.seen.clear()
-    for name in ("one", "two"): monkeypatch.setitem(evaluate.FORECASTERS, name, _Spy)
+    for known in (protocol.FORECASTERS, BASELINES):  # a baseline is run without features, which this panel of closes has not
+        for name in ("one", "two"): monkeypatch.setitem(known, name, _Spy)
     spans = dict(horizon="20D", vol_window="10D", first_test="2018-06-01", step="QS")
     config = EvaluateConfig(models=("one", "two"), n_boot=100, **spans)
     walk_forward_run(config, panel, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Trainings that are killed, asked to end, left without room: what is gone on with is what would have been."""
+"""Trainings that are killed, interrupted, left without disk space: a resumed run is bit-identical to an uninterrupted one."""
 
 import hashlib
 import json
@@ -19,8 +19,10 @@ import torch
 from helpers import in_child
 
 from cryptopredict import checkpoint, tbptt_trainer
-from cryptopredict.checkpoint import CheckpointError, checkpoints, newest
+from cryptopredict.bptt import rng_state
+from cryptopredict.checkpoint import CheckpointError, checkpoints, load_latest
 from cryptopredict.multitask import Targets
+from cryptopredict.storage import TrainingFolder
 from cryptopredict.streams import FoldData, Scaler
 from cryptopredict.tbptt_trainer import Run, TrainConfig, train, train_preset
 
@@ -30,8 +32,8 @@ SIZES = dict(batch=3, tbptt_len=40, epochs=2, d_model=16, headdim=8, mlp=24, dro
 
 
 @pytest.fixture(autouse=True)
-def _heard():
-    """Ctrl-C is heard, also where the tests were started in the background, which ignores it."""
+def _interruptible():
+    """SIGINT interrupts, also where the tests were started in the background, where it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -54,14 +56,15 @@ def data() -> FoldData:
 
 
 def outcome(out: Path) -> dict[str, bytes]:
-    """All that must be the same to the bit: histories, and everything in the newest checkpoint."""
-    path = newest(out / "checkpoints")[1]
+    """All that must be bit-identical: histories, and everything in the newest checkpoint."""
+    path = load_latest(out / "checkpoints")[1]
     kept = {name: (path / name).read_bytes() for name in checkpoint.FILES}
-    names = [*tbptt_trainer.HISTORIES, "config.toml"]
+    names = [*TrainingFolder.HISTORIES, "config.toml"]
     return kept | {name: (out / name).read_bytes() if (out / name).exists() else b"" for name in names}
 
 
 def differences(out: Path, other: dict[str, bytes]) -> list[str]:
+    """Names of the files in a training's folder that differ from another's outcome."""
     mine = outcome(out)
     return [name for name in other if mine[name] != other[name]]
 
@@ -75,10 +78,10 @@ def whole(tmp_path_factory) -> Path:
 
 
 def die_at(step):
-    """A progress callback that kills its process."""
-    def progress(run, record):
+    """A callback that kills its process after an update."""
+    def on_update(run, record):
         if run.step == step: os.kill(os.getpid(), signal.SIGKILL)
-    return progress
+    return on_update
 
 
 def killed(out: Path, seed: int, steps: int) -> list[int]:
@@ -86,7 +89,7 @@ def killed(out: Path, seed: int, steps: int) -> list[int]:
     draw, statuses = random.Random(seed), []
     while not statuses or statuses[-1]:
         def work():
-            if draw.random() < .5: return train(config(), data(), out, progress=die_at(draw.randrange(1, steps + 1)))
+            if draw.random() < .5: return train(config(), data(), out, on_update=die_at(draw.randrange(1, steps + 1)))
             left = [draw.randrange(1, 50)]
             for name in ("fsync", "rename", "replace", "unlink"):
                 def deadly(*args, plain=getattr(os, name), **kwargs):
@@ -96,61 +99,68 @@ def killed(out: Path, seed: int, steps: int) -> list[int]:
                 setattr(os, name, deadly)
             train(config(), data(), out)
         statuses.append(in_child(work) if len(statuses) < 6 else in_child(lambda: train(config(), data(), out)))
-        draw.random()  # a child's draws are its own: go on with others
+        draw.random()  # draws in a child do not advance the parent's generator
         assert statuses[-1] in (0, -signal.SIGKILL), statuses
     return statuses
 
 
 @pytest.mark.parametrize("seed", [*range(4), *(pytest.param(k, marks=pytest.mark.slow) for k in range(4, 24))])
-def test_killed_and_gone_on_with_is_the_same_to_the_bit(whole, tmp_path, seed):
+def test_resume_after_kills_is_bit_identical(whole, tmp_path, seed):
     statuses = killed(tmp_path / "out", seed, Run.load(whole).step)
     assert not differences(tmp_path / "out", outcome(whole))
     assert not list((tmp_path / "out").rglob("*.tmp")), statuses
     print(f"{len(statuses) - 1} kills")
 
 
-def test_forecasts_after_a_kill_are_the_same(whole, tmp_path):
-    assert in_child(lambda: train(config(), data(), tmp_path / "out", progress=die_at(7))) == -signal.SIGKILL
+def test_forecasts_of_a_resumed_run_are_bit_identical(whole, tmp_path):
+    assert in_child(lambda: train(config(), data(), tmp_path / "out", on_update=die_at(7))) == -signal.SIGKILL
     x = torch.randn(2, 30, 6)
     one, other = (run.model.eval()(x)[0] for run in (Run.load(whole), train(config(), data(), tmp_path / "out")))
     assert all(torch.equal(a, b) for a, b in zip(one, other))
 
 
-PARTS = {"model", "optimiser", "scaler", "step", "epoch", "cursor", "carried", "history", "guard", "about", "rng"}
+PARTS = {"model", "optimiser", "histories", "guard", "micro_batcher", "step", "epoch", "cursor", "carried", "data", "rng"}
 
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory):
-    """A training with fp16's scaler, killed within its second epoch, and what it would have become."""
+    """A training with fp16's scaler and micro-batches, killed within its second epoch, and its outcome without the kill."""
     changes = dict(amp="fp16", lr=1e-3)
     out, whole_ = tmp_path_factory.mktemp("half"), tmp_path_factory.mktemp("fp16")
-    at = train(config(**changes), data(), whole_).step - 1
-    assert in_child(lambda: train(config(**changes), data(), out, progress=die_at(at))) == -signal.SIGKILL
-    found = newest(out / "checkpoints")[0]
+
+    def on_update(run, record, at=None):
+        if run.step == 1: run.micro_batcher.rows = 2  # as if memory had been short once: other dropout is drawn
+        if run.step == at: os.kill(os.getpid(), signal.SIGKILL)
+    at = train(config(**changes), data(), whole_, on_update=on_update).step - 1
+    work = lambda: train(config(**changes), data(), out, on_update=lambda run, record: on_update(run, record, at))
+    assert in_child(work) == -signal.SIGKILL
+    found = load_latest(out / "checkpoints")[0]
     assert found["epoch"] == 1 and found["cursor"] > 0 and PARTS < set(found), "in the middle of everything"
     return changes, out, outcome(whole_)
 
 
-@pytest.mark.parametrize("part", ["", *sorted(PARTS)])
+@pytest.mark.parametrize("part", ["", "scaler", *sorted(PARTS)])
 def test_every_part_of_a_checkpoint_is_needed(halves, tmp_path, part, monkeypatch):
-    """Negative controls: with any one part left as a new training has it, the outcome is another."""
-    changes, out, due = halves
-    plain = Run.restore
+    """Negative controls: with any one part left as in a new training, the outcome differs."""
+    changes, out, expected = halves
+    plain = Run.load_state_dict
 
-    def restore(run, content):
-        new = Run(run.config, run.out)
+    def load_state_dict(run, content):
+        new, rng = Run(run.config, run.out), rng_state("cpu")
         content = dict(content)
-        if part in ("model", "optimiser", "scaler"): content[part] = getattr(new, part).state_dict()
-        elif part == "rng": content[part] = tbptt_trainer._rng("cpu")
-        elif part == "carried": content[part] = run.model.init_state(SIZES["batch"])  # nothing seen
-        elif part == "about": content[part] = dict(content[part], scaler=None)
+        if part == "scaler": content["optimiser"] = dict(content["optimiser"], scaler=new.optimiser.scaler.state_dict())
+        elif part == "optimiser": content[part] = dict(content[part], adamw=new.optimiser.adamw.state_dict())
+        elif part in Run.PARTS: content[part] = getattr(new, part).state_dict()
+        elif part == "rng": content[part] = rng
+        elif part == "carried": content[part] = run.model.init_state(SIZES["batch"])  # no hour read yet
+        elif part == "data": content[part] = dict(content[part], scaler=None)
         elif part: content[part] = getattr(new, part)
         plain(run, content)
 
-    monkeypatch.setattr(Run, "restore", restore)
+    monkeypatch.setattr(Run, "load_state_dict", load_state_dict)
     shutil.copytree(out, tmp_path / "out")
     train(config(**changes), data(), tmp_path / "out")
-    differ = differences(tmp_path / "out", due)
+    differ = differences(tmp_path / "out", expected)
     assert bool(differ) == bool(part), differ
 
 
@@ -160,13 +170,13 @@ import torch
 torch.set_num_threads(1)
 print("ready", flush=True)
 from test_resume import config, data, train
-def progress(run, record): print(run.step, flush=True)
-train(config(), data(), sys.argv[1], progress=progress)
+def on_update(run, record): print(run.step, flush=True)
+train(config(), data(), sys.argv[1], on_update=on_update)
 print("done", flush=True)
 """
 
 
-def asked(out: Path, how: int, wait: float, times: int = 1) -> tuple[int, list[str]]:
+def signalled(out: Path, how: int, wait: float, times: int = 1) -> tuple[int, list[str]]:
     """Exit status of a training that gets a signal some time after its first update, and what it printed."""
     script = SCRIPT.format(tests=str(Path(__file__).parent))
     process = subprocess.Popen([sys.executable, "-c", script, out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -183,20 +193,20 @@ def asked(out: Path, how: int, wait: float, times: int = 1) -> tuple[int, list[s
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("wait", [0., pytest.param(.05), *(pytest.param(k / 40, marks=pytest.mark.slow) for k in range(1, 11))])
-def test_a_signal_is_obeyed_after_a_save(whole, tmp_path, how, wait):
+def test_a_signal_ends_a_training_after_a_save(whole, tmp_path, how, wait):
     out, number = tmp_path / "out", getattr(signal, how)
-    status, seen = asked(out, number, wait)
+    status, seen = signalled(out, number, wait)
     if "done" not in seen:
         assert status == -number, "as the signal would have ended it: 128 + its number in a shell"
-        assert newest(out / "checkpoints")[0]["step"] == int(seen[-1]), "nothing of what was computed is lost"
+        assert load_latest(out / "checkpoints")[0]["step"] == int(seen[-1]), "no update is lost"
     assert in_child(lambda: train(config(), data(), out)) == 0
-    path, other = newest(out / "checkpoints")[1], newest(whole / "checkpoints")[1]
+    path, other = load_latest(out / "checkpoints")[1], load_latest(whole / "checkpoints")[1]
     assert all((path / n).read_bytes() == (other / n).read_bytes() for n in checkpoint.FILES)
     assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("number", range(1, 6))  # tensors, the rest, manifest, folder, name
-def test_a_signal_in_the_middle_of_a_save(whole, tmp_path, monkeypatch, number):
+@pytest.mark.parametrize("number", range(1, 6))  # tensors, metadata, manifest, folder, name
+def test_a_signal_during_a_save_acts_when_the_checkpoint_is_whole(whole, tmp_path, monkeypatch, number):
     """It comes at the n-th flush of the save at update 3, which is finished first."""
     flushes, plain, saving, plain_save = [], os.fsync, [], tbptt_trainer.save
 
@@ -214,27 +224,27 @@ def test_a_signal_in_the_middle_of_a_save(whole, tmp_path, monkeypatch, number):
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(tbptt_trainer, "save", save)
     with pytest.raises(KeyboardInterrupt): train(config(), data(), tmp_path)
-    assert newest(tmp_path / "checkpoints")[0]["step"] == 3 and not list(tmp_path.rglob("*.tmp"))
+    assert load_latest(tmp_path / "checkpoints")[0]["step"] == 3 and not list(tmp_path.rglob("*.tmp"))
     train(config(), data(), tmp_path)
     assert len(flushes) == 5 and not differences(tmp_path, outcome(whole))
 
 
-def test_a_second_signal_is_obeyed_at_once(tmp_path, monkeypatch):
-    """Two in one update: the first is kept, the second does what it does without a training around it."""
-    told = []
+def test_a_second_signal_acts_at_once(tmp_path, monkeypatch):
+    """Two in one update: the first is deferred, the second acts as it does outside a training."""
+    deferred = []
 
-    def progress(run, record):
+    def on_update(run, record):
         if run.step != 2: return
         signal.raise_signal(signal.SIGINT)
-        told.append("kept")
+        deferred.append(True)
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt): train(config(), data(), tmp_path, progress=progress)
-    assert told == ["kept"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert newest(tmp_path / "checkpoints")[0]["step"] == 0, "it did not save first"
+    with pytest.raises(KeyboardInterrupt): train(config(), data(), tmp_path, on_update=on_update)
+    assert deferred == [True] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert load_latest(tmp_path / "checkpoints")[0]["step"] == 0, "it did not save first"
 
 
-def test_a_folder_in_use_is_left_alone(tmp_path):
+def test_a_folder_in_use_is_refused_and_unchanged(tmp_path):
     out = tmp_path / "out"
 
     def meet(run, record):
@@ -244,48 +254,48 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
         assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
         raise InterruptedError
 
-    with pytest.raises(InterruptedError): train(config(), data(), out, progress=meet)
+    with pytest.raises(InterruptedError): train(config(), data(), out, on_update=meet)
     train(config(), data(), out)
 
 
-@pytest.mark.parametrize("changes, said", [(dict(lr=.5), "lr: 0.003 there, 0.5 here"), (dict(), "data: "),
+@pytest.mark.parametrize("changes, message", [(dict(lr=.5), "lr: 0.003 there, 0.5 here"), (dict(), "data: "),
                                            (dict(d_model=32), "model.d_model: 16 there, 32 here")])
-def test_another_run_is_refused_and_nothing_changed(whole, changes, said):
+def test_another_run_is_refused_and_nothing_changed(whole, changes, message):
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in whole.rglob("*") if p.is_file()}
     fold = data() if changes else data()._replace(stop=999)
-    with pytest.raises(ValueError, match=said): train(config(**changes), fold, whole)
+    with pytest.raises(ValueError, match=message): train(config(**changes), fold, whole)
     assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in whole.rglob("*") if p.is_file()}
 
 
-def test_a_folder_of_damaged_checkpoints_only_is_refused(tmp_path):
+def test_a_folder_with_damaged_checkpoints_only_is_refused(tmp_path):
     with pytest.raises(InterruptedError):
         def stop(run, record): raise InterruptedError
-        train(config(), data(), tmp_path, progress=stop)
-    for path in checkpoints(tmp_path / "checkpoints"): (path / "rest.json").write_text("{}")
+        train(config(), data(), tmp_path, on_update=stop)
+    for path in checkpoints(tmp_path / "checkpoints"): (path / "metadata.json").write_text("{}")
     metrics = (tmp_path / "metrics.jsonl").read_bytes()
     with pytest.raises(ValueError, match="no checkpoint in .* verifies"): train(config(), data(), tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_a_full_disk_stops_the_training_and_keeps_the_last(tmp_path):
-    out, told = tmp_path / "out", tmp_path / "told"
-    report = os.open(told, os.O_WRONLY | os.O_CREAT)
+def test_a_full_disk_stops_the_training_and_keeps_the_last_checkpoint(tmp_path):
+    out, message = tmp_path / "out", tmp_path / "message"
+    report = os.open(message, os.O_WRONLY | os.O_CREAT)
 
     def fill():
-        def progress(run, record):  # room for a line of metrics, none for a checkpoint
+        def on_update(run, record):  # room for a line of metrics, none for a checkpoint
             if run.step == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        try: train(config(), data(), out, progress=progress)
+        try: train(config(), data(), out, on_update=on_update)
         except CheckpointError as error:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
             os.write(report, str(error).encode())
     assert in_child(fill) == 0
     os.close(report)
-    assert "step-00000006 cannot be written" in told.read_text() and "it needs" in told.read_text()
-    assert newest(out / "checkpoints")[0]["step"] == 3 and not list(out.rglob("*.tmp"))
+    assert "step-00000006 cannot be written" in message.read_text() and "it needs" in message.read_text()
+    assert load_latest(out / "checkpoints")[0]["step"] == 3 and not list(out.rglob("*.tmp"))
     assert train(config(), data(), out).step > 6
 
 
-def test_old_checkpoints_go_and_the_best_stays(tmp_path):
+def test_old_checkpoints_are_pruned_and_the_best_is_kept(tmp_path):
     run = train(replace(config(epochs=6, save_every=2), keep=1), data(), tmp_path)
     left = [int(p.name[5:].split(".")[0]) for p in checkpoints(tmp_path / "checkpoints")]
     records = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
@@ -294,13 +304,13 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path):
     assert Run.load(tmp_path).at_epoch(6).epoch == 6
 
 
-def test_a_signal_at_the_very_end_is_obeyed(tmp_path, monkeypatch):
-    plain = tbptt_trainer._close_epoch
+def test_a_signal_at_the_very_end_acts(tmp_path, monkeypatch):
+    plain = Run.end_epoch
 
-    def close(run, fold):
+    def end_epoch(run, fold):
         plain(run, fold)
         if run.epoch == 2: signal.raise_signal(signal.SIGINT)
-    monkeypatch.setattr(tbptt_trainer, "_close_epoch", close)
+    monkeypatch.setattr(Run, "end_epoch", end_epoch)
     with pytest.raises(KeyboardInterrupt): train(config(), data(), tmp_path)
 
 
@@ -321,17 +331,17 @@ def test_a_training_that_cannot_begin_writes_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("lost, said", [("checkpoints", "without its checkpoints"), ("metrics.jsonl", "is shorter than")])
-def test_a_folder_that_lost_something_is_refused(whole, tmp_path, lost, said):
+@pytest.mark.parametrize("lost, message", [("checkpoints", "without its checkpoints"), ("metrics.jsonl", "is shorter than")])
+def test_a_folder_that_lost_something_is_refused(whole, tmp_path, lost, message):
     shutil.copytree(whole, tmp_path / "out")
-    gone = tmp_path / "out" / lost
-    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    path = tmp_path / "out" / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    with pytest.raises(ValueError, match=said): train(config(), data(), tmp_path / "out")
+    with pytest.raises(ValueError, match=message): train(config(), data(), tmp_path / "out")
     assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
 
 
-def test_a_checkpoint_of_something_else_is_named(tmp_path):
+def test_a_checkpoint_that_is_no_training_is_refused(tmp_path):
     checkpoint.save(tmp_path / "checkpoints" / "step-1", {"a": 1})
     with pytest.raises(ValueError, match="something else"): train(config(), data(), tmp_path)
     with pytest.raises(ValueError, match="no checkpoint of a training"): Run.load(tmp_path)
@@ -339,29 +349,30 @@ def test_a_checkpoint_of_something_else_is_named(tmp_path):
 
 @pytest.fixture(scope="module", params=[1, 2])
 def walk_forward(request, tmp_path_factory):
-    """A walk-forward with the network in it, of one seed and of two, as a call, and its folder when nothing stops it."""
-    from cryptopredict.evaluate import EvaluateConfig, walk_forward_run
+    """A walk-forward with the network in it, of one seed and of two, as a call, and the folder of an uninterrupted one."""
+    from cryptopredict.protocol import EvaluateConfig
     from cryptopredict.simulate import simulate_market
+    from cryptopredict.walkforward import walk_forward_run
 
     sizes = dict(d_model=16, headdim=8, mlp=24, n_layers=1)
     c = EvaluateConfig(models=("climatology", "log_har", "mamba2"), horizon="10D", vol_window="5D", validation="60D", step="60D",
                        first_test="2016-12-01", epochs=2, seeds=request.param, n_boot=100, model=sizes,
                        train=dict(batch=4, tbptt_len=64, save_every=3, lr=1e-2))
     panel, _ = simulate_market(24 * 460, seed=2)
-    def call(out, watch=lambda run, record: None): return walk_forward_run(c, panel, out, watch=watch)
+    def call(out, on_update=lambda run, record: None): return walk_forward_run(c, panel, out, on_update=on_update).out
     return call, call(tmp_path_factory.mktemp("walk") / "whole")
 
 
-def told(out: Path) -> dict[str, object]:
-    """All that a walk-forward says but times and memory."""
+def reproducible(out: Path) -> dict[str, object]:
+    """All that a walk-forward writes, without times and memory."""
     scores = json.loads((out / "scores.json").read_text())
     for record in scores["training"]: record.update(tokens_per_s=None, peak_rss=None)
-    exempt = {"timings.jsonl", "scores.json", "manifest.json"}
-    kept = {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name not in exempt}
+    left_out = {"timings.jsonl", "scores.json", "manifest.json"}
+    kept = {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name not in left_out}
     return dict(kept, scores=scores)
 
 
-def test_a_walk_forward_goes_on_in_the_middle_of_a_training(walk_forward, tmp_path):
+def test_a_walk_forward_resumes_inside_a_training(walk_forward, tmp_path):
     """Killed again and again, inside different trainings of different folds and seeds."""
     call, whole = walk_forward
     out, places = tmp_path / "out", []
@@ -378,7 +389,7 @@ def test_a_walk_forward_goes_on_in_the_middle_of_a_training(walk_forward, tmp_pa
         places.append((str(at.relative_to(out)), len(at.read_text().splitlines())))
     assert len({place for place, _ in places}) > 2 and all(lines > 1 for _, lines in places), places
     assert in_child(lambda: call(out)) == 0
-    one, other = told(whole), told(out)
+    one, other = reproducible(whole), reproducible(out)
     assert one.keys() == other.keys()
     assert [name for name in one if one[name] != other[name]] == []
 
@@ -393,8 +404,8 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("wait", [.3, 1.1, *(pytest.param(k / 4, marks=pytest.mark.slow) for k in range(1, 11))])
-def test_a_signal_while_packages_are_imported(tmp_path, how, wait):
-    """The command has begun and torch, pandas and the rest are being loaded: it ends as it does later, and tells so."""
+def test_a_signal_during_imports_ends_the_command(tmp_path, how, wait):
+    """The command has begun and torch, pandas and others are being imported: same exit code and message as later."""
     words = [sys.executable, "-c", MAIN, "train", "--years", "3", "--horizon", "30D", "--out", "out"]
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "begun\n"
@@ -402,19 +413,20 @@ def test_a_signal_while_packages_are_imported(tmp_path, how, wait):
     process.send_signal(getattr(signal, how))
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == dict(SIGINT=130, SIGTERM=143)[how], stderr
-    assert stderr == "cryptopredict: interrupted; the same --out goes on where it stopped\n"
+    assert stderr == "cryptopredict: interrupted; the same --out resumes where it stopped\n"
     assert not list(tmp_path.rglob("*.tmp"))
 
 
 def _rewrite(out: Path, change) -> None:
-    """Change the content of the newest checkpoint, and sign it anew."""
-    content, path = newest(out / "checkpoints")
+    """Change the content of the newest checkpoint, with a manifest that fits."""
+    content, path = load_latest(out / "checkpoints")
     shutil.rmtree(path)
     change(content)
     checkpoint.save(path, content)
 
 
 def _newer(out: Path) -> None:
+    """Let the newest checkpoint be of a later version of the package."""
     manifest = checkpoints(out / "checkpoints")[0] / "manifest.json"
     body = dict(json.loads(manifest.read_text()), version=checkpoint.VERSION + 1)
     body.pop("sha256")
@@ -422,13 +434,17 @@ def _newer(out: Path) -> None:
 
 
 def _renamed(fold: FoldData) -> FoldData:
+    """The same tensors with another name of the last feature."""
     return fold._replace(scaler=replace(fold.scaler, columns=("a", "b", "c", "d", "e", "x")))
 
 
-UNFIT = {  # what is done to a finished run, what is trained on -> what the refusal says
+UNFIT = {  # change to a finished run, data it is trained on -> message of the error
     "newer version": (_newer, data, "version 2 is not known here: load it with the cryptopredict that wrote it"),
-    "missing key": (lambda out: _rewrite(out, lambda c: c.pop("guard")), data, "lacks guard.: go on with the version that wrote"),
-    "missing key below": (lambda out: _rewrite(out, lambda c: c["guard"].pop("rows")), data, "it lacks guard.rows.: go on with"),
+    "missing key": (lambda out: _rewrite(out, lambda c: c.pop("guard")), data,
+                    "it lacks guard.: resume it with the version that wrote"),
+    "missing key below": (lambda out: _rewrite(out, lambda c: c["guard"].pop("recent")), data, "it lacks guard.recent.: resume"),
+    "missing rows": (lambda out: _rewrite(out, lambda c: c["micro_batcher"].pop("rows")), data, "it lacks micro_batcher.rows."),
+    "missing scaler": (lambda out: _rewrite(out, lambda c: c["optimiser"].pop("scaler")), data, "it lacks optimiser.scaler."),
     "another kind": (lambda out: _rewrite(out, lambda c: c.update(cursor="1")), data, "cursor is '1'"),
     "no generator": (lambda out: _rewrite(out, lambda c: c["rng"].pop("cpu")), data, "it lacks rng.cpu"),
     "another state": (lambda out: _rewrite(out, lambda c: c.update(carried=[1, 2])), data, "does not fit"),
@@ -440,13 +456,13 @@ UNFIT = {  # what is done to a finished run, what is trained on -> what the refu
 
 
 @pytest.mark.parametrize("case", UNFIT)
-def test_a_run_that_cannot_be_gone_on_with_is_left_as_it_is(whole, tmp_path, case):
-    harm, fold, said = UNFIT[case]
+def test_a_run_that_cannot_be_resumed_is_left_unchanged(whole, tmp_path, case):
+    harm, fold, message = UNFIT[case]
     shutil.copytree(whole, tmp_path / "out")
     harm(tmp_path / "out")
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(ValueError, match=said) as told: train(config(), fold(), tmp_path / "out")
-    assert len(str(told.value).splitlines()) == 1 and str(tmp_path / "out") in str(told.value)
+    with pytest.raises(ValueError, match=message) as error: train(config(), fold(), tmp_path / "out")
+    assert len(str(error.value).splitlines()) == 1 and str(tmp_path / "out") in str(error.value)
     assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()}
 
 
@@ -474,38 +490,41 @@ def common(request):
 
 
 @pytest.mark.parametrize("common", [2], indirect=True)
-def test_a_finished_run_that_may_only_be_read_is_read(common):
+def test_a_finished_run_that_may_only_be_read_can_be_loaded(common):
     for path in (common, *common.rglob("*")): path.chmod(0o555 if path.is_dir() else 0o444)
     assert unprivileged(lambda: train(config(), data(), common)) == 0
 
 
 @pytest.mark.parametrize("common", [1], indirect=True)
-@pytest.mark.parametrize("closed", ["", "checkpoints", "checkpoints/step-*/rest.json", "metrics.jsonl"])
-def test_what_may_not_be_read_or_written_is_named_and_left(common, closed):
-    """Without permission to read, nothing is taken for absent and begun anew."""
+@pytest.mark.parametrize("closed", ["", "checkpoints", "checkpoints/step-*/metadata.json", "metrics.jsonl"])
+@pytest.mark.parametrize("writable", [False, True])
+def test_files_without_permission_are_named_and_left_unchanged(common, closed, writable):
+    """What cannot be read does not count as absent: no new training begins in its place, though the rest may be written to."""
+    if writable:
+        for path in (common, *common.rglob("*")): path.chmod(0o777 if path.is_dir() else 0o666)
     before = {p: p.read_bytes() for p in common.rglob("*") if p.is_file()}
     for path in common.glob(closed) if closed else [common]: path.chmod(0)
 
     def work():
-        with pytest.raises((CheckpointError, PermissionError)) as told: train(config(), data(), common)
-        assert not isinstance(told.value, CheckpointError) or "may not be read: change its permissions" in str(told.value)
+        with pytest.raises((CheckpointError, PermissionError)) as error: train(config(), data(), common)
+        assert not isinstance(error.value, CheckpointError) or "may not be read: change its permissions" in str(error.value)
     assert unprivileged(work) == 0
     common.chmod(0o755)
     for path in common.rglob("*"): path.chmod(0o755)
     assert before == {p: p.read_bytes() for p in common.rglob("*") if p.is_file()}
 
 
-def test_a_loss_of_one_history_changes_no_other(tmp_path):
-    """Killed after an update that no checkpoint holds: what comes after the last one is cut only when all is there."""
-    assert in_child(lambda: train(config(), data(), tmp_path / "out", progress=die_at(8))) == -signal.SIGKILL
+def test_a_missing_history_leaves_the_others_unchanged(tmp_path):
+    """Killed after an update that no checkpoint holds: histories are truncated only when none is missing."""
+    assert in_child(lambda: train(config(), data(), tmp_path / "out", on_update=die_at(8))) == -signal.SIGKILL
     (tmp_path / "out" / "validation.jsonl").unlink()
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match="validation.jsonl is shorter"): train(config(), data(), tmp_path / "out")
     assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
 
 
-def test_a_walk_forward_killed_while_its_folder_is_made(walk_forward, tmp_path):
-    """At every rename and new folder until its first training: the same call goes on with what is there."""
+def test_a_walk_forward_killed_while_its_folder_is_created_can_be_resumed(walk_forward, tmp_path):
+    """At every rename and new folder until its first training: the same call resumes it."""
     call, whole = walk_forward
     for number in range(1, 9):
         def work(number=number):
@@ -520,11 +539,11 @@ def test_a_walk_forward_killed_while_its_folder_is_made(walk_forward, tmp_path):
         assert in_child(work) == -signal.SIGKILL
         assert in_child(lambda number=number: call(tmp_path / str(number), die_at(2))) == -signal.SIGKILL, number
     assert in_child(lambda: call(tmp_path / "3")) == 0
-    one, other = told(whole), told(tmp_path / "3")
+    one, other = reproducible(whole), reproducible(tmp_path / "3")
     assert one.keys() == other.keys() and [name for name in one if one[name] != other[name]] == []
 
 
-def test_a_walk_forward_in_use_is_left_alone(walk_forward, tmp_path):
+def test_a_walk_forward_in_use_is_refused(walk_forward, tmp_path):
     call, _ = walk_forward
 
     def meet(run, record):

@@ -113,6 +113,42 @@ OWN = {"missing directory", "empty file", "unknown format", "unknown config key"
        "a hole before every origin",
        "function that raises", "another seed", "other data", "run into a folder of others", "prepare into a file",
        "run.json cut short", "honest", "centred", *MISSPELT, *HELP}
+OWN_CODE = """import pandas as pd
+COLUMNS = "p_down p_flat p_up p10 p90 sigma".split()
+NUMBER = 3
+class MyForecaster:
+    def fit(self, panel, X, y, fold, seed):
+        self.band = y["r90"].iloc[fold.refit].quantile([.1, .9]).tolist()
+        return self
+    def predict(self, panel, X, rows):
+        return pd.DataFrame([[.3, .2, .5, *self.band, .6]], panel.index[rows], COLUMNS)
+class Leaky(MyForecaster):
+    def predict(self, panel, X, rows):
+        later = panel["close"].pct_change(24).shift(-24).fillna(0).iloc[rows]
+        return super().predict(panel, X, rows).assign(sigma=.6 + later.abs())
+class OtherRows(MyForecaster):
+    def predict(self, panel, X, rows): return super().predict(panel, X, rows[1:])
+class OtherSignature(MyForecaster):
+    def fit(self, panel): return self
+class FitOnly:
+    def fit(self, panel, X, y, fold, seed): return self
+def speed(panel): return panel["close"].pct_change(6).to_frame("speed_6h")
+def tomorrow(panel): return panel["close"].pct_change().shift(-24).to_frame("tomorrow")
+def other_signature(panel, hours): return panel["close"].pct_change(hours).to_frame("speed")
+"""
+OWN_FAULTS = {  # flags -> words of the one line: what is wrong and how to mend it
+    "model file missing": ("--models ewma none.py:MyForecaster", "none.py:MyForecaster no file FILE.py:NAME"),
+    "model without a file": ("--models ewma MyForecaster", "'MyForecaster' climatology my.py:Name"),
+    "model missing in the file": ("--models ewma my.py:Nope", "my.py:Nope my.py 'Nope'"),
+    "model without predict": ("--models ewma my.py:FitOnly", "my.py:FitOnly 'predict' predict(panel, X, rows)"),
+    "model with another signature": ("--models ewma my.py:OtherSignature", "my.py:OtherSignature fit(panel, X, y, fold, seed)"),
+    "model that forecasts other rows": ("--models ewma my.py:OtherRows", "my.py:OtherRows panel.index[rows]"),
+    "feature file missing": ("--features none.py:speed", "none.py:speed no file FILE.py:NAME"),
+    "feature without a name": ("--features my.py", "my.py name FILE.py:NAME"),
+    "feature missing in the file": ("--features my.py:nope", "my.py:nope my.py 'nope'"),
+    "feature that is no function": ("--features my.py:NUMBER", "my.py:NUMBER int function of the panel"),
+    "feature with another signature": ("--features my.py:other_signature", "my.py:other_signature panel"),
+}
 MINE = """import numpy as np
 def returns(p): return np.log(p['close']).diff()
 def honest(p): return returns(p).ewm(halflife=24).std().to_frame('vol').assign(trend=returns(p).rolling(48).mean())
@@ -168,12 +204,12 @@ def test_default_run_meets_its_bounds(default_run):
     assert all(a["ok"] for a in scores["audits"].values())
 
 
-def test_default_run_says_where_and_nothing_else(default_run):
-    told = re.compile(r"\d+ of \d+, .+: update \d+ of \d+ .+ tokens/s .+ MiB")
-    from cryptopredict.cli import _training_line
-    line = _training_line(dict.fromkeys(("loss", "cls", "p10", "p90", "vol", "lr", "tokens_per_s", "peak_rss"), 1.))
-    assert told.fullmatch(f"3 of 9, fold 1 of 2, mamba2, seed 0, 4 min left: update 7 of 9  {line}"), line
-    assert all(told.fullmatch(line) for line in default_run.stderr.splitlines()), "a line a minute where there is no terminal"
+def test_default_run_prints_the_report_path_and_progress_only(default_run):
+    progress = re.compile(r"\d+ of \d+, .+: update \d+ of \d+ .+ tokens/s .+ MiB")
+    from cryptopredict.console import training_line
+    line = training_line(dict.fromkeys(("loss", "cls", "p10", "p90", "vol", "lr", "tokens_per_s", "peak_rss"), 1.))
+    assert progress.fullmatch(f"3 of 9, fold 1 of 2, mamba2, seed 0, 4 min left: update 7 of 9  {line}"), line
+    assert all(progress.fullmatch(line) for line in default_run.stderr.splitlines()), "a line a minute where there is no terminal"
     assert [p.name for p in default_run.cwd.iterdir()] == ["runs"] and len(list(default_run.cwd.glob("runs/*"))) == 1
     assert f"report: {default_run.out.relative_to(default_run.cwd)}/report.html" in default_run.stdout
     assert all(f"audit of {what}" in default_run.stdout for what in ("features", "labels", "folds"))
@@ -182,7 +218,7 @@ def test_default_run_says_where_and_nothing_else(default_run):
 
 def test_run_folder_is_whole(default_run):
     tables = {f"{n}.parquet" for n in ("forecast", "origins", "predictions")}
-    others = {"certificate.json", "config.toml", "inventory.json", "parts", "report.html", "run.json", "scores.json"}
+    others = {".lock", "certificate.json", "config.toml", "inventory.json", "parts", "report.html", "run.json", "scores.json"}
     assert {p.name for p in default_run.out.iterdir()} - {"network"} == tables | others
     scores, paper = (json.loads((default_run.out / f"{name}.json").read_text()) for name in ("scores", "certificate"))
     assert paper["ok"] and paper["audits"] == scores["audits"] and paper["provenance"] == scores["provenance"]
@@ -251,17 +287,17 @@ def test_report_has_its_sections(default_run):
     assert all(model in body for model in scores["config"]["models"])
 
 
-# --- going on with a run -------------------------------------------------------------------------------------------------
+# --- resuming a run -------------------------------------------------------------------------------------------------------
 
 
-def test_same_run_again_makes_nothing_new(small, small_run, tmp_path):
+def test_same_run_again_recomputes_nothing(small, small_run, tmp_path):
     shutil.copytree(small_run, tmp_path / "out")
     before = snapshot(tmp_path / "out")
     again = shell("run", "--out", "out", "--n-cuts", "4", *small, cwd=tmp_path)
     assert (again.returncode, again.stderr) == (0, "")
     after = snapshot(tmp_path / "out")
     parts = [p for p in before if p.startswith("parts/")]
-    assert len(parts) == 12 and all(before[p] == after[p] for p in parts), "finished parts are kept, not made again"
+    assert len(parts) == 12 and all(before[p] == after[p] for p in parts), "finished parts are kept, not recomputed"
     # The report's figures carry random element ids; everything else is the same to the byte.
     assert set(before) == set(after) and {p for p in before if before[p][0] != after[p][0]} <= {"report.html"}
 
@@ -270,12 +306,12 @@ def test_same_run_again_makes_nothing_new(small, small_run, tmp_path):
 def test_another_run_in_the_same_folder_is_refused(outcome, case):
     got = outcome(case)
     assert got.done.returncode == 2 and got.untouched(), "nothing is written over: no byte, no date"
-    said = one_line(got.done.stderr)
-    assert REFUSED[case][1] in said and "--out" in said
+    message = one_line(got.done.stderr)
+    assert REFUSED[case][1] in message and "--out" in message
 
 
 @pytest.mark.parametrize("case", OCCUPIED)
-def test_a_place_that_is_no_run_is_refused(outcome, case):
+def test_an_out_folder_that_holds_no_run_is_refused(outcome, case):
     got = outcome(case)
     assert got.done.returncode == 2 and "out" in one_line(got.done.stderr) and got.untouched()
 
@@ -310,7 +346,7 @@ def _stopped(words: list[str], cwd: Path, how: int, sign: str = "out/parts/*.par
 
 
 @pytest.mark.parametrize("how, code", [("SIGKILL", -9), ("SIGINT", 130), ("SIGTERM", 143)])
-def test_stopped_half_way_and_started_again(many_parts, uninterrupted, tmp_path, how, code):
+def test_a_stopped_walk_forward_resumes_bit_identical(many_parts, uninterrupted, tmp_path, how, code):
     ended, stderr = _stopped(many_parts, tmp_path, getattr(signal, how))
     out = tmp_path / "out"
     kept = {p.name: p.read_bytes() for p in (out / "parts").glob("*.parquet")}
@@ -325,7 +361,7 @@ def test_stopped_half_way_and_started_again(many_parts, uninterrupted, tmp_path,
 
 
 @pytest.mark.parametrize("how, code", [("SIGKILL", -9), ("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_training_stopped_and_started_again(tmp_path, trained, how, code):
+def test_a_stopped_training_resumes_bit_identical(tmp_path, trained, how, code):
     words, whole = trained
     ended, stderr = _stopped(words, tmp_path, getattr(signal, how), "out/choice-0/metrics.jsonl")
     assert ended == code and not (tmp_path / "out" / "choice.json").exists(), "stopped in the middle"
@@ -346,7 +382,7 @@ def trained(tmp_path_factory) -> tuple[list[str], Path]:
     return words, folder / "out"
 
 
-def test_lost_parts_are_made_again(small, small_run, tmp_path):
+def test_lost_parts_are_recomputed(small, small_run, tmp_path):
     shutil.copytree(small_run, tmp_path / "out")
     before = snapshot(tmp_path / "out", times=False)
     for lost in ("parts/fold-00-ewma-0.parquet", "parts/fold-03-climatology-0.parquet", "predictions.parquet", "report.html"):
@@ -357,7 +393,7 @@ def test_lost_parts_are_made_again(small, small_run, tmp_path):
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_a_damaged_run_folder_is_named(outcome, case):
+def test_a_damaged_file_of_a_run_is_named(outcome, case):
     got = outcome(case)
     assert got.done.returncode == 2 and DAMAGED[case] in one_line(got.done.stderr)
     assert not list(got.cwd.rglob("*.tmp"))
@@ -371,7 +407,7 @@ def test_progress_bar_on_a_terminal(small, tmp_path):
     seen = b""
     while True:
         try: chunk = os.read(ours, 4096)
-        except OSError: break  # Linux says so when the other side is closed
+        except OSError: break  # Linux raises it when the other side is closed
         if not chunk: break
         seen += chunk
     os.close(ours)
@@ -387,8 +423,8 @@ def test_bad_input_gets_one_line_and_exit_2(outcome, case):
     got = outcome(case)
     assert "Traceback" not in got.done.stderr + got.done.stdout, got.done.stderr
     assert got.done.returncode == 2, (got.done.returncode, got.done.stderr)
-    said = one_line(got.done.stderr)
-    assert all(word in said for word in FAULTS[case][1].split()), said
+    message = one_line(got.done.stderr)
+    assert all(word in message for word in FAULTS[case][1].split()), message
     assert got.untouched(), "nothing is written"
 
 
@@ -426,8 +462,8 @@ def test_the_network_is_set_by_flags_over_the_file_over_the_preset(inputs, tmp_p
     done = inside("evaluate", "--data", f"{inputs}/good", *flags, "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     config = tomllib.loads((tmp_path / "out" / "config.toml").read_text())
-    told = json.loads((tmp_path / "out" / "scores.json").read_text())["config"]
-    assert config == {k: v for k, v in told.items() if v is not None}
+    scored_config = json.loads((tmp_path / "out" / "scores.json").read_text())["config"]
+    assert config == {k: v for k, v in scored_config.items() if v is not None}
     model, train = config["model"], config["train"]
     assert (model["d_model"], model["mlp"], model["attention_every"], model["d_state"]) == (32, 64, 3, 128)
     assert (train["lr"], train["tbptt_len"], train["weight_decay"], train["batch"]) == (.02, 128, .03, 16)
@@ -446,7 +482,7 @@ def test_written_configuration_is_the_same_run(inputs, small_run, tmp_path):
 
 
 @pytest.mark.parametrize("case", AUDITED)
-def test_audit_tells_leaky_from_honest(outcome, case):
+def test_audit_distinguishes_leaky_from_honest(outcome, case):
     got, leaky = outcome(case), AUDITED[case]
     assert got.done.returncode == (1 if leaky else 0) and got.done.stderr == "" and "Traceback" not in got.done.stdout
     # Findings are rows that begin with the column's name; the honest columns beside a leaky one are not named.
@@ -463,18 +499,18 @@ def test_audit_of_the_project_itself(small, tmp_path):
 
 @pytest.mark.parametrize("verb", ["run", "audit"])
 def test_a_leak_stops_the_run(small, tmp_path, monkeypatch, capsys, verb):
-    from cryptopredict import cli, evaluate
-    honest = evaluate.build_features
+    from cryptopredict import cli, run_audits
+    honest = run_audits.build_features
 
-    def leaky(panel):
+    def leaky(panel, extra=()):
         return honest(panel, ["time"]).assign(tomorrow=panel["close"].pct_change().shift(-24).astype("float32"))
-    monkeypatch.setattr(evaluate, "build_features", leaky)
+    monkeypatch.setattr(run_audits, "build_features", leaky)
     monkeypatch.chdir(tmp_path)
     code = cli.main([verb, *small, *(["--out", "out"] if verb == "run" else []), "--n-cuts", "2"])
     assert code == 1 and "tomorrow" in capsys.readouterr().out and list(tmp_path.iterdir()) == [], "no walk-forward on a leak"
 
 
-def test_prepare_writes_three_tables_and_never_over(tmp_path):
+def test_prepare_writes_three_tables_and_overwrites_none(tmp_path):
     from cryptopredict.features import build_features
     from cryptopredict.labels import make_labels
     done = shell("prepare", "--years", "1", "--out", "out", cwd=tmp_path)
@@ -501,7 +537,7 @@ def test_forecast_prints_every_model(tmp_path):
     assert np.allclose(np.sum(probabilities, axis=1), 1, atol=.011)
 
 
-def test_forecast_writes_what_it_prints_and_never_over(small, tmp_path):
+def test_forecast_writes_what_it_prints_and_overwrites_nothing(small, tmp_path):
     done = inside("forecast", *small, "--out", "new/f.json", cwd=tmp_path)
     made = json.loads((tmp_path / "new" / "f.json").read_text())
     rows = made["forecasts"]
@@ -514,7 +550,7 @@ def test_forecast_writes_what_it_prints_and_never_over(small, tmp_path):
     assert again.returncode == 2 and "f.json" in one_line(again.stderr) and snapshot(tmp_path) == before
 
 
-def test_forecast_says_the_spans_it_forecasts(small, tmp_path):
+def test_forecast_prints_the_configured_spans(small, tmp_path):
     done = inside("forecast", *small, cwd=tmp_path)
     assert done.returncode == 0 and "90-day" not in done.stdout and "30-day" not in done.stdout, "the spans are 5 and 2 days"
 
@@ -590,7 +626,7 @@ def test_hours_without_trades_and_the_splice(files):
     assert (panel["volume"][lost] == 0).all() and (panel["close"].diff()[lost] == 0).all() and (panel["volume"][~lost] > 0).all()
 
 
-def test_a_repair_is_asked_for_and_said(tmp_path):
+def test_files_are_repaired_only_on_request(tmp_path):
     bars = walk(24 * 30)
     write_binance(tmp_path / "data" / "file.csv", bars.iloc[[*range(100), 101, 100, *range(102, len(bars))]])
     refused = inside("prepare", "--data", "data", "--out", "out", cwd=tmp_path)
@@ -601,11 +637,76 @@ def test_a_repair_is_asked_for_and_said(tmp_path):
     assert np.array_equal(close.to_numpy(), bars["close"].to_numpy())
 
 
+# --- forecasters and features of one's own -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def brief(inputs, tmp_path_factory) -> Path:
+    "A folder with my.py, 230 days of bars and a configuration of three folds: as little as an audit of a forecaster takes."
+    folder = tmp_path_factory.mktemp("brief")
+    write(folder / "my.py", OWN_CODE)
+    write_binance(folder / "data" / "file.csv", walk(24 * 230))
+    write(folder / "c.toml", (inputs / "short.toml").read_text())
+    return folder
+
+
+def _own(verb: str, flags: str, folder: Path, out: str = "out") -> subprocess.CompletedProcess:
+    "A walk-forward with code of one's own, with few cuts where the command audits everything."
+    words = f"{verb} --data data --config c.toml --out {out} {flags}" + " --n-cuts 1" * (verb == "run")
+    return inside(*words.split(), cwd=folder)
+
+
+def test_own_forecaster_and_feature_become_part_of_the_run(brief):
+    done = _own("run", "--models climatology_4y my.py:MyForecaster --features my.py:speed", brief, "whole")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    out, models = brief / "whole", {"climatology_4y", "my.py:MyForecaster"}
+    scores, made = json.loads((out / "scores.json").read_text()), pd.read_parquet(out / "predictions.parquet")
+    assert {r["model"] for r in scores["summary"]} == set(made["model"]) == models
+    assert {r["model"] for r in scores["comparison"]} == {"my.py:MyForecaster"}
+    assert (made.loc[made["model"] == "my.py:MyForecaster", "sigma"] == .6).all()
+    assert scores["config"]["features"] == ["my.py:speed"]
+    assert set(scores["provenance"]["own_sha256"]) == {"my.py:MyForecaster", "my.py:speed"}
+    assert all(scores["audits"][name]["ok"] for name in ("my.py:MyForecaster", "my.py:speed")), "audited before the walk-forward"
+
+
+def test_evaluate_scores_an_own_forecaster_and_resumes_it_only_unchanged(brief, tmp_path):
+    shutil.copytree(brief, tmp_path / "copy")
+    flags, folder = "--models climatology_4y my.py:MyForecaster", tmp_path / "copy"
+    first = _own("evaluate", flags, folder)
+    assert first.returncode == 0 and "my.py:MyForecaster" in first.stdout, first.stderr
+    before = snapshot(folder / "out" / "parts")
+    assert _own("evaluate", flags, folder).returncode == 0 and snapshot(folder / "out" / "parts") == before
+    write(folder / "my.py", OWN_CODE.replace(".6]", ".7]"))
+    changed = _own("evaluate", flags, folder)
+    assert changed.returncode == 2 and snapshot(folder / "out" / "parts") == before
+    assert all(word in one_line(changed.stderr) for word in ("my.py:MyForecaster", "--out"))
+
+
+@pytest.mark.parametrize("verb, flags, found", [
+    ("run", "--models climatology_4y my.py:Leaky", "sigma"),
+    ("run", "--features my.py:speed my.py:tomorrow", "tomorrow"),
+    ("evaluate", "--features my.py:tomorrow", "tomorrow"),
+])
+def test_own_code_that_sees_the_future_is_refused(brief, verb, flags, found):
+    done = _own(verb, flags, brief)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and not (brief / "out").exists(), done.stderr
+    assert len((done.stderr or done.stdout.splitlines()[-1]).splitlines()) == 1 and "leak" in done.stderr + done.stdout
+    assert flags.split()[-1] in done.stdout + done.stderr and found in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("case", OWN_FAULTS)
+def test_own_code_that_does_not_fit_gets_one_line_with_the_remedy(brief, case):
+    flags, words = OWN_FAULTS[case]
+    done = _own("evaluate", flags, brief, "refused")
+    shutil.rmtree(brief / "refused", ignore_errors=True)
+    assert done.returncode == 2 and all(word in one_line(done.stderr) for word in words.split()), done.stderr
+
+
 # --- output that cannot be written, bugs ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["latin-1", "full", *(pytest.param(how, marks=pytest.mark.slow) for how in ("ascii", "closed"))])
-def test_a_report_is_written_whatever_becomes_of_the_output(small, tmp_path, how):
+def test_the_report_is_written_even_if_stdout_fails(small, tmp_path, how):
     if how == "full" and not Path("/dev/full").exists(): pytest.skip("no /dev/full")
     words = [command(), "run", *map(str, small), "--out", "out"]
     env = {**ENV, "PYTHONIOENCODING": how} if how in ("latin-1", "ascii") else ENV
@@ -617,7 +718,7 @@ def test_a_report_is_written_whatever_becomes_of_the_output(small, tmp_path, how
     if how in ("latin-1", "ascii"): assert b"log sigma" in done.stdout and b"report: out/report.html" in done.stdout
 
 
-def test_a_bug_is_told_from_a_mistake(tmp_path):
+def test_a_bug_exits_3_and_a_mistake_2(tmp_path):
     fault = "import sys, unittest.mock as m; from cryptopredict.cli import main; {patch} sys.exit(main({words!r}))"
     def outcome(*words, patch=""):
         code = fault.format(patch=patch, words=list(words))

@@ -1,4 +1,4 @@
-"Folders as users have them: what is refused, what is left out and reported, and the controls that must go on loading."
+"Folders as users have them: what is refused, what is left out and reported, and the controls that must load."
 import gzip
 import io
 import json
@@ -216,7 +216,7 @@ def test_a_folder_that_cannot_be_trusted_is_refused_in_one_line(tmp_path, case):
     assert snapshot(tmp_path) == before
 
 
-# --- controls: what must go on loading -------------------------------------------------------------------------------------
+# --- controls: what must load ----------------------------------------------------------------------------------------------
 
 JUMP = klines("2024-01-01", prices(60, 42000)) + klines("2024-02-10", prices(60, 84000))
 CUT = BTC.split()[:4] + [f"{utc('2024-01-01 04:00').value // 10**6},42000,42100,41900,42010,3,{utc('2024-01-01 04:28:14.788').value // 10**6},1,1,1,1,0"] + BTC.split()[6:]
@@ -240,7 +240,7 @@ LOADED = {  # what is in the folder -> hours in the panel
     "many honest names": ({f"{name}.csv": "\n".join(BTC.split()[k:k + 3]) for k, name in zip(range(0, 48, 3), (
         "USDT_BTC-1h", "my_eth_free_btc", "btc_link_data", "arb_btc", "prices_etc", "KRAKENUSD", "HOURLYBTC", "market_data_etc/bars", "UNI/bars", "ripple_effect_btc",
         "ETH_comparison/BTCUSDT", "ETH_BTC_both/btc", "usd_btc_hourly", "btc_vs_dollar_index", "sol_y_mar", "comp_btc"))}, 48),
-    "venues told by their folders": ({"kraken/BTCUSD_1h.csv": headed("2024-01-01", prices(48, 42050)), "binance/BTCUSDT_1h.csv": FIRST}, 48),
+    "venues named by their folders": ({"kraken/BTCUSD_1h.csv": headed("2024-01-01", prices(48, 42050)), "binance/BTCUSDT_1h.csv": FIRST}, 48),
     "dollars and a stable coin": ({"BTCUSD_1h.csv": headed("2024-01-01", prices(48, 42050)), "BTCUSDT_1h.csv": FIRST}, 48),
     "a thin venue beside a large one": ({"XBTUSD_60.csv": kraken("2014-01-01", prices(48, 800)), "bitstamp.csv": headed("2014-01-01", prices(48, 801), volume=4000)}, 48),
     "three downloads, two of a running bar": ({"a.csv": RUNNING(3), "b.csv": RUNNING(6), "c.csv": FIRST}, 48),
@@ -360,7 +360,7 @@ def test_a_bar_older_than_its_file_is_left_out(tmp_path):
     written = utc("2024-01-02 23:20").timestamp()
     os.utime(place / "BTCUSDT-1h-2024-01.csv", (written, written))
     assert len(sources.load_panel(place)) == 47
-    os.utime(place / "BTCUSDT-1h-2024-01.csv", (0, 0))  # an archive that keeps no times says nothing
+    os.utime(place / "BTCUSDT-1h-2024-01.csv", (0, 0))  # an archive that keeps no times: nothing is known
     assert len(sources.load_panel(place)) == 48
 
 
@@ -453,9 +453,9 @@ def test_gap_is_reported_first_and_costs_every_model_the_same_origins(tmp_path):
     words = ["evaluate", "--data", "data", "--models", *BASELINES, "--first-test", "2021-01-01", "--step", "QS", "--out"]
     done = inside(*words, "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    hole = next(k for k, line in enumerate(said) if "2021-06-01 00:00" in line and "2021-07-01 01:00" in line and "720 h" in line)
-    assert hole < next(k for k, line in enumerate(said) if "daily origins," in line)
+    lines = done.stdout.splitlines()
+    hole = next(k for k, line in enumerate(lines) if "2021-06-01 00:00" in line and "2021-07-01 01:00" in line and "720 h" in line)
+    assert hole < next(k for k, line in enumerate(lines) if "daily origins," in line)
     made = pd.read_parquet(tmp_path / "run" / "predictions.parquet")
     times = {m: set(part["time"]) for m, part in made.groupby("model")}
     assert len({frozenset(t) for t in times.values()}) == 1 and set(times) == set(BASELINES)
@@ -517,7 +517,7 @@ def test_a_week_without_bars_is_named(tmp_path):
     assert "longest stretch without a trade: 168 h from 2024-01-11 01:00" in sources.inventory(place).loc["(panel)", "note"]
 
 
-def test_a_level_out_of_range_is_noted_where_the_name_says_bitcoin(tmp_path):
+def test_a_level_out_of_range_is_noted_where_the_name_is_bitcoin(tmp_path):
     place = make(tmp_path, {"BTCUSDT.csv": klines("2024-01-01", prices(48, 42))})
     assert "suspect: closes around 42" in sources.inventory(place).loc["BTCUSDT.csv", "note"]
 

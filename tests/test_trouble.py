@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite, spikes of the loss, memory that does not suffice."""
+"""Losses and gradients that are not finite, spikes of the loss, too little memory."""
 
 import json
 import math
@@ -12,54 +12,56 @@ from helpers import in_child
 from test_resume import config, data, differences, outcome
 
 from cryptopredict import tbptt_trainer
-from cryptopredict.checkpoint import checkpoints, newest
-from cryptopredict.tbptt_trainer import Run, train, train_preset, train_step
+from cryptopredict.checkpoint import checkpoints, load_latest
+from cryptopredict.tbptt_trainer import Histories, Run, chunks_of, train, train_preset, train_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork")
 
 
 def lines(out: Path, name: str) -> list[dict]:
+    """A history of a training, empty where there is none."""
     path = out / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def all_finite(run: Run) -> bool:
-    kept = [*run.model.state_dict().values(), *(v for s in run.optimiser.state.values() for v in s.values())]
+    """Whether all weights and the optimiser's moments are finite."""
+    kept = [*run.model.state_dict().values(), *(v for s in run.optimiser.adamw.state.values() for v in s.values())]
     return all(torch.isfinite(v).all() for v in kept)
 
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """Let the loss of some steps be multiplied; how often a step is spoilt may be bounded."""
+    """Multiply the loss of some steps, each at most so many times."""
     def do(steps, factor, times=10**9):
-        plain, left = tbptt_trainer._losses, {step: times for step in steps}
+        plain, left = Run.losses, {step: times for step in steps}
 
-        def losses(run, piece, forecast):
-            made = plain(run, piece, forecast)
+        def losses(run, forecast, piece):
+            made = plain(run, forecast, piece)
             if left.get(run.step, 0) <= 0: return made
             left[run.step] -= 1
             return dict(made, loss=made["loss"] * factor)
-        monkeypatch.setattr(tbptt_trainer, "_losses", losses)
+        monkeypatch.setattr(Run, "losses", losses)
     return do
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("amp", ["off", "fp16"])
-def test_a_step_that_is_not_finite_touches_nothing(spoil, tmp_path, factor, amp):
+def test_a_step_that_is_not_finite_changes_nothing(spoil, tmp_path, factor, amp):
     spoil({2}, factor)
     run, seen = Run(config(amp=amp, lr=1e-3), tmp_path), []
     fold = data()
-    state, chunks = None, list(tbptt_trainer._chunks(run.config, fold, 0))
+    state, chunks = None, list(chunks_of(run.config, fold, 0))
     for chunk in chunks[1:5]:
-        before = [v.clone() for v in run.model.state_dict().values()], repr(run.optimiser.state_dict()["state"]), state
+        before = [v.clone() for v in run.model.state_dict().values()], repr(run.optimiser.adamw.state_dict()["state"]), state
         state, record = train_step(run, [chunk], state, 10)
         same = all(torch.equal(a, b) for a, b in zip(before[0], run.model.state_dict().values()))
         kept = before[2] is not None and torch.equal(state.blocks[0].ssm, before[2].blocks[0].ssm)
-        seen.append((bool(record["skipped"]), same, before[1] == repr(run.optimiser.state_dict()["state"]), kept))
+        seen.append((bool(record["skipped"]), same, before[1] == repr(run.optimiser.adamw.state_dict()["state"]), kept))
     assert seen == [(False,) * 4] * 2 + [(True,) * 4] + [(False,) * 4]
 
 
-def test_steps_left_out_are_told_and_gone_on_with_exactly(spoil, tmp_path):
+def test_skipped_steps_are_logged_and_resume_is_bit_identical(spoil, tmp_path):
     spoil({2, 3, 7, 12}, math.nan)
     run = train(config(), data(), tmp_path / "whole")
     assert all_finite(run) and [e["step"] for e in lines(tmp_path / "whole", "events")] == [3, 4, 8, 13]
@@ -67,21 +69,21 @@ def test_steps_left_out_are_told_and_gone_on_with_exactly(spoil, tmp_path):
 
     def kill(run, record):
         if run.step == 8: os.kill(os.getpid(), signal.SIGKILL)
-    assert in_child(lambda: train(config(), data(), tmp_path / "out", progress=kill)) == -signal.SIGKILL
+    assert in_child(lambda: train(config(), data(), tmp_path / "out", on_update=kill)) == -signal.SIGKILL
     train(config(), data(), tmp_path / "out")
     assert not differences(tmp_path / "out", outcome(tmp_path / "whole"))
 
 
-def test_five_in_a_row_end_it_with_advice(spoil, tmp_path):
+def test_five_skipped_steps_in_a_row_end_the_training_with_advice(spoil, tmp_path):
     spoil(range(7, 100), math.nan)
     with pytest.raises(ValueError, match="5 updates in a row .* lower lr, or a tighter clip, or the attention left out"):
         train(config(), data(), tmp_path)
-    found = newest(tmp_path / "checkpoints")[0]
+    found = load_latest(tmp_path / "checkpoints")[0]
     assert found["step"] <= 11 and all(torch.isfinite(v).all() for v in found["model"].values())
 
 
 @pytest.mark.parametrize("times, rewinds", [(1, 1), (2, 2), (9, 3)])
-def test_a_spike_is_taken_back_three_times_at_most(spoil, tmp_path, times, rewinds):
+def test_a_spike_is_rewound_three_times_at_most(spoil, tmp_path, times, rewinds):
     spoil({28}, 1e5, times)
     c = config(epochs=6)
     run = train(c, data(), tmp_path)
@@ -89,11 +91,11 @@ def test_a_spike_is_taken_back_three_times_at_most(spoil, tmp_path, times, rewin
     assert [e["event"] for e in events] == ["rewind"] * rewinds + ["spike"] * (times > 3)
     assert [e["lr_scale"] for e in events if e["event"] == "rewind"] == [2.**-k for k in range(1, rewinds + 1)]
     assert [m["step"] for m in metrics] == list(range(1, run.step + 1)), "no step is missing or there twice"
-    assert run.guard["lr_scale"] == 2.**-rewinds and metrics[-1]["lr"] < c.lr * 2.**-rewinds
+    assert run.guard.lr_scale == 2.**-rewinds and metrics[-1]["lr"] < c.lr * 2.**-rewinds
     assert max(m["loss"] for m in metrics) < 1e3 or times > 3
 
 
-def test_a_spike_taken_back_and_a_kill_give_the_same(spoil, tmp_path):
+def test_resume_after_a_rewind_and_a_kill_is_bit_identical(spoil, tmp_path):
     spoil({28}, 1e5, 1)
     train(config(epochs=6), data(), tmp_path / "whole")
 
@@ -101,7 +103,7 @@ def test_a_spike_taken_back_and_a_kill_give_the_same(spoil, tmp_path):
         def kill(run, record):
             if run.step == 30: os.kill(os.getpid(), signal.SIGKILL)
         spoil({28}, 1e5, 1)
-        train(config(epochs=6), data(), tmp_path / "out", progress=kill)
+        train(config(epochs=6), data(), tmp_path / "out", on_update=kill)
     assert in_child(work) == -signal.SIGKILL
     train(config(epochs=6), data(), tmp_path / "out")
     assert not differences(tmp_path / "out", outcome(tmp_path / "whole"))
@@ -109,52 +111,52 @@ def test_a_spike_taken_back_and_a_kill_give_the_same(spoil, tmp_path):
 
 @pytest.fixture
 def little_memory(monkeypatch):
-    """Let a forward of more than so many hours of streams raise what a full GPU raises."""
+    """Let a forward pass over more than so many hours of streams raise what a full GPU raises."""
     def do(most):
-        plain = tbptt_trainer._forecast
+        plain = Run.forward
 
-        def forecast(run, x, state):
+        def forward(run, x, state):
             if torch.is_grad_enabled() and x.shape[0] * x.shape[1] > most: raise torch.OutOfMemoryError("CUDA out of memory.")
             return plain(run, x, state)
-        monkeypatch.setattr(tbptt_trainer, "_forecast", forecast)
+        monkeypatch.setattr(Run, "forward", forward)
     return do
 
 
 # 3 streams of 40 hours: 2 at a time, one, and one in 2, 4 and 8 pieces
 @pytest.mark.parametrize("most, rows, pieces", [(119, 2, 1), (79, 1, 1), (39, 1, 2), (10, 1, 4), (5, 1, 8)])
 @pytest.mark.parametrize("bptt", ["truncated", "span:3", "exact"])
-def test_without_memory_the_update_is_the_same(little_memory, tmp_path, most, rows, pieces, bptt):
+def test_micro_batches_give_the_same_updates(little_memory, tmp_path, most, rows, pieces, bptt):
     c = config(dropout=0., bptt=bptt, epochs=1)
     whole = train(c, data(), tmp_path / "whole")
     little_memory(most)
     run = train(c, data(), tmp_path / "out")
-    assert (run.guard["rows"], run.guard["pieces"], run.step) == (rows, pieces, whole.step)
+    assert (run.micro_batcher.rows, run.micro_batcher.pieces, run.step) == (rows, pieces, whole.step)
     assert {e["event"] for e in lines(tmp_path / "out", "events")} == {"out of memory"}
     for one, other in zip(lines(tmp_path / "whole", "metrics"), lines(tmp_path / "out", "metrics")):
         assert all(math.isclose(one[k], other[k], rel_tol=1e-3, abs_tol=1e-5) for k in ("loss", "cls", "p10", "p90", "vol", "lr"))
 
 
 @pytest.mark.parametrize("rows, pieces", [(2, 1), (1, 1), (0, 2), (1, 3), (1, 7)])
-def test_accumulated_gradients_are_those_of_the_whole(tmp_path, rows, pieces):
+def test_gradients_of_micro_batches_equal_those_of_the_whole(tmp_path, rows, pieces):
     chunk, grads = None, []
-    for guard in (dict(), dict(rows=rows, pieces=pieces)):
-        run = Run(config(dropout=0.), tmp_path)
+    for sizes in (dict(rows=0, pieces=1), dict(rows=rows, pieces=pieces)):
+        run = Run(config(dropout=0., lr=0., clip=1e6), tmp_path)
         run.model.double()
-        run.guard.update(guard)
-        chunk = chunk or list(tbptt_trainer._chunks(run.config, data(), 0))[2]
+        run.micro_batcher.load_state_dict(sizes)
+        chunk = chunk or list(chunks_of(run.config, data(), 0))[2]
         wide = chunk._replace(x=chunk.x.double(), targets=type(chunk.targets)(*(v.double() for v in chunk.targets)))
-        state, means = tbptt_trainer._gradients(run, [wide], None)
-        grads.append(([p.grad for p in run.model.parameters() if p.grad is not None], state.blocks[0].ssm, means["loss"]))
+        state, record = train_step(run, [wide], None, 10)
+        grads.append(([p.grad for p in run.model.parameters() if p.grad is not None], state.blocks[0].ssm, record["loss"]))
     (one, s, a), (other, t, b) = grads
     gap = lambda u, v: ((u - v).norm() / u.norm().clamp_min(1e-300)).item()
     assert len(one) == len(other) and max(map(gap, one, other)) < 1e-10 and gap(s, t) < 1e-10 and gap(a, b) < 1e-12
 
 
-def test_no_memory_at_all_is_an_error(little_memory, tmp_path):
+def test_too_little_memory_for_one_hour_is_an_error(little_memory, tmp_path):
     little_memory(0)
     with pytest.raises(ValueError, match="out of memory with one stream and one hour at a time"):
         train(config(), data(), tmp_path)
-    assert newest(tmp_path / "checkpoints")[0]["step"] == 0 and len(checkpoints(tmp_path / "checkpoints")) == 1
+    assert load_latest(tmp_path / "checkpoints")[0]["step"] == 0 and len(checkpoints(tmp_path / "checkpoints")) == 1
 
 
 @pytest.mark.slow
@@ -169,8 +171,8 @@ def test_twenty_seeds_of_tiny_stay_finite(tmp_path, lr):
 
 
 @pytest.mark.parametrize("save_every", [0, 1, 3])
-def test_an_update_that_wrecks_the_weights_is_taken_back(tmp_path, save_every):
-    """Its harm shows in the next loss only, when it may already have been saved."""
+def test_an_update_that_wrecks_the_weights_is_rewound(tmp_path, save_every):
+    """It shows in the next loss only, when it may already be in a checkpoint."""
     once = [True]
 
     def wreck(run, record):
@@ -178,7 +180,7 @@ def test_an_update_that_wrecks_the_weights_is_taken_back(tmp_path, save_every):
         once.pop()
         with torch.no_grad():
             for p in run.model.parameters(): p.add_(30 * torch.randn_like(p))
-    run = train(config(epochs=6, save_every=save_every), data(), tmp_path, progress=wreck)
+    run = train(config(epochs=6, save_every=save_every), data(), tmp_path, on_update=wreck)
     events = lines(tmp_path, "events")
     assert [e["event"] for e in events] == ["rewind"] and events[0]["at"] == 28 and events[0]["step"] < 27
     metrics = lines(tmp_path, "metrics")
@@ -188,48 +190,48 @@ def test_an_update_that_wrecks_the_weights_is_taken_back(tmp_path, save_every):
 def test_a_kill_inside_a_rewind_leaves_no_trace(spoil, tmp_path, monkeypatch):
     spoil({28}, 1e5)
     train(config(epochs=6), data(), tmp_path / "whole")
-    for name in ("_event", "checkpoint", "remove", "_forget_after"):
-        def work(name=name):
-            plain, rewinding = getattr(tbptt_trainer, name), tbptt_trainer._rewind
+    for owner, name in ((tbptt_trainer, "remove"), (Histories, "truncate"), (Run, "record_event"), (Run, "save")):
+        def work(owner=owner, name=name):
+            plain, rewind = getattr(owner, name), Run.rewind
 
-            def rewind(run, loss):
+            def deadly_rewind(run, loss):
                 def deadly(*args, **kwargs):
                     plain(*args, **kwargs)
                     os.kill(os.getpid(), signal.SIGKILL)
-                setattr(tbptt_trainer, name, deadly)
-                rewinding(run, loss)
-            tbptt_trainer._rewind = rewind
+                setattr(owner, name, deadly)
+                rewind(run, loss)
+            Run.rewind = deadly_rewind
             train(config(epochs=6), data(), tmp_path / "out")
         assert in_child(work) in (-signal.SIGKILL, 0)
     train(config(epochs=6), data(), tmp_path / "out")
     assert not differences(tmp_path / "out", outcome(tmp_path / "whole"))
 
 
-def test_events_of_little_memory_are_told_once(little_memory, tmp_path):
+def test_events_of_little_memory_are_logged_once(little_memory, tmp_path):
     def work(out, at=0):
         little_memory(79)
 
         def kill(run, record):
             if run.step == at: os.kill(os.getpid(), signal.SIGKILL)
-        train(config(epochs=1), data(), out, progress=kill)
+        train(config(epochs=1), data(), out, on_update=kill)
     assert in_child(lambda: work(tmp_path / "whole")) == 0
     assert in_child(lambda: work(tmp_path / "out", 2)) == -signal.SIGKILL and in_child(lambda: work(tmp_path / "out")) == 0
     assert not differences(tmp_path / "out", outcome(tmp_path / "whole"))
     assert len(lines(tmp_path / "out", "events")) == 2
 
 
-def test_burn_in_and_the_settling_pass_give_way_too(monkeypatch, tmp_path):
-    plain = tbptt_trainer._forecast
+def test_burn_in_and_allocator_warm_up_need_no_more_memory(monkeypatch, tmp_path):
+    plain = Run.forward
 
-    def forecast(run, x, state):
+    def forward(run, x, state):
         if x.shape[0] * x.shape[1] > 60 and run.model.training: raise torch.OutOfMemoryError("CUDA out of memory.")
         return plain(run, x, state)
-    monkeypatch.setattr(tbptt_trainer, "_forecast", forecast)
-    run = train(config(epochs=1, first_len=40), data(), tmp_path)
-    assert (run.guard["rows"], run.guard["pieces"]) == (1, 1) and len(lines(tmp_path, "events")) == 2
+    monkeypatch.setattr(Run, "forward", forward)
+    run = train(config(epochs=1, allocator_warmup_len=40), data(), tmp_path)
+    assert (run.micro_batcher.rows, run.micro_batcher.pieces) == (1, 1) and len(lines(tmp_path, "events")) == 2
 
 
-def test_validation_gives_way_too(monkeypatch, tmp_path):
+def test_validation_shortens_its_pieces_where_memory_is_short(monkeypatch, tmp_path):
     """It reads longer pieces than the training does."""
     from cryptopredict.multitask import MultitaskModel
     whole, plain, longest = train(config(dropout=0., epochs=1), data(), tmp_path / "whole"), MultitaskModel.forward, []
