@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,11 +56,19 @@ class Mamba2Config:
         if self.nheads % self.ngroups: raise ValueError(f"ngroups {self.ngroups} does not divide the {self.nheads} heads")
 
     @property
-    def d_inner(self) -> int: return self.expand * self.d_model
+    def d_inner(self) -> int:
+        "Channels inside the mixer."
+        return self.expand * self.d_model
+
     @property
-    def nheads(self) -> int: return self.d_inner // self.headdim
+    def nheads(self) -> int:
+        "Heads (H)."
+        return self.d_inner // self.headdim
+
     @property
-    def d_xbc(self) -> int: return self.d_inner + 2 * self.ngroups * self.d_state
+    def d_xbc(self) -> int:
+        "Channels of the convolution: those of x, B and C."
+        return self.d_inner + 2 * self.ngroups * self.d_state
 
     @classmethod
     def from_weights(
@@ -78,7 +86,8 @@ class Mamba2Config:
         (_, d_model), (channels, _, d_conv) = weights["in_proj.weight"].shape, weights["conv1d.weight"].shape
         inner, heads = weights["norm.weight"].shape[0], weights["A_log"].shape[0]
         if inner % d_model or inner % heads or (channels - inner) % (2 * ngroups):
-            raise ValueError(f"norm.weight ({inner},), A_log ({heads},), conv1d.weight ({channels}, ..) do not fit {ngroups} groups")
+            shapes = f"norm.weight ({inner},), A_log ({heads},), conv1d.weight ({channels}, ..)"
+            raise ValueError(f"{shapes} do not fit {ngroups} groups")
         fits = {"in_proj.weight": (inner + channels + heads, d_model), "D": (heads,), "out_proj.weight": (d_model, inner)}
         for name, shape in fits.items():
             if (found := tuple(weights[name].shape)) == shape: continue
@@ -86,9 +95,11 @@ class Mamba2Config:
         return cls(d_model, (channels - inner) // (2 * ngroups), inner // d_model, inner // heads, ngroups, d_conv)
 
 # %% ../nbs/03_mamba2_block.ipynb #c6bd5812
-def no_weight_decay(parameter: nn.Parameter) -> nn.Parameter:
+def no_weight_decay(
+    parameter: nn.Parameter,  # a bias, a norm's weight and the like
+) -> nn.Parameter:
     "Mark a parameter as exempt from weight decay, where it is made."
-    parameter._no_weight_decay = True
+    parameter._no_weight_decay = True  # type: ignore[attr-defined]
     return parameter
 
 # %% ../nbs/03_mamba2_block.ipynb #552c4143
@@ -96,17 +107,31 @@ class FusedRMSNorm(torch.autograd.Function):
     "x (..., groups, c) / sqrt(mean(x^2) + eps) * weight (groups, c); only x and weight are kept for the backward pass."
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: Any,  # keeps what `backward` needs
+        x: Tensor,  # (..., groups, c)
+        weight: Tensor,  # (groups, c)
+        eps: float,  # added to the mean square
+    ) -> Tensor:
+        "x / sqrt(mean(x^2) + eps) * weight."
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         return (x * FusedRMSNorm.scale(x, eps)).mul_(weight)
 
     @staticmethod
-    def scale(x: Tensor, eps: float) -> Tensor:
+    def scale(
+        x: Tensor,  # (..., c)
+        eps: float,  # added to the mean square
+    ) -> Tensor:
+        "1 / sqrt(mean(x^2) + eps) over the last axis, kept with length 1."
         return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)  # no inner product: autocast would make it in bfloat16
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(
+        ctx: Any,  # keeps what `backward` needs
+        grad_output: Tensor,  # gradient of the output
+    ) -> tuple[Tensor, Tensor, None]:
+        "Gradients of x and weight."
         x, weight = ctx.saved_tensors
         scale = FusedRMSNorm.scale(x, ctx.eps)
         unit = x * scale
@@ -118,18 +143,33 @@ class FusedRMSNorm(torch.autograd.Function):
 class RMSNorm(nn.Module):
     "Root-mean-square norm, in float32 at least, of each of some groups of channels; with a gate, of x * silu(z)."
 
-    def __init__(self, d: int, eps: float = 1e-5, groups: int = 1):
+    def __init__(
+        self,
+        d: int,  # channels
+        eps: float = 1e-5,  # added to the mean square
+        groups: int = 1,  # of channels, each with a mean of its own
+    ):
         super().__init__()
         self.weight, self.eps, self.groups = no_weight_decay(nn.Parameter(torch.ones(d))), eps, groups
 
-    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # (..., d)
+        z: Tensor | None = None,  # gate (..., d); None: no gate
+    ) -> Tensor:
+        "The normalised x, in its dtype."
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if z is not None: wide = wide * F.silu(z.to(wide.dtype))
         split = lambda v: v.unflatten(-1, (self.groups, -1))
         return FusedRMSNorm.apply(split(wide), split(self.weight.to(wide.dtype)), self.eps).flatten(-2).to(x.dtype)
 
 # %% ../nbs/03_mamba2_block.ipynb #4c3e328a
-def check_conv(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor) -> None:
+def check_conv(
+    x: Tensor,  # as in `causal_conv`
+    weight: Tensor,  # as in `causal_conv`
+    bias: Tensor,  # as in `causal_conv`
+    past: Tensor,  # as in `causal_conv`
+) -> None:
     "A `ValueError` that names the argument and both shapes where they do not fit."
     check_tensors(x=x, weight=weight, bias=bias, past=past)
     if x.dim() != 3 or weight.dim() != 3: raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} need three axes")
@@ -143,7 +183,13 @@ class DepthwiseConv(torch.autograd.Function):
     "Depthwise convolution of (b, width - 1 + t, channels) as a product a tap, summed in place, both ways."
 
     @staticmethod
-    def forward(ctx, joined: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,  # keeps what `backward` needs
+        joined: Tensor,  # inputs after those of the past (b, width - 1 + t, channels)
+        weight: Tensor,  # one filter a channel (channels, 1, width)
+        bias: Tensor,  # (channels,)
+    ) -> Tensor:
+        "Outputs (b, t, channels)."
         ctx.save_for_backward(joined, weight)
         t = joined.shape[1] - weight.shape[2] + 1
         y = torch.addcmul(bias, joined[:, :t], weight[:, 0, 0])
@@ -151,7 +197,11 @@ class DepthwiseConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        ctx: Any,  # keeps what `backward` needs
+        grad_output: Tensor,  # gradient of the output (b, t, channels)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        "Gradients of joined, weight and bias."
         (joined, weight), t = ctx.saved_tensors, grad_output.shape[1]
         grad_x = torch.zeros_like(joined, dtype=grad_output.dtype)
         for k in range(weight.shape[2]): grad_x[:, k:k + t].addcmul_(grad_output, weight[:, 0, k])
@@ -176,8 +226,13 @@ def causal_conv(
     return y.to(x.dtype), left.transpose(1, 2).clone()  # a view would keep all of `joined` alive
 
 # %% ../nbs/03_mamba2_block.ipynb #51b65688
-def conv_with_resets(joined: Tensor, weight: Tensor, bias: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:
-    "The same where other series begin inside: outputs, and the last inputs, 0 where they belong to an earlier series."
+def conv_with_resets(
+    joined: Tensor,  # inputs after those of the past (b, width - 1 + t, channels)
+    weight: Tensor,  # one filter a channel (channels, 1, width)
+    bias: Tensor,  # (channels,)
+    reset: Tensor,  # True: nothing before this step is seen (b, t)
+) -> tuple[Tensor, Tensor]:
+    "The convolution where other series begin inside: outputs, and the last inputs, 0 where they belong to an earlier series."
     t, width, y = reset.shape[1], weight.shape[2], bias
     seq_idx = F.pad(reset.cumsum(1), (width - 1, 0))[..., None]  # which series a step belongs to
     for k in range(width):
@@ -193,19 +248,28 @@ def causal_conv1d_kernel() -> Callable | None:
     except Exception: return None
 
 # %% ../nbs/03_mamba2_block.ipynb #5a2efa61
-def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor, reset: Tensor | None, backend: str):
+def causal_conv_silu(
+    x: Tensor,  # as in `causal_conv`
+    weight: Tensor,  # as in `causal_conv`
+    bias: Tensor,  # as in `causal_conv`
+    past: Tensor,  # as in `causal_conv`
+    reset: Tensor | None,  # as in `causal_conv`
+    backend: str,  # of the scan, one of `BACKENDS`
+) -> tuple[Tensor, Tensor]:
     "SiLU of `causal_conv`, by `causal_conv1d`'s kernel where the scan's backend is `mamba_ssm` and the kernel can."
     fits = x.is_cuda and reset is None and 2 <= weight.shape[2] <= 4 and x.shape[2] % 8 == 0
-    if not fits or choose_backend(backend, x)[0] != "mamba_ssm" or causal_conv1d_kernel() is None:
+    if not fits or choose_backend(backend, x)[0] != "mamba_ssm" or (kernel := causal_conv1d_kernel()) is None:
         y, past = causal_conv(x, weight, bias, past, reset)
         return F.silu(y), past
     joined = torch.cat([past.transpose(1, 2).to(x.dtype), x], 1).transpose(1, 2)  # (b, channels, width - 1 + t)
     w = past.shape[2]
-    y = causal_conv1d_kernel()(joined[..., w:], weight[:, 0], bias, initial_states=joined[..., :w], activation="silu")
+    y = kernel(joined[..., w:], weight[:, 0], bias, initial_states=joined[..., :w], activation="silu")
     return y.transpose(1, 2), joined[..., x.shape[1]:].clone()
 
 # %% ../nbs/03_mamba2_block.ipynb #efdfd7c7
-def initial_dt_bias(h: int) -> Tensor:
+def initial_dt_bias(
+    h: int,  # heads
+) -> Tensor:
     "Biases whose softplus is log-uniform in [0.001, 0.1]."
     dt = torch.exp(torch.rand(h) * (math.log(.1) - math.log(.001)) + math.log(.001)).clamp_min(1e-4)
     return dt + torch.log(-torch.expm1(-dt))
@@ -214,7 +278,10 @@ def initial_dt_bias(h: int) -> Tensor:
 class Mamba2(nn.Module):
     "Mamba2 mixer with carried convolution and scan state; parameter names of `mamba_ssm.Mamba2`."
 
-    def __init__(self, cfg: Mamba2Config):
+    def __init__(
+        self,
+        cfg: Mamba2Config,  # sizes
+    ):
         super().__init__()
         self.cfg = cfg
         self.in_proj = nn.Linear(cfg.d_model, cfg.d_inner + cfg.d_xbc + cfg.nheads, bias=False)  # z, x B C, dt
@@ -224,19 +291,28 @@ class Mamba2(nn.Module):
         self.D = no_weight_decay(nn.Parameter(torch.ones(cfg.nheads)))
         self.norm = RMSNorm(cfg.d_inner, groups=cfg.ngroups)
         self.out_proj = nn.Linear(cfg.d_inner, cfg.d_model, bias=False)
-        no_weight_decay(self.conv1d.bias)
+        no_weight_decay(self.conv1d.get_parameter("bias"))
 
-    def init_state(self, batch: int) -> Mamba2State:
+    def init_state(
+        self,
+        batch: int,  # streams
+    ) -> Mamba2State:
         "The state before anything was seen."
         c, w = self.cfg, self.in_proj.weight
         ssm = w.new_zeros(batch, c.nheads, c.headdim, c.d_state, dtype=torch.promote_types(w.dtype, torch.float32))
         return Mamba2State(w.new_zeros(batch, c.d_xbc, c.d_conv - 1), ssm)
 
-    def forward(self, u: Tensor, state: Mamba2State | None = None, reset: Tensor | None = None) -> tuple[Tensor, Mamba2State]:
-        "Outputs (b, t, d_model) for inputs of that shape, and the state after the last step; `reset` as for `ssd_scan`."
+    def forward(
+        self,
+        u: Tensor,  # inputs (b, t, d_model)
+        state: Mamba2State | None = None,  # before the first step; None: nothing was seen
+        reset: Tensor | None = None,  # True: another series begins at this step (b, t)
+    ) -> tuple[Tensor, Mamba2State]:
+        "Outputs (b, t, d_model), and the state after the last step."
         c, state = self.cfg, check_state(self, u, state, reset)
         acc_dtype = state.ssm.dtype
         z, xbc, dt = self.in_proj(u).split([c.d_inner, c.d_xbc, c.nheads], dim=-1)
+        assert self.conv1d.bias is not None
         xbc, conv = causal_conv_silu(xbc, self.conv1d.weight, self.conv1d.bias, state.conv, reset, c.backend)
         x, B, C = xbc.split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], dim=-1)
         dt, A = F.softplus(dt.to(acc_dtype) + self.dt_bias.to(acc_dtype)), -torch.exp(self.A_log.to(acc_dtype))
@@ -245,8 +321,12 @@ class Mamba2(nn.Module):
         y, ssm = ssd_scan(x, dt, A, B, C, self.D, state.ssm, c.chunk, c.backend, reset)
         return self.out_proj(self.norm(rearrange(y, "b t h p -> b t (h p)"), z)), Mamba2State(conv.to(state.conv.dtype), ssm)
 
-    def step(self, u_t: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
-        "One time step: u_t (b, d_model)."
+    def step(
+        self,
+        u_t: Tensor,  # input of one step (b, d_model)
+        state: Mamba2State,  # before it
+    ) -> tuple[Tensor, Mamba2State]:
+        "Output (b, d_model) of one step, and the state after it."
         y, state = self(check_step(u_t, self.cfg.d_model), state)
         return y[:, 0], state
 
@@ -254,12 +334,20 @@ class Mamba2(nn.Module):
 class GatedMLP(nn.Module):
     "Two linear maps around a SiLU gate (Shazeer 2020): fc2(a * silu(b)) with (a, b) = fc1(u)."
 
-    def __init__(self, d_model: int, hidden: int):
+    def __init__(
+        self,
+        d_model: int,  # width of inputs and outputs
+        hidden: int,  # width between the two maps
+    ):
         super().__init__()
         self.fc1 = nn.Linear(d_model, 2 * hidden, bias=False)
         self.fc2 = nn.Linear(hidden, d_model, bias=False)
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(
+        self,
+        u: Tensor,  # (..., d_model)
+    ) -> Tensor:
+        "Outputs (..., d_model)."
         a, gate = self.fc1(u).chunk(2, dim=-1)
         return self.fc2(a * F.silu(gate))
 
@@ -267,17 +355,30 @@ class GatedMLP(nn.Module):
 class Mamba2Block(nn.Module):
     "Residual pre-norm block: mixer, then gated MLP."
 
-    def __init__(self, cfg: Mamba2Config, mlp: int, dropout: float = 0.):
+    def __init__(
+        self,
+        cfg: Mamba2Config,  # sizes of the mixer
+        mlp: int,  # hidden width of the MLP
+        dropout: float = 0.,  # probability, on both branches
+    ):
         super().__init__()
         self.norm1, self.mixer = RMSNorm(cfg.d_model), Mamba2(cfg)
         self.norm2, self.mlp = RMSNorm(cfg.d_model), GatedMLP(cfg.d_model, mlp)
         self.dropout = nn.Dropout(dropout)
 
-    def init_state(self, batch: int) -> Mamba2State:
+    def init_state(
+        self,
+        batch: int,  # streams
+    ) -> Mamba2State:
         "The state before anything was seen."
         return self.mixer.init_state(batch)
 
-    def forward(self, u: Tensor, state: Mamba2State | None = None, reset: Tensor | None = None) -> tuple[Tensor, Mamba2State]:
+    def forward(
+        self,
+        u: Tensor,  # residual stream (b, t, d_model)
+        state: Mamba2State | None = None,  # before the first step; None: nothing was seen
+        reset: Tensor | None = None,  # True: another series begins at this step (b, t)
+    ) -> tuple[Tensor, Mamba2State]:
         "Residual stream (b, t, d_model) after the block, and the mixer's state."
         check_input(u, self.mixer.in_proj.weight, reset)  # the norm would broadcast a single channel
         y, state = self.mixer(self.norm1(u), state, reset)

@@ -257,7 +257,8 @@ def smooth_cdf(R: np.ndarray, sd: float) -> np.ndarray:  # (G, n) -> (G, Y)
     i = at.astype(int)
     f, cell = at - i, i + len(Y_GRID)*np.arange(rows)[:, None]
     # Each value is shared between its two neighbours: exact in the mean, and its added variance is far below sd^2.
-    mass = np.bincount(cell.ravel(), (1 - f).ravel(), rows*len(Y_GRID)) + np.bincount(cell.ravel() + 1, f.ravel(), rows*len(Y_GRID))
+    size = rows*len(Y_GRID)
+    mass = np.bincount(cell.ravel(), (1 - f).ravel(), size) + np.bincount(cell.ravel() + 1, f.ravel(), size)
     return mass.reshape(rows, -1) @ cdf_kernel(sd) / n
 
 # %% ../nbs/00h_simulate.ipynb #f6db116d
@@ -338,8 +339,8 @@ def conditional_law(
     parts = np.stack([down, 1 - down - up, up])
     probs, se = parts.mean(2), (parts.std(2, ddof=1)/np.sqrt(parts.shape[2])).max(0)
     p10, p90, sigma = look_up(points, s, m).T
-    cols = dict(zip(("p_down", "p_flat", "p_up"), probs))
-    return pd.DataFrame(cols | dict(p10=p10 + a, p90=p90 + a, sigma=add_drift_variance(sigma, s, x), mc_se=se), index=states.index)
+    cols = dict(zip(("p_down", "p_flat", "p_up"), probs)) | dict(p10=p10 + a, p90=p90 + a)
+    return pd.DataFrame(cols | dict(sigma=add_drift_variance(sigma, s, x), mc_se=se), index=states.index)
 
 # %% ../nbs/00h_simulate.ipynb #001d7537
 def truth_cdf(

@@ -218,8 +218,8 @@ def scan_torch(
 # %% ../nbs/02b_ssd.ipynb #7f3c32cf
 def import_past_init(package: str, module: str) -> ModuleType:
     "A submodule, imported without running the `__init__` of its package, which stays as if it had not been imported."
-    stand_in = ModuleType(package)
-    stand_in.__path__ = list(find_spec(package).submodule_search_locations or ())
+    stand_in, spec = ModuleType(package), find_spec(package)
+    stand_in.__path__ = list(spec and spec.submodule_search_locations or ())
     sys.modules[package] = stand_in
     try: return import_module(f"{package}.{module}")
     finally: del sys.modules[package]
@@ -274,9 +274,10 @@ def scan_mamba_ssm(
     chunk: int,  # rounded up to a power of two, at least 16
 ) -> tuple[Tensor, Tensor]:
     "The scan without D by the Triton kernels of `mamba_ssm`."
-    seq_idx = None if reset is None else reset.cumsum(1).int()
-    return mamba_ssm_scan()[0](x, dt, A, B, C, max(16, 1 << (chunk - 1).bit_length()), initial_states=state, seq_idx=seq_idx,
-                               return_final_states=True)
+    (kernel, why), seq_idx = mamba_ssm_scan(), None if reset is None else reset.cumsum(1).int()
+    assert kernel is not None, why  # else `choose_backend` had refused
+    return kernel(x, dt, A, B, C, max(16, 1 << (chunk - 1).bit_length()), initial_states=state, seq_idx=seq_idx,
+                  return_final_states=True)
 
 # %% ../nbs/02b_ssd.ipynb #e568ea72
 def check_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor | None) -> None:
