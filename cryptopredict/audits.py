@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -41,7 +42,7 @@ def returns_state(result, lead: tuple[int, ...]) -> bool:
 # %% ../nbs/00a_audits.ipynb #bcc9c12f
 def fresh_model(model: Callable, mode: str) -> Callable:
     "A copy of the model in `mode`; what is no module is `as given`."
-    try: twin = copy.deepcopy(model)
+    try: twin: Any = copy.deepcopy(model)
     except Exception as error:
         raise ValueError(f"the model cannot be copied ({error}): it must not keep tensors of earlier calls undetached") from error
     if mode != "as given": twin.train(mode == "train")
@@ -96,7 +97,9 @@ def output_gap(base: np.ndarray, other: np.ndarray | None) -> np.ndarray:
     return gap.reshape(*part.shape[:2], -1).max(-1, initial=0.) / (np.abs(base).max(where=np.isfinite(base), initial=0.) or 1.)
 
 # %% ../nbs/00a_audits.ipynb #26fb7b54
-def moved_outputs(probe: Probe, base: dict, other: dict, kind: str, label: str, streams=slice(None), until=None, allowed=None) -> list:
+def moved_outputs(
+    probe: Probe, base: dict, other: dict, kind: str, label: str, streams=slice(None), until=None, allowed=None,
+) -> list[dict]:
     "Findings where outputs of `streams` before step `until` differ by more than is `allowed`."
     found = []
     for name, value in base.items():
@@ -158,11 +161,13 @@ def audit_memory(probe: Probe, x, base: dict, other) -> list[dict]:
     return found or moved_outputs(probe, base, probe.run(x, on=one), kind, "a call on other data in between")
 
 # %% ../nbs/00a_audits.ipynb #9a3e35db
-def audit_output_gradient(probe: Probe, value, leaf, name: str, cuts: list[int], rng: np.random.Generator, without: set) -> list[dict]:
+def audit_output_gradient(
+    probe: Probe, value, leaf, name: str, cuts: list[int], rng: np.random.Generator, without: set,
+) -> list[dict]:
     "Findings where the output `value` has a gradient to a later step of its input `leaf`, or to another stream."
     import torch
     b, found, weighted = len(leaf), [], value * torch.from_numpy(rng.normal(size=value.shape)).to(value.detach())
-    trials = [("gradient", t, np.s_[:, t], np.s_[:, t + 1:], f"step {t} to later inputs") for t in cuts]
+    trials: list[tuple] = [("gradient", t, np.s_[:, t], np.s_[:, t + 1:], f"step {t} to later inputs") for t in cuts]
     trials += [("other streams", 0, k, [j for j in range(b) if j != k], f"stream {k} to others") for k in (0, b - 1)]
     for kind, step, here, there, label in trials:
         slope = torch.autograd.grad(weighted[here].sum(), leaf, retain_graph=True, materialize_grads=True)[0].abs()
@@ -206,7 +211,8 @@ def audit_structure(probe: Probe, x, base: dict, cuts: list[int], random: bool, 
     "Findings where a shorter sequence, chunks with carried state or single steps say something else than the whole pass."
     ends, found = np.unique([*cuts[1:-1:2], x.shape[1] - 2, x.shape[1] - 1]), []
     lengths = np.diff(ends, prepend=-1).tolist()
-    plans = [("truncation", f"cut after step {t}", lambda t=t: probe.run(x[:, :t + 1])) for t in cuts]
+    plans: list[tuple[str, str, Callable]] = []
+    for t in cuts: plans.append(("truncation", f"cut after step {t}", lambda t=t: probe.run(x[:, :t + 1])))
     if probe.stateful:
         plans.append(("chunking", f"chunks of {lengths}", lambda: run_in_pieces(probe, x, base, lengths, "__call__")))
     if hasattr(probe.model, "step"):
@@ -249,7 +255,7 @@ def audit_mode(probe: Probe, x, cuts: list[int], rng: np.random.Generator) -> tu
 # %% ../nbs/00a_audits.ipynb #49085236
 def audit_model(
     model: Callable,  # a torch module, or any callable, from x to tensors dense over time, or to (outputs, state)
-    x,  # floating tensor (batch, time, channels), finite, at least 4 steps
+    x: Any,  # floating tensor (batch, time, channels), finite, at least 4 steps
     *,
     n_cuts: int = 8,  # how many steps to cut after, at least 2; the first and the last but one are always among them
     seed: int = 0,  # places the cuts, draws the replacements and the model's own random numbers
@@ -284,7 +290,7 @@ def fitted_parts(fitted, name: str = "fitted", depth: int = 0) -> dict[str, np.n
         fitted = values.tolist()
     if isinstance(fitted, (str, bytes)): return {name: str(fitted)}
     if depth > 12 or fitted is None or isinstance(fitted, type) or callable(getattr(fitted, "integers", None)): return {}
-    if isinstance(fitted, Mapping): inside = {str(k): v for k, v in fitted.items()}
+    if isinstance(fitted, Mapping): inside: Mapping = {str(k): v for k, v in fitted.items()}
     elif isinstance(fitted, (list, tuple)): inside = dict(enumerate(fitted))
     elif hasattr(fitted, "model_to_string"): inside = {"model": fitted.model_to_string()}  # LightGBM: trees are not in Python
     else:
@@ -328,7 +334,7 @@ class Pipeline:
     def forecasts(self, fitted, frame: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
         "`predict(fitted, frame, rows)`, or `predict(fitted, frame)` of which `rows` are taken."
         given = frame.iloc[:rows.max() + 1] if len(frame) <= rows.max() else frame
-        out = self.predict(fitted, given.copy(), rows) if required_arguments(self.predict) > 2 else self.predict(fitted, given.copy())
+        out = self.predict(fitted, given.copy(), *([rows] if required_arguments(self.predict) > 2 else []))
         if not hasattr(out, "index"):
             out = np.asarray(out)
             out = pd.DataFrame(out.reshape(len(out), -1), index=self.index[rows] if len(out) == len(rows) else given.index)
@@ -363,7 +369,7 @@ def replace_future(frame: pd.DataFrame, later: np.ndarray, unripe: dict[str, np.
     return changed
 
 # %% ../nbs/00a_audits.ipynb #34ac2a95
-def forecast_parts(pipe: Pipeline, fitted, frame: pd.DataFrame) -> dict[str, np.ndarray]:
+def forecast_parts(pipe: Pipeline, fitted, frame: pd.DataFrame) -> dict[str, np.ndarray | str]:
     "Forecasts over the test span, by column."
     return fitted_parts(pipe.forecasts(fitted, frame, pipe.fold.test).to_dict("series"), "forecast")
 
@@ -415,16 +421,16 @@ def audit_predict(pipe: Pipeline, frame: pd.DataFrame, fitted, names: list[str],
     return findings
 
 # %% ../nbs/00a_audits.ipynb #311a5826
-def check_pipeline(frame: pd.DataFrame, folds: list, labels: Sequence[str]) -> list[Fold]:
+def check_pipeline(frame: pd.DataFrame, folds: Sequence[Fold | tuple], labels: Sequence[str]) -> list[Fold]:
     "The folds; an `AuditError` or `ValueError` says what is wrong with the input of `audit_pipeline`."
     check_audited(frame, 1)
-    folds = [as_fold(f, k) for k, f in enumerate(folds)]
-    if not folds: raise AuditError("folds is empty: give at least one fold")
+    checked = [as_fold(f, k) for k, f in enumerate(folds)]
+    if not checked: raise AuditError("folds is empty: give at least one fold")
     missing = set(labels) - set(frame.columns)
     if missing: raise AuditError(f"labels names {sorted(missing)}, which frame does not have: {frame.columns.tolist()}")
-    for k, f in enumerate(folds):
+    for k, f in enumerate(checked):
         for n in ("train", "valid", "test", "refit"): check_positions(getattr(f, n), len(frame), f"fold {k}: '{n}'")
-    return folds
+    return checked
 
 # %% ../nbs/00a_audits.ipynb #f170f189
 def summarise_pipelines(pipes: list[Pipeline], findings: list[dict], parts: int, labels: Sequence[str]) -> dict:
@@ -442,7 +448,7 @@ def audit_pipeline(
     fit: Callable,  # `fit(frame, fold)` to anything fitted; or `fit(rows)` of the fold's `refit` rows
     predict: Callable,  # `predict(fitted, frame, rows)` to forecasts at row positions; or `predict(fitted, frame)` at all rows
     frame: pd.DataFrame,  # features, and labels if any, by decision time
-    folds: list[Fold | tuple],  # each is audited; a pair (train, test) is a fold without validation
+    folds: Sequence[Fold | tuple],  # each is audited; a pair (train, test) is a fold without validation
     *,
     labels: Sequence[str] = (),  # columns that are labels: rows before the test may hold ones that had not matured
     # When each row's labels end; a frame: a column for each label, under its name, or their longest counts for all. None: only
@@ -452,10 +458,10 @@ def audit_pipeline(
     seed: int = 0,  # draws the replacements
 ) -> LeakReport:
     "Is anything fitted, or forecast, from what had not happened or matured? Fitted parts and forecasts must not move by a bit."
-    folds, rng, findings, parts = check_pipeline(frame, folds, labels), np.random.default_rng(seed), [], 0
+    checked, rng, findings, parts = check_pipeline(frame, folds, labels), np.random.default_rng(seed), [], 0
     every = {} if label_end is None else ends_by_label(label_end, frame.index)
     ends = {name: every.get(name, every[""]) for name in labels} if every else None
-    pipes = [Pipeline(fit, predict, fold, frame.index, f"fold {k}") for k, fold in enumerate(folds)]
+    pipes = [Pipeline(fit, predict, fold, frame.index, f"fold {k}") for k, fold in enumerate(checked)]
     for pipe in pipes:
         try:
             fitted = pipe.fitted(frame)
@@ -528,7 +534,7 @@ def shifted_copies(x: pd.DataFrame, y: pd.Series, length: int) -> pd.DataFrame:
     x, y, length = x.iloc[::step], y.iloc[::step].rank().to_numpy(float), -(-length // step)
     if 3 * length > len(y): return pd.DataFrame(columns=["lag", "open", "honest"])
     lags = np.arange(1 - length, length + 1)  # at -length it has matured
-    honest = np.maximum(1 - lagged_correlation(y, y, lags + length) ** 2, 1e-9)  # the newest matured label, as an honest feature has it
+    honest = np.maximum(1 - lagged_correlation(y, y, lags + length) ** 2, 1e-9)  # the newest matured label
     rows = {}
     for name, column in x.items():
         if column.notna().sum() < 3 * length or column.nunique() < 3: continue
@@ -598,13 +604,14 @@ def audit_labels(
     if all(len(blind.get(name, ())) == x.shape[1] for name in labels):
         raise AuditError("no feature could be compared with a label: give more history, at least 8 lengths of the label")
     words = {f"beside {name}": f"untested: {', '.join(unseen)}" for name, unseen in blind.items()}
-    return make_report(findings, {"features": x.shape[1], "labels": labels.shape[1], "permutations": n_perm, "level": level} | words)
+    counts = {"features": x.shape[1], "labels": labels.shape[1], "permutations": n_perm, "level": level}
+    return make_report(findings, counts | words)
 
 # %% ../nbs/00a_audits.ipynb #e07a6708
 AUDITS = ("features", "labels", "disguise", "folds", "availability", "pipeline", "model")  # of a run
 
 def certificate(
-    reports: dict[str, LeakReport],  # by name of the audit; empty: nothing was audited
+    reports: Mapping[str, LeakReport],  # by name of the audit; empty: nothing was audited
     provenance: dict,  # data and code that they were made on
 ) -> dict:
     "What was tested and what could not be, on which data and code, with which result: `ok, audits, untested, provenance`."

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,8 +63,10 @@ def known_coin(word: str) -> str:
     return NAMES.get(upper) or (upper.replace("XBT", "BTC") if counts else "")
 
 # %% ../nbs/00e_checks.ipynb #0cf1ad1e
-def asset_in(name: str) -> Asset:
-    "The asset named by a file's name or a symbol; an empty `Asset` if there is none."
+def asset_in(
+    name: str,  # of a file, or a symbol
+) -> Asset:
+    "The asset that a name names; an empty `Asset` if there is none."
     if re.search(r"(?<![a-z0-9])(dx[-_]?y([-_.]?nyb)?|dx=f|usdx)(?![a-z])", name.lower()): return Asset("DXY")
     stem = re.sub(r"\.(csv|gz|zip|parquet|pq|feather)(?=\.|$)", "", name)
     words = re.findall(r"[A-Z]{2,}(?=[A-Z][a-z])|[A-Z]?[a-z]+\d*[mhdw]?(?![a-z])|[A-Z0-9]+[mhdw]?(?![a-z])", stem)
@@ -99,7 +101,9 @@ def symbol_asset(symbol: str) -> Asset:
     return asset_in(symbol) if any(asset_in(symbol)) else Asset(shorten(symbol, 20))
 
 # %% ../nbs/00e_checks.ipynb #b9b8e2e0
-def asset_of(raw: RawTable) -> Asset:
+def asset_of(
+    raw: RawTable,  # the file
+) -> Asset:
     "The asset of a file by its name, the name inside a zip, a ticker line, a symbol column; `SourceError` if they differ."
     named = [(f"the name {raw.path.name}", asset_in(raw.path.name)), (f"the file inside, {raw.member},", asset_in(raw.member))]
     for column in raw.header:
@@ -150,7 +154,10 @@ HOUR = pd.Timedelta("1h")
 SPIKE, WICK = 1.8, 9.  # largest factor between a close and its neighbours, and between a high or low and its bar
 BAR_COLUMNS = ["open", "high", "low", "close", "volume"]
 
-def deviation(values: pd.Series, rows: int = 3) -> pd.Series:
+def deviation(
+    values: pd.Series,  # in order of time
+    rows: int = 3,  # compared on each side
+) -> pd.Series:
     """How far each value lies outside the range between the median of the `rows` before it and that of the `rows` after it.
     The first and the last value are held against their one neighbour, too."""
     before = values.rolling(rows, min_periods=1).median().shift()
@@ -167,11 +174,16 @@ def stays_near(factor: float) -> Callable:
     return test
 
 # %% ../nbs/00e_checks.ipynb #c1054e01
-def largest_step(gap: pd.Timedelta | pd.Series) -> float | pd.Series:
+def largest_step(
+    gap: pd.Timedelta | pd.Series,  # time between the closes, an hour at least
+) -> float | pd.Series:
     "Largest plausible |log return| between two closes so far apart: a factor of 2.1 in an hour, 2.8 in a day, 11 in a month."
     return np.log(2.1) + .3 * np.sqrt((gap - pd.Timedelta("1h")) / pd.Timedelta("1D"))
 
-def check_steps(path: str | Path, table: pd.DataFrame) -> None:
+def check_steps(
+    path: str | Path,  # the file, for the message
+    table: pd.DataFrame,  # with `value_time` and `close`, by row of the file
+) -> None:
     "Raise `SourceError` for the first close that is too far from the close of the row above."
     step, gap = np.log(table["close"]).diff(), table["value_time"].diff()
     wrong = step.abs() > largest_step(gap.clip(lower=pd.Timedelta("1h")))
@@ -186,8 +198,10 @@ FAR = "differs from the neighbouring rows by more than {}"
 SPIKE_RULE = pandera_check(stays_near(SPIKE), FAR.format(f"a factor of {SPIKE}"), DROP)
 bar_body = lambda f: f[["open", "close"]]
 WICKS = [
-    pandera_check(lambda f: ~(f["high"] > WICK * bar_body(f).max(axis=1)), f"high: is over {WICK:.0f} times the rest of its bar", DROP),
-    pandera_check(lambda f: ~(f["low"] * WICK < bar_body(f).min(axis=1)), f"low: is below 1/{WICK:.0f} of the rest of its bar", DROP)]
+    pandera_check(lambda f: ~(f["high"] > WICK * bar_body(f).max(axis=1)),
+                  f"high: is over {WICK:.0f} times the rest of its bar", DROP),
+    pandera_check(lambda f: ~(f["low"] * WICK < bar_body(f).min(axis=1)),
+                  f"low: is below 1/{WICK:.0f} of the rest of its bar", DROP)]
 
 # %% ../nbs/00e_checks.ipynb #b192f1de
 LEVEL = 6.  # largest factor between a month's median close and the year's range
@@ -195,7 +209,9 @@ TRADED = {2011: (.3, 30), 2012: (4, 14), 2013: (13, 1200), 2014: (300, 1000), 20
           2017: (750, 19900), 2018: (3100, 17200), 2019: (3300, 13900), 2020: (3800, 29300), 2021: (28800, 69000),
           2022: (15500, 48100), 2023: (16500, 44700), 2024: (38500, 108400)}  # US dollars, rounded
 
-def level_problem(table: pd.DataFrame) -> tuple[str, float]:
+def level_problem(
+    table: pd.DataFrame,  # with `value_time` and `close`
+) -> tuple[str, float]:
     "Where closes first lie out of Bitcoin's range by a factor of `LEVEL` (else an empty text), and the share of such months."
     median = table["close"].groupby(table["value_time"].dt.tz_localize(None).dt.to_period("M")).median()
     low, high = (np.array([TRADED.get(p.year, (0, np.inf))[k] for p in median.index]) for k in (0, 1))
@@ -240,8 +256,8 @@ def far_rule(column: str, test: Callable, limit: str) -> pa.Check:
 def daily_rules(
     columns: Iterable[str],  # value columns
     signed: bool = False,  # values may be negative, as yields
-    factors: dict[str, float] | None = None,  # largest factor between a value and the rows around it, by column
-    steps: float | None = None,  # largest difference from the rows around it
+    factors: Mapping[str, float] | None = None,  # largest factor between a value and the rows around it, by column
+    steps: float | None = None,  # largest difference from the rows around it; None: any
 ) -> pa.DataFrameSchema:
     "The rules of a daily series: its times, and in each column nothing infinite, too small or implausible."
     rules = [pandera_check(lambda x: ~(x < (-np.inf if signed else 0)), "is negative", DROP),
@@ -252,7 +268,10 @@ def daily_rules(
     far += [far_rule(c, within, f"{steps:g} points") for c in columns if steps]
     return pa.DataFrameSchema({**TIMES, **{c: pa.Column(float, rules, nullable=True) for c in columns}}, checks=far)
 
-def find_faults(table: pd.DataFrame, schema: pa.DataFrameSchema) -> pd.DataFrame:
+def find_faults(
+    table: pd.DataFrame,  # by row of the file
+    schema: pa.DataFrameSchema,  # its rules, such as `BARS`
+) -> pd.DataFrame:
     "Rows that break a rule: `row, column, problem, remedy`, the first row first."
     try: schema.validate(table, lazy=True)
     except pa.errors.SchemaErrors as errors:
@@ -267,7 +286,13 @@ def find_faults(table: pd.DataFrame, schema: pa.DataFrameSchema) -> pd.DataFrame
     return pd.DataFrame(columns=["row", "column", "problem", "remedy"])
 
 # %% ../nbs/00e_checks.ipynb #b3f0a02f
-def repair(path: str | Path, table: pd.DataFrame, schema: pa.DataFrameSchema, repairs: tuple, counts: dict) -> pd.DataFrame:
+def repair(
+    path: str | Path,  # the file, for the message
+    table: pd.DataFrame,  # with `value_time`, by row of the file
+    schema: pa.DataFrameSchema,  # its rules, such as `BARS`
+    repairs: Container[str],  # those asked for, of `REPAIRS`
+    counts: dict[str, int],  # gets how many rows each repair changed
+) -> pd.DataFrame:
     "`table` after the repairs asked for, or a `SourceError` for the first fault left."
     if "drop_duplicates" in repairs:
         double = table["value_time"].duplicated(keep="last")

@@ -5,7 +5,7 @@
 # %% ../nbs/00k_config.ipynb #a2244aff
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import wraps
 from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
@@ -30,7 +30,8 @@ def allowed_values(
     kind, limits = hint, {}
     for part in getattr(hint, "__metadata__", ()):
         kind = get_args(hint)[0]
-        for limit in getattr(part, "metadata", ()): limits |= {k: v for k in ("ge", "le") if (v := getattr(limit, k, None)) is not None}
+        for limit in getattr(part, "metadata", ()):
+            limits |= {k: v for k in ("ge", "le") if (v := getattr(limit, k, None)) is not None}
     if get_origin(kind) is Literal: return f"one of {', '.join(map(str, get_args(kind)))}"
     if kind is bool: return "one of False, True"
     return f"{limits['ge']} to {limits['le']}{', a whole number' * (kind is int)}" if len(limits) == 2 else ""
@@ -38,14 +39,15 @@ def allowed_values(
 def explain(
     error: ValidationError,  # of `cls`
     cls: type,  # the settings that were to be made
-    nested: dict[str, type] | None = None,  # by field of `cls`, the settings it holds
+    nested: Mapping[str, type] | None = None,  # by field of `cls`, the settings it holds; None: it holds none
 ) -> str:
     "The first fault of some settings as one line: its key, its value, and what it may be."
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     owner, name = cls, path[-1] if path else ""
     if len(path) > 1: owner = (nested or {}).get(path[0], cls)
-    known = [f.name for f in fields(owner)] if hasattr(owner, "__dataclass_fields__") else list(getattr(owner, "model_fields", ()))
+    if hasattr(owner, "__dataclass_fields__"): known = [f.name for f in fields(owner)]
+    else: known = list(getattr(owner, "model_fields", ()))
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"key '{'.'.join(path)}': unknown key; known are {', '.join(known)}"
     problem = first["msg"].removeprefix("Value error, ")
@@ -61,7 +63,7 @@ def settings(
     cls: type[Settings],  # fields with types, bounds (`Annotated[int, Field(ge=1, le=64, strict=True)]`) and defaults
 ) -> type[Settings]:
     "Decorator: a frozen dataclass of keyword settings; one that is unknown or out of bounds is a `ConfigError` of one line."
-    made = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)
+    made: Any = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)
     plain: Callable = made.__init__
 
     @wraps(plain)

@@ -31,10 +31,47 @@ class Expr:
     def __mul__(self, other): return Map("*", self, other)
     def __truediv__(self, other): return Map("/", self, other)
     def __repr__(self): return str(self)
-    def start(self) -> np.ndarray: return np.empty(0)
-    def resume(self, *xs: np.ndarray) -> np.ndarray: return self.start()
-    def batch(self, *xs): raise NotImplementedError
-    def step(self, state, *xs): return self.batch(*xs)
+
+    def load(
+        self,
+        panel: pd.DataFrame,  # hourly panel
+    ) -> np.ndarray | np.float64:
+        "Values over a panel of an expression without arguments."
+        raise NotImplementedError
+
+    def load_bar(
+        self,
+        time: pd.Timestamp,  # decision time, UTC
+        bar: Mapping | pd.Series,  # the panel's row there
+    ) -> np.float64:
+        "Value at one bar of an expression without arguments."
+        raise NotImplementedError
+
+    def batch(
+        self,
+        *xs: Any,  # the arguments' values, one a row; an elementwise function takes single numbers, too
+    ) -> Any:
+        "Values of all rows."
+        raise NotImplementedError
+
+    def start(self) -> np.ndarray:
+        "The state before the first bar; empty for an expression that remembers nothing."
+        return np.empty(0)
+
+    def resume(
+        self,
+        *xs: np.ndarray,  # the arguments' values, one a row
+    ) -> np.ndarray:
+        "The state after all rows."
+        return self.start()
+
+    def step(
+        self,
+        state: np.ndarray | None,  # before the bar, changed in place to that after it; None: nothing is remembered
+        *xs: float,  # the arguments' values there
+    ) -> float:
+        "Value at one bar."
+        return self.batch(*xs)
 
 # %% ../nbs/01_features.ipynb #ca5081a2
 def finite_or_nan(x: np.ndarray | np.float64) -> np.ndarray | np.float64:
@@ -90,9 +127,10 @@ def missing_share(*xs):
     return sum(np.isnan(x) for x in xs) / len(xs)
 
 # %% ../nbs/01_features.ipynb #25e94b22
-MAPS = {"+": np.add, "-": np.subtract, "*": np.multiply, "/": nan_if_infinite(np.divide), "log": nan_if_infinite(np.log),
-         "log1p": nan_if_infinite(np.log1p), "sqrt": np.sqrt, "square": np.square, "max": np.maximum, "min": np.minimum,
-         "sin": np.sin, "cos": np.cos, "width": cross_deviation, "missing": missing_share}
+MAPS: dict[str, Callable] = {
+    "+": np.add, "-": np.subtract, "*": np.multiply, "/": nan_if_infinite(np.divide), "log": nan_if_infinite(np.log),
+    "log1p": nan_if_infinite(np.log1p), "sqrt": np.sqrt, "square": np.square, "max": np.maximum, "min": np.minimum,
+    "sin": np.sin, "cos": np.cos, "width": cross_deviation, "missing": missing_share}
 
 # %% ../nbs/01_features.ipynb #a7e793c8
 class Map(Expr):
@@ -102,12 +140,13 @@ class Map(Expr):
         name: str,  # which function: a key of `MAPS`
         *args: Expr | float,  # its arguments
     ):
-        self.name, self.batch = name, MAPS[name]
+        self.name, self.fn = name, MAPS[name]
         self.args = tuple(a if isinstance(a, Expr) else Const(a) for a in args)
     def __str__(self):
         if self.name not in "+-*/": return f"{self.name}({', '.join(map(str, self.args))})"
         left, right = (f"({a})" if isinstance(a, Map) and a.name in "+-*/" else str(a) for a in self.args)
         return f"{left} {self.name} {right}"
+    def batch(self, *xs): return self.fn(*xs)
 
 # %% ../nbs/01_features.ipynb #7c0e3b9f
 class Lag(Expr):
@@ -164,6 +203,24 @@ def apply_by_stretch(fn: Callable, x: np.ndarray) -> np.ndarray:
 class Recursive(Expr):
     "An indicator with unlimited but fading memory: `begin` is its state before the first bar and after a gap."
     begin: tuple[float, ...] = ()
+    name: str
+    rows: tuple[int, ...]
+
+    def indicator(
+        self,
+        x: np.ndarray,  # values without a gap
+    ) -> np.ndarray:
+        "TA-Lib's values."
+        raise NotImplementedError
+
+    def advance(
+        self,
+        state: Any,  # list or array before the bar; changed in place to that after it
+        x: float,  # value at the bar, not NaN
+    ) -> float:
+        "TA-Lib's value at one bar."
+        raise NotImplementedError
+
     def __str__(self): return f"{self.name}({', '.join(map(str, (*self.args, *self.rows)))})"
     def batch(self, x): return apply_by_stretch(self.indicator, x)
     def start(self): return np.array(self.begin)
@@ -266,7 +323,9 @@ class AfterSplice(Expr):
     def resume(self, splice, x): return self.since(splice)[-1:]
     def batch(self, splice, x): return np.where(self.since(splice) >= self.rows, x, np.nan)
     @staticmethod
-    def since(splice):
+    def since(
+        splice: np.ndarray,  # positive where another venue begins
+    ) -> np.ndarray:
         "Bars since the latest splice: 0 on it, infinite before the first."
         bars = np.arange(len(splice), dtype=float)
         return bars - np.maximum.accumulate(np.where(splice > 0, bars, -np.inf))
@@ -336,7 +395,7 @@ RIBBON = (9, 14, 25, 40, 60, 90, 128, 200)  # days
 def technical_features() -> dict[str, Expr]:
     "EMA distances, MACD, RSI, difficulty ribbon."
     close, difficulty = Column("close"), Column("difficulty")
-    f = {f"ema_{w}": _log(close / Ema(close, hours_of(w))) for w in ("24h", "7d", "30d", "200d")}
+    f: dict[str, Expr] = {f"ema_{w}": _log(close / Ema(close, hours_of(w))) for w in ("24h", "7d", "30d", "200d")}
     line, signal = (Macd(close, hours_of("12d"), hours_of("26d"), hours_of("9d"), part) for part in (0, 1))
     f |= {"macd": line / close, "macd_signal": signal / close, "macd_hist": (line - signal) / close}
     f |= {f"rsi_{w}": Rsi(close, hours_of(w)) for w in ("14h", "14d")}
@@ -361,7 +420,7 @@ def time_features() -> dict[str, Expr]:
     "Hour and weekday as sine and cosine."
     clock = {"hour": (Clock("hour"), 24), "weekday": (Clock("day_of_week"), 7)}
     angles = {name: field * (2 * np.pi / period) for name, (field, period) in clock.items()}
-    f = {f"{name}_{fn}": Map(fn, angle) for name, angle in angles.items() for fn in ("sin", "cos")}
+    f: dict[str, Expr] = {f"{name}_{fn}": Map(fn, angle) for name, angle in angles.items() for fn in ("sin", "cos")}
     return f | {"time_missing": Map("missing", Clock("hour"), Clock("day_of_week"))}
 
 # %% ../nbs/01_features.ipynb #1ae572a2
@@ -373,16 +432,28 @@ class Feature:
     expr: Expr  # what it is
 
     def __post_init__(self) -> None:
-        if self.group not in ALL: raise ValueError(f"feature {self.name!r} has group {self.group!r}: choose from {', '.join(ALL)}")
+        if self.group in ALL: return
+        raise ValueError(f"feature {self.name!r} has group {self.group!r}: choose from {', '.join(ALL)}")
 
     @property
-    def inputs(self) -> tuple[str, ...]: return tuple(sorted(expression_inputs(self.expr)))
+    def inputs(self) -> tuple[str, ...]:
+        "Names of the panel columns it reads."
+        return tuple(sorted(expression_inputs(self.expr)))
+
     @property
-    def lookback(self) -> int: return lookback(self.expr)
+    def lookback(self) -> int:
+        "As from `lookback`, rows."
+        return lookback(self.expr)
+
     @property
-    def decay(self) -> float: return decay(self.expr)
+    def decay(self) -> float:
+        "As from `decay`, a share a bar."
+        return decay(self.expr)
+
     @property
-    def formula(self) -> str: return str(self.expr)
+    def formula(self) -> str:
+        "The expression as text."
+        return str(self.expr)
 
 # %% ../nbs/01_features.ipynb #9227d18a
 def expression_inputs(expr: Expr) -> set[str]:
@@ -394,8 +465,10 @@ class Registry(dict):
     "Features by name; shows itself as a table in a notebook."
     def _repr_html_(self) -> str: return registry_table()._repr_html_()
 
-registry = Registry({name: Feature(name, group, expr) for group, make in zip(ALL, (market_features, onchain_features, technical_features, macro_features, time_features))
-                     for name, expr in make().items()})
+registry = Registry({
+    name: Feature(name, group, expr)
+    for group, make in zip(ALL, (market_features, onchain_features, technical_features, macro_features, time_features))
+    for name, expr in make().items()})
 
 # %% ../nbs/01_features.ipynb #849a9da9
 def registry_table(
@@ -555,16 +628,30 @@ class FeatureState:
         self.plan = make_plan(f.expr for f in self.features)
         self.names, self.inputs = [f.name for f in self.features], sorted({name for f in self.features for name in f.inputs})
         self.time, self.states = None, {i: s for i, s in enumerate(node.start() for node in self.plan.nodes) if len(s)}
+
     @classmethod
-    def from_panel(cls, panel: pd.DataFrame, groups: str | Iterable[str] = ALL) -> FeatureState:
+    def from_panel(
+        cls,
+        panel: pd.DataFrame,  # hourly panel
+        groups: str | Iterable[str] = ALL,  # which groups of features
+    ) -> FeatureState:
         "The state after the last row of `panel`."
         state = cls(groups)
         check_panel(panel, state.features)
         if len(panel): state.time, state.states = panel.index[-1], start_state(panel, state.plan)
         return state
+
     @property
-    def arrays(self) -> dict[str, np.ndarray]: return {str(self.plan.nodes[i]): s for i, s in self.states.items()}
-    def update(self, bar: Mapping | pd.Series) -> pd.Series: return update_state(self, bar)
+    def arrays(self) -> dict[str, np.ndarray]:
+        "What is remembered, by the text of the expression."
+        return {str(self.plan.nodes[i]): s for i, s in self.states.items()}
+
+    def update(
+        self,
+        bar: Mapping | pd.Series,  # a panel row, or a mapping with its `time`
+    ) -> pd.Series:
+        "Advance by one bar and return the features there."
+        return update_state(self, bar)
 
 # %% ../nbs/01_features.ipynb #74136672
 def update_state(state: FeatureState, bar: Mapping | pd.Series) -> pd.Series:
@@ -573,7 +660,7 @@ def update_state(state: FeatureState, bar: Mapping | pd.Series) -> pd.Series:
     if absent: raise ValueError(f"the bar has no {absent[0]!r}: pass every column of the panel, NaN where unknown")
     when, plan = bar_time(bar, state.time), state.plan
     # All leaves are read before any state moves: a bar that cannot be read leaves the state as it was.
-    values = [None if at else node.load_bar(when, bar) for node, at in zip(plan.nodes, plan.args)]
+    values: list = [None if at else node.load_bar(when, bar) for node, at in zip(plan.nodes, plan.args)]
     with np.errstate(all="ignore"):
         for i, (node, at) in enumerate(zip(plan.nodes, plan.args)):
             if at: values[i] = node.step(state.states.get(i), *[values[a] for a in at])

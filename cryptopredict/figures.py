@@ -5,6 +5,8 @@
 # %% ../nbs/00j_figures.ipynb #edb57b1e
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import plotly.graph_objects as go
 
 # %% auto #0
@@ -32,7 +34,7 @@ def house_style(
                              legend=dict(orientation="h", y=-.25), **layout)
 
 def colours(
-    names: list[str],  # of models, say
+    names: Iterable[str],  # of models, say
 ) -> dict[str, str]:
     "One colour a name, the same in every figure that draws these names."
     return {name: PALETTE[k % len(PALETTE)] for k, name in enumerate(names)}

@@ -12,7 +12,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,10 @@ __all__ = ['MAX_BYTES', 'MAX_ROWS', 'MAX_LINE', 'MAX_COLUMNS', 'MAX_FILES', 'NOT
            'iso_times', 'utc_times', 'utc_dates']
 
 # %% ../nbs/00d_files.ipynb #15dcb9ef
-def shorten(text: object, length: int = 60) -> str:
+def shorten(
+    text: object,  # anything that can be written as text
+    length: int = 60,  # characters at most
+) -> str:
     "`text` on one line, cut to `length` characters."
     line = " ".join(str(text)[:4 * length].split())
     return line if len(line) <= length and len(str(text)) <= 4 * length else f"{line[:length - 3]}..."
@@ -34,7 +37,14 @@ def shorten(text: object, length: int = 60) -> str:
 class SourceError(ValueError):
     "A file that cannot be trusted; the message names file, row (line of the file), column and remedy."
 
-    def __init__(self, path: str | Path, problem: str, remedy: str, row: int | None = None, column: str | None = None):
+    def __init__(
+        self,
+        path: str | Path,  # the file
+        problem: str,  # what is wrong with it
+        remedy: str,  # what to do, without a full stop
+        row: int | None = None,  # line of the file, from 1; None: no single one
+        column: str | None = None,  # name of the column; None: no single one
+    ):
         where = [str(path).replace("\n", " "), f"row {row}" if row is not None else "",
                  f"column '{shorten(column)}'" if column else ""]
         super().__init__(f"{', '.join(filter(None, where))}: {shorten(problem, 600)}. {remedy}.")
@@ -108,14 +118,20 @@ NOT_DATA = {  # first bytes, lower case -> what the file is, what to do
     b"\xfe\xff": ("is UTF-16 text", "Save it as UTF-8"),
 }
 
-def check_is_data(path: str | Path, data: bytes) -> None:
+def check_is_data(
+    path: str | Path,  # the file, for the message
+    data: bytes,  # its content
+) -> None:
     "Raise `SourceError` if the file is a pointer, a web page, an archive or another format than those read here."
     head = data[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for mark, (problem, remedy) in NOT_DATA.items():
         if head.startswith(mark): raise SourceError(path, problem, remedy, row=1)
 
 # %% ../nbs/00d_files.ipynb #434da6cb
-def text_lines(path: str | Path, data: bytes) -> bytes:
+def text_lines(
+    path: str | Path,  # the file, for the message
+    data: bytes,  # its content
+) -> bytes:
     "The text as UTF-8 bytes with Unix line ends, without BOM and trailing empty lines; `SourceError` for anything else."
     check_is_data(path, data)
     data = data.removeprefix(b"\xef\xbb\xbf")
@@ -139,7 +155,10 @@ def commas_in_quotes(codes: np.ndarray) -> np.ndarray:
     return ((codes == 44) & inside).view(np.int8)
 
 # %% ../nbs/00d_files.ipynb #b2a349ac
-def check_lines(path: str | Path, data: bytes) -> None:
+def check_lines(
+    path: str | Path,  # the file, for the message
+    data: bytes,  # its text, as from `text_lines`
+) -> None:
     "Raise `SourceError` for the first line that is too long, quotes a comma, or has another number of fields than line 1."
     codes = np.frombuffer(data + b"\n", np.uint8)
     ends = np.flatnonzero(codes == 10)
@@ -159,13 +178,15 @@ def check_lines(path: str | Path, data: bytes) -> None:
 # %% ../nbs/00d_files.ipynb #16e57649
 class RawTable(NamedTuple):
     "The rows of a file before anybody asks what they mean."
-    path: Path
+    path: Path  # the file
     member: str  # name of the file inside a zip, else ""
     header: list[str]  # column names as written; empty for a file without header
     frame: pd.DataFrame  # by row of the file; columns 0, 1, ... without header
     ticker: str = ""  # ticker of a yfinance file with three header lines, else ""
 
-def is_number(text: str) -> bool:
+def is_number(
+    text: str,  # a field; blanks and quotes around it do not count
+) -> bool:
     "Whether a field reads as a number."
     return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text.strip(' "')) is not None
 
@@ -208,7 +229,8 @@ def text_table(path: Path, data: bytes, member: str) -> RawTable:
     top = [header_fields(line) for line in data.split(b"\n", 3)[:3]]
     if len(top[0]) > MAX_COLUMNS:
         raise SourceError(path, f"has {len(top[0]):,} columns", f"Keep those needed, {MAX_COLUMNS} at most")
-    if is_number(top[0][0]) or re.match(r"\d{4}-\d\d-\d\d", top[0][0]): return RawTable(path, member, [], parse_rows(data, 1, None))
+    if is_number(top[0][0]) or re.match(r"\d{4}-\d\d-\d\d", top[0][0]):
+        return RawTable(path, member, [], parse_rows(data, 1, None))
     names, ticker, first = top[0], "", 2
     if three := yfinance_header(path, top): names, ticker, first = *three, 4
     check_names(path, names)
@@ -325,7 +347,10 @@ def list_files(
 # %% ../nbs/00d_files.ipynb #ce650163
 EARLIEST, LATEST = pd.Timestamp("1900-01-01", tz="UTC"), pd.Timestamp("2100-01-01", tz="UTC")
 
-def to_number(path: str | Path, values: pd.Series) -> pd.Series:
+def to_number(
+    path: str | Path,  # the file, for the message
+    values: pd.Series,  # a column by row of the file
+) -> pd.Series:
     "A column as float64, NaN where a field is empty; `SourceError` for anything that is not a number."
     if not pd.api.types.is_numeric_dtype(values.dtype) and values.dtype.kind in "mM" or pd.api.types.is_bool_dtype(values.dtype):
         raise SourceError(path, f"holds {values.dtype}, not numbers", "Give the column as numbers", column=values.name)
@@ -337,7 +362,10 @@ def to_number(path: str | Path, values: pd.Series) -> pd.Series:
                           column=values.name)
     return numbers
 
-def epoch_times(path: str | Path, values: pd.Series) -> pd.Series:
+def epoch_times(
+    path: str | Path,  # the file, for the message
+    values: pd.Series,  # unix times by row of the file, all in one unit or not
+) -> pd.Series:
     "Unix time in s, ms, us or ns (told apart by magnitude, 1973 to 2099) as UTC timestamps."
     number = to_number(path, values)
     unit = np.select([number.between(1e8 * 1000**k, 4.1e9 * 1000**k) for k in range(4)], [10**9, 10**6, 10**3, 1], 0)
@@ -351,14 +379,20 @@ def epoch_times(path: str | Path, values: pd.Series) -> pd.Series:
 # %% ../nbs/00d_files.ipynb #0048a63a
 REPAIRS = ("sort", "drop_duplicates", "drop_invalid", "assume_utc", "convert_utc")  # opt-in; counted in table.attrs["repairs"]
 
-def known_repairs(repairs: str | Iterable[str]) -> tuple[str, ...]:
+def known_repairs(
+    repairs: str | Iterable[str],  # names, of `REPAIRS`
+) -> tuple[str, ...]:
     "The repairs as a tuple (one name alone, or an iterator, too), or a `ValueError` for one that does not exist."
     repairs = (repairs,) if isinstance(repairs, str) else tuple(repairs)
     unknown = set(repairs) - set(REPAIRS)
     if unknown: raise ValueError(f"unknown repair {sorted(unknown)}: choose from {REPAIRS}")
     return repairs
 
-def iso_times(path: str | Path, values: pd.Series, example: str) -> tuple[pd.Series, pd.Series]:
+def iso_times(
+    path: str | Path,  # the file, for the message
+    values: pd.Series,  # times by row of the file
+    example: str,  # a time as it should be written, for the message
+) -> tuple[pd.Series, pd.Series]:
     "ISO 8601 text (or typed times) as UTC timestamps, and the zone each is written in (NaN where it has none)."
     if pd.api.types.is_datetime64_any_dtype(values.dtype):
         zone = pd.Series("Z" if getattr(values.dtype, "tz", None) is not None else np.nan, index=values.index, dtype="object")
@@ -381,7 +415,12 @@ def iso_times(path: str | Path, values: pd.Series, example: str) -> tuple[pd.Ser
         raise SourceError(path, problem, f"Write it as {example}", row=row, column=values.name)
     return times.dt.as_unit("ns"), zone.mask(zone.isin(["+00:00", "+0000", "+00", "-00:00"]), "Z")
 
-def utc_times(path: str | Path, values: pd.Series, repairs: tuple, counts: dict) -> pd.Series:
+def utc_times(
+    path: str | Path,  # the file, for the message
+    values: pd.Series,  # times by row of the file
+    repairs: Container[str],  # those asked for, of `REPAIRS`
+    counts: dict[str, int],  # gets how many times each repair was used
+) -> pd.Series:
     "Unix times, or ISO 8601 text with its UTC offset, as UTC timestamps."
     first = values.iloc[0]
     if pd.api.types.is_numeric_dtype(values.dtype) or is_number(str(first)): return epoch_times(path, values)
@@ -395,7 +434,10 @@ def utc_times(path: str | Path, values: pd.Series, repairs: tuple, counts: dict)
         if wrong[row]: counts[repair] = int(wrong.sum())
     return times
 
-def utc_dates(path: str | Path, values: pd.Series) -> pd.Series:
+def utc_dates(
+    path: str | Path,  # the file, for the message
+    values: pd.Series,  # dates by row of the file
+) -> pd.Series:
     "Calendar dates (or times without zone, in a format whose convention is UTC, or unix times) as UTC timestamps."
     if pd.api.types.is_numeric_dtype(values.dtype): return epoch_times(path, values)
     times, zone = iso_times(path, values, "2024-01-31")

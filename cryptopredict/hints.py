@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,7 @@ class SourceCode:
     negative: set[str]  # names set to a negative number
     windows: set[str]  # names of rolling, expanding or grouped objects
     loops: set[str]  # loop variables
-    splits: list[ast.AST]  # where rows are split, in time or at random
+    splits: list[ast.expr]  # where rows are split, in time or at random
 
 # %% ../nbs/00b_hints.ipynb #5ecca5ca
 def row_selector(node: ast.AST) -> ast.AST | None:
@@ -78,10 +78,12 @@ def row_selector(node: ast.AST) -> ast.AST | None:
 # %% ../nbs/00b_hints.ipynb #aa010e65
 def splits_rows(node: ast.AST) -> bool:
     "Is this a splitter, or the first part of a split such as `x[:n]`, `x.iloc[:9]` or `x.loc[:time]`?"
-    text = isinstance(node, ast.Call) and all(isinstance(a, ast.Constant) for a in node.args)
-    if isinstance(node, ast.Call): return call_name(node) in SPLITS and not (text and call_name(node) == "split")  # not "a,b".split(",")
+    if isinstance(node, ast.Call):
+        text = all(isinstance(a, ast.Constant) for a in node.args)  # not "a,b".split(",")
+        return call_name(node) in SPLITS and not (text and call_name(node) == "split")
     rows = row_selector(node)
-    first = isinstance(rows, ast.Slice) and rows.upper is not None and rows.lower is None
+    if not isinstance(node, ast.Subscript) or not isinstance(rows, ast.Slice): return False
+    first = rows.upper is not None and rows.lower is None
     return first and (call_name(node.value) in ("iloc", "loc") or isinstance(rows.upper, ast.Name))
 
 # %% ../nbs/00b_hints.ipynb #f7381d01
@@ -90,13 +92,14 @@ def survey_source(tree: ast.Module) -> SourceCode:
     nodes = list(ast.walk(tree))
     loops = [(n.target, n.iter) for n in nodes if isinstance(n, ast.For | ast.comprehension)]
     bound = [(t, n.value) for n in nodes if isinstance(n, ast.Assign) for t in n.targets] + loops
-    bound = [(t, v) for t, v in bound + [(n.target, n.value) for n in nodes if isinstance(n, ast.AnnAssign)] if v and call_name(t)]
+    bound += [(n.target, n.value) for n in nodes if isinstance(n, ast.AnnAssign) and n.value]
+    bound = [(t, v) for t, v in bound if call_name(t)]
     return SourceCode(
         parents={child: node for node in nodes for child in ast.iter_child_nodes(node)},
         negative={call_name(target) for target, value in bound if is_negative(value)},
         windows={call_name(target) for target, value in bound if WINDOWS & set(call_chain(value)[:1])},
         loops={n.id for target, _ in loops for n in ast.walk(target) if isinstance(n, ast.Name)},
-        splits=[n for n in nodes if splits_rows(n)])
+        splits=[n for n in nodes if isinstance(n, ast.expr) and splits_rows(n)])
 
 # %% ../nbs/00b_hints.ipynb #ea9b40d3
 def enclosing_nodes(node: ast.AST, code: SourceCode) -> Iterator[ast.AST]:
@@ -123,7 +126,7 @@ def is_partial(node: ast.AST, code: SourceCode) -> bool:
     "Is this a window, a group, rows cut off above, or something called training rows?"
     if (WINDOWS | {"head"}) & set(call_chain(node)) or code.windows & set(call_chain(node)[-1:]): return True
     for n in ast.walk(node):
-        if isinstance(row_selector(n), ast.Slice) and row_selector(n).upper: return True
+        if isinstance(rows := row_selector(n), ast.Slice) and rows.upper: return True
         if "train" in call_name(n).lower() or {"tr", "fit", "refit", "past"} & set(call_name(n).lower().split("_")): return True
     return False
 
@@ -200,7 +203,7 @@ ALWAYS = {  # names of calls, why each is hinted wherever it stands
 }
 
 # %% ../nbs/00b_hints.ipynb #d496e530
-KEYWORDS = {
+KEYWORDS: dict[tuple[str, object], str] = {
     ("center", True): "a centred window holds as many later rows as earlier ones",
     **{("method", fill): "fills from the next known row; 'ffill' carries the past" for fill in ("bfill", "backfill")},
     ("method", "nearest"): "the nearest row may be a later one",
@@ -218,10 +221,12 @@ RULES = [  # names of calls, when they are hinted, why
     ("", is_unmasked, "every step attends to later ones; give is_causal=True or a mask"),
     ("gradient", lambda call, code: is_module_call(call), "a central difference uses the next row"),
     ("cut", lambda call, code: type(argument_value(call, "bins", 1)) is int, "the bin edges span the range of all rows"),
-    ("train_test_split", lambda call, code: argument_value(call, "shuffle") is not False, "test rows are drawn among their neighbours"),
+    ("train_test_split", lambda call, code: argument_value(call, "shuffle") is not False,
+     "test rows are drawn among their neighbours"),
     ("cross_val_score cross_val_predict cross_validate GridSearchCV RandomizedSearchCV",
      lambda call, code: isinstance(argument_value(call, "cv"), int | None), "default folds train on rows after the test rows"),
-    ("sort_values sort_index", lambda call, code: argument_value(call, "ascending") is False and FORWARD & applied_names(call, code),
+    ("sort_values sort_index",
+     lambda call, code: argument_value(call, "ascending") is False and FORWARD & applied_names(call, code),
      "in descending order whatever accumulates comes from the future"),
     ("resample", lambda call, code: argument_value(call, "label") != "right" and "shift" not in applied_names(call, code),
      "a bin is labelled with its start, where its content is not known yet; label it right, or shift"),
@@ -236,8 +241,8 @@ def call_hints(call: ast.Call, code: SourceCode) -> Iterator[str]:
     for names, when, why in RULES:
         if (not names or name in names.split()) and when(call, code): yield f"{name}: {why}"
     for k in call.keywords:
-        key = (k.arg, k.value.value) if isinstance(k.value, ast.Constant) else None
-        if key in KEYWORDS: yield f"{k.arg}={k.value.value!r}: {KEYWORDS[key]}"
+        if k.arg is None or not isinstance(k.value, ast.Constant): continue
+        if hint := KEYWORDS.get((k.arg, k.value.value)): yield f"{k.arg}={k.value.value!r}: {hint}"
 
 # %% ../nbs/00b_hints.ipynb #d625637a
 def index_hints(node: ast.Subscript, code: SourceCode) -> Iterator[str]:
@@ -255,7 +260,8 @@ def all_hints(tree: ast.Module) -> list[tuple[int, str]]:
     "Line and hint, in order; what a rule says of a line it says once."
     code, found = survey_source(tree), {}
     for node in ast.walk(tree):
-        hints, line = (), None
+        hints: Iterable[str] = ()
+        line: int | None = None
         if isinstance(node, ast.Call): hints, line = call_hints(node, code), node.func.end_lineno
         if isinstance(node, ast.Subscript): hints, line = index_hints(node, code), node.slice.lineno
         for hint in hints: found.setdefault((line, hint.partition(": ")[2]), hint)

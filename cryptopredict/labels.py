@@ -40,16 +40,23 @@ TASKS = dict(cls="direction (log loss)", p10="10 % quantile (pinball)", p90="90 
              vol="log volatility (squared error)")  # losses a network is trained on
 QUANTILE_WEIGHT = 10  # pinball losses of a 90-day return are about a tenth of the others
 
-def regression_loss(losses: Mapping) -> Any:
-    "Weighted sum of the losses `p10, p90, vol`: QUANTILE_WEIGHT (p10 + p90) + vol; of numbers or tensors."
+def regression_loss(
+    losses: Mapping[str, Any],  # by task, numbers or tensors
+) -> Any:
+    "Weighted sum of the losses `p10, p90, vol`: QUANTILE_WEIGHT (p10 + p90) + vol."
     return QUANTILE_WEIGHT * (losses["p10"] + losses["p90"]) + losses["vol"]
 
-def total_loss(losses: Mapping) -> Any:
+def total_loss(
+    losses: Mapping[str, Any],  # by task, numbers or tensors
+) -> Any:
     "Sum of all losses `cls, p10, p90, vol` as an untrained network weighs them: cls + `regression_loss`."
     return losses["cls"] + regression_loss(losses)
 
 # %% ../nbs/02_labels.ipynb #ae6e45f1
-def hours_in(duration: str | pd.Timedelta, name: str = "duration") -> int:
+def hours_in(
+    duration: str | pd.Timedelta,  # such as "90D"
+    name: str = "duration",  # how the message calls it
+) -> int:
     "A duration as a whole number of hours, or a `ValueError`."
     hours = pd.Timedelta(duration) / pd.Timedelta("1h")
     if not (hours >= 1 and hours == int(hours)):
@@ -57,7 +64,10 @@ def hours_in(duration: str | pd.Timedelta, name: str = "duration") -> int:
     return int(hours)
 
 # %% ../nbs/02_labels.ipynb #5d6912ad
-def check_hourly(index: pd.DatetimeIndex, name: str = "index") -> pd.DatetimeIndex:
+def check_hourly(
+    index: pd.DatetimeIndex,  # decision times, UTC
+    name: str = "index",  # how the message calls it
+) -> pd.DatetimeIndex:
     "`index` unchanged, or a `ValueError` naming the first row that is not one hour after the one before."
     gap = np.flatnonzero(np.diff(check_times(index, name).as_unit("ns").asi8) != pd.Timedelta("1h").as_unit("ns").value)
     if len(gap):
@@ -77,7 +87,9 @@ def path_quantile(log_close: pd.Series, hours: int, q: float) -> pd.Series:
     return log_close.rolling(hours).quantile(q).shift(-hours) - log_close
 
 # %% ../nbs/02_labels.ipynb #4d1800d0
-def check_labels(labels: pd.DataFrame) -> pd.DataFrame:
+def check_labels(
+    labels: pd.DataFrame,  # as from `make_labels`; columns may be missing
+) -> pd.DataFrame:
     "`labels` unchanged, or a `ValueError` that names time and column of the first impossible value."
     tests = dict(direction=(lambda v: ~np.isin(v, (0, 1, 2)), "is no class: give 0 (down), 1 (flat), 2 (up) or NA"),
                  sigma=(lambda v: ~((v >= 0) & np.isfinite(v)), "is no volatility: give a finite number of at least 0, or NaN"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -170,7 +171,7 @@ def point_in_time(
     return (panel, came) if provenance else panel
 
 # %% ../nbs/00_leakage.ipynb #a3dd3483
-def as_ranges(rows) -> tuple[range, ...] | np.ndarray:
+def as_ranges(rows: Sequence[int] | np.ndarray) -> tuple[range, ...] | np.ndarray:
     "Positions as runs of neighbours, in their order; what holds no integers stays as it is, for an audit to name."
     if isinstance(rows, range): return (rows,)
     rows = np.asarray(rows)
@@ -195,10 +196,10 @@ class Fold:
 
     def __init__(
         self,
-        train: Sequence[int],  # for choices: labels end before `valid` begins
-        valid: Sequence[int],  # for choices: labels end before `test` begins
-        test: Sequence[int],  # never used for a choice
-        refit: Sequence[int],  # all rows whose labels matured before `test` begins
+        train: Sequence[int] | np.ndarray,  # for choices: labels end before `valid` begins
+        valid: Sequence[int] | np.ndarray,  # for choices: labels end before `test` begins
+        test: Sequence[int] | np.ndarray,  # never used for a choice
+        refit: Sequence[int] | np.ndarray,  # all rows whose labels matured before `test` begins
         by_label: Mapping[str, Fold] | None = None,  # the same fold for single labels; None: all share these rows
     ):
         self.ranges = {name: as_ranges(rows) for name, rows in zip(self.PARTS, (train, valid, test, refit))}
@@ -209,8 +210,11 @@ class Fold:
     test = property(lambda self: as_positions(self.ranges["test"]), doc="Forecast; never used for a choice.")
     refit = property(lambda self: as_positions(self.ranges["refit"]), doc="Labels matured before the test begins.")
 
-    def of(self, label: str) -> Fold:
-        "The fold of the label whose end is named, such as `sigma_end`: each row counts as soon as that label has matured."
+    def of(
+        self,
+        label: str,  # name of the column that holds when the label ends, such as `sigma_end`
+    ) -> Fold:
+        "The fold of one label, where each row counts as soon as that label has matured."
         return self.by_label.get(label, self)
 
     def __repr__(self) -> str:
@@ -343,14 +347,24 @@ class FoldSplit:
     ):
         self.folds = list(folds)
 
-    def split(self, X=None, y=None, groups=None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def split(
+        self,
+        X: Any = None,  # not used
+        y: Any = None,  # label of each row (n,); None: all are known
+        groups: Any = None,  # not used
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         "Positions to fit on and to test on, a pair a fold; rows whose `y` is missing are left out of both."
         known = None if y is None else pd.notna(pd.Series(np.asarray(y).ravel())).to_numpy()
         for fold in self.folds:
             pair = fold.refit, fold.test
             yield pair if known is None else tuple(rows[known[rows]] for rows in pair)
 
-    def get_n_splits(self, X=None, y=None, groups=None) -> int:
+    def get_n_splits(
+        self,
+        X: Any = None,  # not used
+        y: Any = None,  # not used
+        groups: Any = None,  # not used
+    ) -> int:
         "How many folds there are."
         return len(self.folds)
 
@@ -422,19 +436,19 @@ def as_fold(fold, number: int) -> Fold:
 
 # %% ../nbs/00_leakage.ipynb #fc54942a
 def audit_folds(
-    folds: list[Fold | tuple],  # `train, valid, test, refit` positions each, or (train, test) as scikit-learn gives them
+    folds: Sequence[Fold | tuple],  # `train, valid, test, refit` positions each, or (train, test) as scikit-learn gives them
     # Label end(s) by decision time. A frame has a column a label: parts are judged by the longest, those of `fold.of` by theirs.
     label_end: pd.Series | pd.DataFrame,
     embargo: str | pd.Timedelta = "0D",  # embargo that was asked for
 ) -> LeakReport:
     """Labels of training rows that share time with labels of tested ones, before or after them, and a missing embargo: leaks.
     Training rows after the test begins, as in a purged K-fold, and shuffled rows are suspects."""
-    folds = [as_fold(f, k) for k, f in enumerate(folds)]
-    if not folds: raise ValueError("folds is empty: give at least one")
+    checked = [as_fold(f, k) for k, f in enumerate(folds)]
+    if not checked: raise ValueError("folds is empty: give at least one")
     if isinstance(embargo, (int, float)): raise ValueError(f"embargo is {embargo!r}: give a duration such as '24h'")
     index = check_times(pd.DatetimeIndex(label_end.index), "label_end.index")
     every, embargo, findings = ends_by_label(label_end, index), pd.Timedelta(embargo), []
-    for k, f in enumerate(folds):
+    for k, f in enumerate(checked):
         own = {name: part for name, part in getattr(f, "by_label", {}).items() if name in every}
         for label, fold in {"": f, **own}.items():
             where = f"fold {k}{f', {label}' if label else ''}"
@@ -443,9 +457,9 @@ def audit_folds(
             for name, other in (("train", "valid"), ("valid", "test"), ("refit", "test"), ("train", "test")):
                 if len(parts[name]) and len(parts[other]):
                     findings += audit_pair(index, every[label], parts, (where, name, other), embargo)
-    absent = sorted({name for f in folds for name in getattr(f, "by_label", {}) if name not in every})
+    absent = sorted({name for f in checked for name in getattr(f, "by_label", {}) if name not in every})
     note = {"folds of single labels": f"untested: label_end has no column {', '.join(absent)}"} if absent else {}
-    return make_report(findings, {"folds": len(folds), "embargo": str(embargo)} | note)
+    return make_report(findings, {"folds": len(checked), "embargo": str(embargo)} | note)
 
 # %% ../nbs/00_leakage.ipynb #32a438b7
 class AuditError(ValueError):
@@ -556,7 +570,9 @@ def tolerances(subject: AuditedFunction, base: pd.DataFrame) -> dict[str, tuple[
     return allowed
 
 # %% ../nbs/00_leakage.ipynb #c356d8ea
-def compare_outputs(base: pd.DataFrame, other: pd.DataFrame, until: pd.Timestamp, kind: str, allowed: dict, label: str) -> list[dict]:
+def compare_outputs(
+    base: pd.DataFrame, other: pd.DataFrame, until: pd.Timestamp, kind: str, allowed: dict, label: str,
+) -> list[dict]:
     "Findings where `other` disagrees with `base` at or before `until`; a missing row says no more than an empty one."
     base, other = base.loc[:until], other.loc[:until]
     def finding(column, time, size, detail):
@@ -651,7 +667,8 @@ def suspect_rows(subject: AuditedFunction, base: pd.DataFrame, allowed: dict) ->
             hit = moved[rows] > moved[rows - back]
             if 0 < hit.mean() < .5: found.setdefault((c, mode), []).append((hit.mean(), rows[hit]))
     # Where rounds disagree on how rare it is, the larger ones met the function's own memory.
-    kept = [[rows for share, rows in rounds if share <= 3 * rounds[0][0]] for rounds in (sorted(found_rounds, key=lambda r: r[0]) for found_rounds in found.values())]
+    for rounds in found.values(): rounds.sort(key=lambda r: r[0])
+    kept = [[rows for share, rows in rounds if share <= 3 * rounds[0][0]] for rounds in found.values()]
     return sorted((np.unique(np.concatenate(rows)) for rows in kept), key=len)
 
 # %% ../nbs/00_leakage.ipynb #a69e7102
@@ -753,7 +770,7 @@ def check_audited(frame: pd.DataFrame, n_cuts: int) -> None:
 def summarise_tests(subject: AuditedFunction, base: pd.DataFrame) -> dict:
     "What an audit's calls could test and what they could not; an `AuditError` where that is nothing."
     if not subject.seen: raise AuditError(f"nothing could be compared: {subject.first or 'fn returned no value before any cut'}")
-    tested = {"runs": subject.runs, "runs that raised": subject.raised}
+    tested: dict[str, int | str] = {"runs": subject.runs, "runs that raised": subject.raised}
     for kind in ("truncation", "perturbation"):
         if kind not in subject.asked: tested[kind] = f"untested: {subject.raised} runs raised"
     blind, still = ([c for c in base if c not in some] for some in (subject.seen, subject.moves))
@@ -813,7 +830,7 @@ def audit_cells(table: pd.DataFrame, values: pd.Series, rows: np.ndarray, max_ag
                  detail=f"{len(cells)} cells; magnitude: {unit}") for kind, size, cells, unit in tests if len(cells)]
 
 # %% ../nbs/00_leakage.ipynb #fa9ead95
-def tables_by_column(tables: list[pd.DataFrame], panel: pd.DataFrame, provenance: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def tables_by_column(tables: Sequence[pd.DataFrame], panel: pd.DataFrame, provenance: pd.DataFrame) -> dict[str, pd.DataFrame]:
     "The table of each column of `provenance`; a `ValueError` says what does not belong together."
     if not panel.index.equals(provenance.index):
         raise ValueError(f"panel has {len(panel)} rows, provenance {len(provenance)}, or other times: give both of one join")
@@ -830,7 +847,7 @@ def tables_by_column(tables: list[pd.DataFrame], panel: pd.DataFrame, provenance
 
 # %% ../nbs/00_leakage.ipynb #617e1e3e
 def audit_availability(
-    tables: list[pd.DataFrame],  # source tables the panel was joined from
+    tables: Sequence[pd.DataFrame],  # source tables the panel was joined from
     panel: pd.DataFrame,  # joined panel
     provenance: pd.DataFrame,  # row of its table each cell came from, as `point_in_time(..., provenance=True)` gives it
     max_age: str | pd.Timedelta | Mapping | None = None,  # oldest value allowed; None: as the join had it (`provenance.attrs`)

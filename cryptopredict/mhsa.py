@@ -118,49 +118,66 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int, seen: Tensor, seri
 ATTEND = dict(sdpa=attend_sdpa, flex=attend_flex, reference=attend_reference)
 
 # %% ../nbs/04_mhsa.ipynb #16f7416b
-def attend_block(cfg: MHSAConfig, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, reset: Tensor | None) -> tuple[Tensor, KVCache]:
+def attend_block(
+    cfg: MHSAConfig, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, reset: Tensor | None,
+) -> tuple[Tensor, KVCache]:
     "Attention of one block of queries to the cache and itself, and the cache after it."
     t, w = q.shape[2], cfg.kv_window
     keys, values = torch.cat([cache.k.to(k.dtype), k], 2), torch.cat([cache.v.to(v.dtype), v], 2)
     at, series = torch.arange(w + t, device=q.device), None if reset is None else F.pad(reset.cumsum(1), (w, 0))
     turned = rotate(q, at[w:], cfg.base), rotate(keys, at, cfg.base)
     y = ATTEND[cfg.kernel](*turned, values, w, cache.seen, series)
-    kept = (m[:, :, t:].to(cache.k.dtype).clone() for m in (keys, values))  # a view would keep all of them alive
+    k_left, v_left = (m[:, :, t:].to(cache.k.dtype).clone() for m in (keys, values))  # a view would keep all of them alive
     seen = (cache.seen + t).clamp_max(w)
     if series is not None:  # what is of another series is forgotten
         seen = torch.minimum(seen, (series[:, w:] == series[:, -1:]).sum(1) + cache.seen * (series[:, -1] == 0))
         gone = (torch.arange(w, device=q.device) < w - seen[:, None])[:, None, :, None]  # (b, 1, w, 1)
-        kept = tuple(m.masked_fill(gone, 0) for m in kept)
-    return y, KVCache(*kept, seen)
+        k_left, v_left = (m.masked_fill(gone, 0) for m in (k_left, v_left))
+    return y, KVCache(k_left, v_left, seen)
 
 # %% ../nbs/04_mhsa.ipynb #9c89c1fd
 class MHSA(nn.Module):
     "Causal multi-head self-attention over a window, with a bounded cache that is carried between chunks."
 
-    def __init__(self, cfg: MHSAConfig):
+    def __init__(
+        self,
+        cfg: MHSAConfig,  # sizes
+    ):
         super().__init__()
         self.cfg = cfg
         self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=False)
         self.out_proj = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
 
-    def init_state(self, batch: int) -> KVCache:
+    def init_state(
+        self,
+        batch: int,  # streams
+    ) -> KVCache:
         "An empty cache."
         c, w = self.cfg, self.qkv.weight
         empty = w.new_zeros(batch, c.n_heads, c.kv_window, c.d_model // c.n_heads)
         return KVCache(empty, empty.clone(), torch.zeros(batch, dtype=torch.int64, device=w.device))
 
-    def forward(self, u: Tensor, cache: KVCache | None = None, reset: Tensor | None = None) -> tuple[Tensor, KVCache]:
-        "Outputs (b, t, d_model) for inputs of that shape, and the cache after the last step; `reset` as for `ssd_scan`."
+    def forward(
+        self,
+        u: Tensor,  # inputs (b, t, d_model)
+        cache: KVCache | None = None,  # before the first step; None: empty
+        reset: Tensor | None = None,  # True: another series begins at this step (b, t)
+    ) -> tuple[Tensor, KVCache]:
+        "Outputs (b, t, d_model), and the cache after the last step."
         c, cache = self.cfg, check_state(self, u, cache, reset, "cache")
         parts = [m.split(c.block, 2) for m in rearrange(self.qkv(u), "b t (three h d) -> three b h t d", three=3, h=c.n_heads)]
         resets, ys = [None] * len(parts[0]) if reset is None else reset.split(c.block, 1), []
-        for *part, r in zip(*parts, resets):
-            y, cache = attend_block(c, *part, cache, r)
+        for q, k, v, r in zip(*parts, resets):
+            y, cache = attend_block(c, q, k, v, cache, r)
             ys.append(y)
         return self.out_proj(rearrange(torch.cat(ys, 2), "b h t d -> b t (h d)")), cache
 
-    def step(self, u_t: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
-        "One time step: u_t (b, d_model)."
+    def step(
+        self,
+        u_t: Tensor,  # input of one step (b, d_model)
+        cache: KVCache,  # before it
+    ) -> tuple[Tensor, KVCache]:
+        "Output (b, d_model) of one step, and the cache after it."
         y, cache = self(check_step(u_t, self.cfg.d_model), cache)
         return y[:, 0], cache
 
@@ -168,14 +185,20 @@ class MHSA(nn.Module):
 @register_state()
 class HybridState(NamedTuple):
     "What a block with attention remembers between chunks."
-    mixer: Mamba2State
-    attention: KVCache
+    mixer: Mamba2State  # of the mixer
+    attention: KVCache  # of the attention branch
 
 # %% ../nbs/04_mhsa.ipynb #1a303b88
 class HybridBlock(nn.Module):
     "A Mamba2 block with a gated attention branch beside the mixer."
 
-    def __init__(self, cfg: Mamba2Config, mlp: int, attention: MHSAConfig, dropout: float = 0.):
+    def __init__(
+        self,
+        cfg: Mamba2Config,  # sizes of the mixer
+        mlp: int,  # hidden width of the MLP
+        attention: MHSAConfig,  # sizes of the attention; its d_model is that of the mixer
+        dropout: float = 0.,  # probability, on both branches of the residual stream
+    ):
         super().__init__()
         if attention.d_model != cfg.d_model:
             raise ValueError(f"attention has d_model {attention.d_model}, the mixer {cfg.d_model}: give both the same")
@@ -183,11 +206,19 @@ class HybridBlock(nn.Module):
         self.norm, self.attention = RMSNorm(cfg.d_model), MHSA(attention)
         self.gate = no_weight_decay(nn.Parameter(torch.full((cfg.d_model,), .01)))
 
-    def init_state(self, batch: int) -> HybridState:
+    def init_state(
+        self,
+        batch: int,  # streams
+    ) -> HybridState:
         "The state before anything was seen."
         return HybridState(self.base.init_state(batch), self.attention.init_state(batch))
 
-    def forward(self, u: Tensor, state: HybridState | None = None, reset: Tensor | None = None) -> tuple[Tensor, HybridState]:
+    def forward(
+        self,
+        u: Tensor,  # residual stream (b, t, d_model)
+        state: HybridState | None = None,  # before the first step; None: nothing was seen
+        reset: Tensor | None = None,  # True: another series begins at this step (b, t)
+    ) -> tuple[Tensor, HybridState]:
         "Residual stream (b, t, d_model) after the block, and its state."
         check_input(u, self.base.mixer.in_proj.weight, reset)  # the norm would broadcast a single channel
         fresh = self.init_state(u.shape[0])

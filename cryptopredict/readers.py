@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,8 @@ import pandas as pd
 import pandera.pandas as pa
 from pandas.tseries.holiday import USFederalHolidayCalendar
 
-from .checks import (BAR_COLUMNS, BARS, HOUR, INDEX_QUOTES, OTHER_BARS, OTHER_QUOTES, MONEY, PRICES, WORDS, Asset,
-                                  asset_of,
-                                  check_steps, daily_rules, drop_unfinished, repair)
+from .checks import (BAR_COLUMNS, BARS, HOUR, INDEX_QUOTES, MONEY, OTHER_BARS, OTHER_QUOTES, PRICES, WORDS, Asset,
+                                  asset_of, check_steps, daily_rules, drop_unfinished, repair)
 from .files import (RawTable, SourceError, epoch_times, is_number, known_repairs, read_table, shorten,
                                  to_number, utc_dates, utc_times)
 
@@ -41,7 +40,9 @@ def interval_name(step: pd.Timedelta) -> str:
     return f"{minutes}m"
 
 # %% ../nbs/00f_readers.ipynb #18164dbb
-def interval_in(name: str) -> str:
+def interval_in(
+    name: str,  # of a file
+) -> str:
     "The interval that a file's name gives: `1d` of `BTCUSDT-1d-2024-12-01.csv` or `XBTUSD_1440.csv`; empty where it gives none."
     minutes = re.search(r"(?i)(?:xbt|btc|eth)[a-z]{3,4}[_-](1|5|15|30|60|240|720|1440|10080|21600)\b", name)
     if minutes: return interval_name(pd.Timedelta(minutes=int(minutes[1])))
@@ -49,8 +50,13 @@ def interval_in(name: str) -> str:
     words = {"daily": "1d", "weekly": "1w", "monthly": "1mo"}
     return words.get(named[1].lower(), named[1].lower().replace("min", "m")) if named else ""
 
-def check_hourly_bars(path: str | Path, times: pd.Series, closes: pd.Series | None, name: str = "") -> None:
-    "Raise `SourceError` if bars do not last an hour; `closes`: their closing times if the file has them, `name`: the file's."
+def check_hourly_bars(
+    path: str | Path,  # the file, for the message
+    times: pd.Series,  # opening times by row of the file, increasing
+    closes: pd.Series | None,  # closing times; None where the file has none
+    name: str = "",  # of the file, for an interval in it
+) -> None:
+    "Raise `SourceError` if bars do not last an hour."
     remedy = "Give hourly bars (1h)"
     if closes is not None:
         span = closes - times
@@ -91,7 +97,7 @@ OPEN_NAMES = ("open_time", "opentime", "open time", "ts", "timestamp", "unix", "
 MAX_VOLUME = 1e5  # bitcoins an hour, median of a file: fifty times that of the busiest exchange
 
 # %% ../nbs/00f_readers.ipynb #a6aa88ed
-def check_volume(path: str | Path, frame: pd.DataFrame, table: pd.DataFrame, columns: list[str]) -> None:
+def check_volume(path: str | Path, frame: pd.DataFrame, table: pd.DataFrame, columns: Sequence[str]) -> None:
     "Raise `SourceError` if the volume is in dollars, judged by the quote volume beside it or by how many bitcoins there are."
     quote = next((c for c in columns if re.fullmatch(r"quote[ _](asset[ _])?volume|volume[ _(]*(usdt?|busd|usdc)\)?", c)), None)
     if quote:
@@ -106,7 +112,7 @@ def check_volume(path: str | Path, frame: pd.DataFrame, table: pd.DataFrame, col
         problem = f"{table.loc[row, 'volume']:.6g} in an hour is no volume in bitcoins"
         raise SourceError(path, problem, "Give the volume in bitcoins", row=row, column="volume")
 
-def volume_column(path: str | Path, columns: list[str], base: str) -> str:
+def volume_column(path: str | Path, columns: Sequence[str], base: str) -> str:
     "The column of the volume in coins."
     if "volume" in columns: return "volume"
     found = [c for c in columns if re.fullmatch(rf"volume[ _(]*({base.lower() or 'btc'}|xbt|coin|base)\)?|base[ _]volume|vol", c)]
@@ -114,7 +120,7 @@ def volume_column(path: str | Path, columns: list[str], base: str) -> str:
     raise SourceError(path, "lacks column ['volume']", "Name the column of the volume in coins 'volume'", row=1)
 
 # %% ../nbs/00f_readers.ipynb #fed9b093
-def closing_times(path: str | Path, frame: pd.DataFrame, columns: list[str], times: pd.Series, repairs) -> pd.Series | None:
+def closing_times(path: str | Path, frame: pd.DataFrame, columns: Sequence[str], times: pd.Series, repairs) -> pd.Series | None:
     "Closing times of the bars, an hour after `times` where written as 59:59.999; None if the file has no such column."
     name = next((c for c in columns if c in ("close_time", "closetime", "close time")), None)
     if name is None: return None
@@ -123,7 +129,7 @@ def closing_times(path: str | Path, frame: pd.DataFrame, columns: list[str], tim
     ends = (ends + pd.Timedelta("1ms")).dt.floor("ms")
     return ends.where((ends - times - HOUR).abs() > pd.Timedelta("1s"), times + HOUR)
 
-def open_column(path: str | Path, frame: pd.DataFrame, columns: list[str]) -> str:
+def open_column(path: str | Path, frame: pd.DataFrame, columns: Sequence[str]) -> str:
     "The column of opening times: the first of `OPEN_NAMES`, a unix time before text."
     found = [name for name in OPEN_NAMES if name in columns]
     if not found: raise SourceError(path, "has no column of opening times", f"Name it one of {', '.join(OPEN_NAMES[:-1])}", row=1)
@@ -165,7 +171,7 @@ def finish_table(raw: RawTable, table: pd.DataFrame, available_at, asset: Asset,
 # %% ../nbs/00f_readers.ipynb #19b92bc0
 def read_bars(
     raw: RawTable,  # rows of the file
-    columns: list[str],  # what its columns are called, lower case
+    columns: Sequence[str],  # what its columns are called, lower case
     available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # when each row is known; default: the bar's close
     repairs: Iterable[str] = (),  # opt-in repairs, of `REPAIRS`
 ) -> pd.DataFrame:
@@ -228,8 +234,12 @@ def read_binance(
 PERIODS = {"a week": (7, 7), "two weeks": (14, 14), "a month": (28, 31), "a quarter": (89, 92), "a year": (365, 366)}
 
 # %% ../nbs/00f_readers.ipynb #d69cb988
-def check_daily_rows(path: str | Path, times: pd.Series, business: bool = False) -> None:
-    "Raise `SourceError` if rows are hours, weeks or months apart instead of days; `business`: the series has no weekends."
+def check_daily_rows(
+    path: str | Path,  # the file, for the message
+    times: pd.Series,  # days by row of the file, increasing
+    business: bool = False,  # the series has no weekends
+) -> None:
+    "Raise `SourceError` if rows are hours, weeks or months apart instead of days."
     remedy, gaps = "Download the daily series", times.diff()
     close = (gaps > pd.Timedelta(0)) & (gaps < pd.Timedelta("20h"))
     if close.any():
@@ -257,24 +267,33 @@ def federal_holidays(days: pd.DatetimeIndex) -> np.ndarray:
     return found.to_numpy().astype("datetime64[D]")
 
 # %% ../nbs/00f_readers.ipynb #7cc34eb9
-def next_business_day(table: pd.DataFrame) -> pd.DatetimeIndex:
+def next_business_day(
+    table: pd.DataFrame,  # with `value_time`
+) -> pd.DatetimeIndex:
     "16:15 New York on the US federal business day after each row's day (FRED H.15 yields)."
     days = pd.DatetimeIndex(table["value_time"]).tz_localize(None).normalize()
     after = np.busday_offset(days.to_numpy().astype("datetime64[D]"), 1, roll="backward", holidays=federal_holidays(days))
     return new_york_time(pd.DatetimeIndex(after), "16:15:00")
 
-def next_release_monday(table: pd.DataFrame) -> pd.DatetimeIndex:
+def next_release_monday(
+    table: pd.DataFrame,  # with `value_time`
+) -> pd.DatetimeIndex:
     "16:15 New York on the Monday after each row's week, Tuesday where that is a federal holiday (FRED H.10 indices)."
     days = pd.DatetimeIndex(table["value_time"]).tz_localize(None).normalize()
     monday = days + pd.to_timedelta(7 - days.day_of_week, unit="D")
     holiday = np.isin(monday.to_numpy().astype("datetime64[D]"), federal_holidays(days))
     return new_york_time(monday + pd.to_timedelta(holiday.astype(int), unit="D"), "16:15:00")
 
-def same_evening(table: pd.DataFrame) -> pd.DatetimeIndex:
+def same_evening(
+    table: pd.DataFrame,  # with `value_time`
+) -> pd.DatetimeIndex:
     "17:15 New York on the row's own day, after the ICE session."
     return new_york_time(pd.DatetimeIndex(table["value_time"]), "17:15:00")
 
-def day_end(table: pd.DataFrame, lag: str = "24h") -> pd.Series:
+def day_end(
+    table: pd.DataFrame,  # with `value_time`
+    lag: str = "24h",  # added to the day's end
+) -> pd.Series:
     "The end of the UTC day a row belongs to, plus a lag."
     return table["value_time"].dt.floor("D") + pd.Timedelta("1D") + pd.Timedelta(lag)
 
@@ -313,7 +332,9 @@ def daily_table(raw: RawTable, table: pd.DataFrame, known: Callable, schema: pa.
 # %% ../nbs/00f_readers.ipynb #0cd7b48b
 RELEASES = {"DGS": next_business_day, "DTWEX": next_release_monday}  # how a series' name begins -> when its rows are known
 
-def fred_series(raw: RawTable) -> str:
+def fred_series(
+    raw: RawTable,  # any file
+) -> str:
     "The series a FRED file holds, by its header or, where that says `value`, by its name; empty for another file."
     named = re.search(r"(?<![A-Za-z0-9])(DGS\d{1,2}(?:MO)?|DTWEX[A-Z]+)(?![A-Za-z0-9])", raw.path.name.upper())
     if len(raw.header) != 2: return ""
@@ -386,7 +407,9 @@ COINMETRICS_MARKS = {"AdrActCnt", "AssetEODCompletionTime", "BlkCnt", "CapMVRVCu
 CHAIN_LIMITS = {**dict.fromkeys(CHAIN_COLUMNS, 50.), "FeeTotNtv": 500., "DiffMean": 10., "HashRate": 10., "CapMVRVCur": 10.,
                 "SplyCur": 1.5}
 
-def chart_of(raw: RawTable) -> str:
+def chart_of(
+    raw: RawTable,  # any file
+) -> str:
     "The blockchain.com chart a file holds, by its header or its name; empty where neither says."
     text = " ".join([*raw.header[1:2], raw.path.name, raw.member]).lower().replace("_", "-")
     return next((chart for chart in CHARTS if chart in text), "")
@@ -471,8 +494,8 @@ READERS = dict(kraken=read_kraken, binance=read_binance, coinmetrics=read_coinme
                fred=read_fred, yahoo=read_yahoo, panel=read_panel)
 
 # %% ../nbs/00f_readers.ipynb #9855f22e
-KNOWN_FORMATS = ("Kraken OHLCVT (7 columns), Binance klines (12 columns), a header with time,open,high,low,close,volume in any order, "
-          "Coin Metrics, blockchain.com chart, FRED (one series a file), Yahoo")
+KNOWN_FORMATS = ("Kraken OHLCVT (7 columns), Binance klines (12 columns), a header with time,open,high,low,close,volume in any "
+                 "order, Coin Metrics, blockchain.com chart, FRED (one series a file), Yahoo")
 
 def are_days(times: pd.Series) -> bool:
     "Whether the rows of a file with a column `date` are at least about a day apart."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,7 +105,7 @@ def check_venue_clocks(a: pd.DataFrame, b: pd.DataFrame) -> None:
     x, y = both.to_numpy().T
     cut = lambda v, lag: v[max(lag, 0):len(v) + min(lag, 0)]
     agree = {lag: np.corrcoef(cut(x, lag), cut(y, -lag))[0, 1] for lag in range(-12, 13)}
-    best = max(agree, key=agree.get)
+    best = max(agree, key=lambda lag: agree[lag])
     if best and agree[best] > .6 and sorted(agree.values())[-2] < .4:  # one lag stands out: no periodic series
         one, other = a["file"].iloc[-1], b["file"].iloc[-1]
         problem = f"its returns agree with those of {one} at a distance of {abs(best)} hours, not in the same hours"
@@ -198,8 +198,9 @@ def bitcoin_bars(tables: list[pd.DataFrame], data_dir: Path) -> pd.DataFrame:
     venues = {venue: stack_bars(found) for venue, found in by_venue.items()}
     for found in by_venue.values():  # small files, each too short to tell its period, and files whose period differs
         untold = [table for table in found if not table.attrs["has_closing_times"]]
-        times = pd.concat([t["value_time"] for t in untold]).sort_values(ignore_index=True).drop_duplicates() if untold else []
-        if len(untold) < 2 or len(times) < 3: continue
+        if len(untold) < 2: continue
+        times = pd.concat([t["value_time"] for t in untold]).sort_values(ignore_index=True).drop_duplicates()
+        if len(times) < 3: continue
         check_hourly_bars(untold[-1].attrs["file"], times, None)
         steps = pd.concat([t["value_time"].diff().dropna() for t in untold])
         step = steps.iloc[0] if len(steps) else HOUR
@@ -224,8 +225,9 @@ def use_panel_names(table: pd.DataFrame) -> pd.DataFrame:
     if kind == "blockchaincom" and not attrs["chart"]:
         remedy = f"Name it after its chart; used are {list(CHARTS)}"
         raise SourceError(attrs["file"], "does not say which blockchain.com chart it holds", remedy)
-    names = {"coinmetrics": CHAIN_COLUMNS, "fred": MACRO_COLUMNS, "yahoo": {"close": "dxy"},
-             "blockchaincom": {"value": CHARTS.get(attrs.get("chart"))}}[kind]
+    renames: dict[str, dict] = {"coinmetrics": CHAIN_COLUMNS, "fred": MACRO_COLUMNS, "yahoo": {"close": "dxy"},
+                                "blockchaincom": {"value": CHARTS.get(attrs.get("chart"))}}
+    names = renames[kind]
     out = table[["value_time", "available_at", *(c for c in table.columns if c in names)]].rename(columns=names)
     out.attrs = attrs
     return out
@@ -310,7 +312,7 @@ def bitcoin_chain(tables: list[pd.DataFrame], bars: pd.DataFrame, data_dir: Path
 # %% ../nbs/00g_sources.ipynb #406488f4
 class Sources(NamedTuple):
     "What a folder holds, read and checked."
-    data_dir: Path
+    data_dir: Path  # the folder
     bars: pd.DataFrame | None  # hourly bars of all venues, with `hour`, `file`, `is_splice`; None for a prepared panel
     tables: list[pd.DataFrame]  # daily source tables under the panel's names, with `file`
     prepared: pd.DataFrame | None  # the panel, where the folder holds one
@@ -385,7 +387,7 @@ def fill_bars(bars: pd.DataFrame, limit: int = FILL_LIMIT) -> pd.DataFrame:
 # %% ../nbs/00g_sources.ipynb #927bdc09
 def join_panel(
     bars: pd.DataFrame,  # hourly bars with `is_splice`, as `load_tables` returns them
-    tables: list[pd.DataFrame],  # daily source tables under the panel's names
+    tables: Sequence[pd.DataFrame],  # daily source tables under the panel's names
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     "Panel and provenance (row of its table behind each daily cell, -1 for none); a metric no table has is NaN."
     market = fill_bars(bars)
@@ -470,10 +472,11 @@ def panel_row(panel: pd.DataFrame, provided: set[str]) -> dict:
 def used_rows(found: Sources, provenance: pd.DataFrame | None) -> dict[str, int]:
     "How many rows of each file stand somewhere in the panel."
     if found.prepared is not None: return {t.attrs["file"]: len(t) for t in found.files}
+    assert found.bars is not None and provenance is not None  # only a prepared panel has none
     used = found.bars["file"].value_counts().to_dict()
     for table in found.tables:
-        rows = [provenance[c].unique() for c in table.columns if c in provenance]
-        rows = np.unique(np.concatenate(rows)) if rows else np.array([], int)
+        cells = [provenance[c].unique() for c in table.columns if c in provenance]
+        rows = np.unique(np.concatenate(cells)) if cells else np.array([], int)
         used |= table["file"].iloc[rows[rows >= 0]].value_counts().to_dict()
     return used
 
@@ -489,7 +492,8 @@ def build_panel(
     used, rows = used_rows(found, provenance), {}
     for table in found.files:
         file = table.attrs["file"]
-        rows[file] = file_row(table, used.get(file, 0), panel, found.skipped.get(Path(file), ""), table_asset(table, found.data_dir))
+        skipped, asset = found.skipped.get(Path(file), ""), table_asset(table, found.data_dir)
+        rows[file] = file_row(table, used.get(file, 0), panel, skipped, asset)
     rows |= {str(path): dict(status="not read", note=why) for path, why in found.skipped.items() if str(path) not in rows}
     if found.hidden: rows["(hidden)"] = dict(status="not read", note=f"{found.hidden} hidden files or folders passed over")
     provided = {c for t in found.tables for c in t} if found.prepared is None else {*panel.columns[panel.notna().any()]}
@@ -515,16 +519,17 @@ def inventory(
 # %% ../nbs/00g_sources.ipynb #b86235ae
 def input_ages(
     panel: pd.DataFrame,  # hourly panel
-    tables: list[pd.DataFrame] | None = None,  # its daily source tables
+    tables: Sequence[pd.DataFrame] | None = None,  # its daily source tables
     provenance: pd.DataFrame | None = None,  # the row of its table behind each cell
 ) -> pd.Series:
     """The age of each input at the newest hour, by column, from the beginning of the period it describes; NaT where it is missing
     there. `bars` is the newest bar with a trade. Columns without provenance (a prepared or a built-in panel) are left out."""
     now, traded = panel.index[-1], panel.index[~panel["is_filled"].to_numpy(bool)]
     ages = {"bars": now - (traded[-1] - pd.Timedelta("1h")) if len(traded) else pd.NaT}
+    known = pd.DataFrame() if provenance is None else provenance
     for table in tables or ():
-        for name in [c for c in table.columns[2:] if provenance is not None and c in provenance]:
-            row = provenance[name].iloc[-1]
+        for name in [c for c in table.columns[2:] if c in known]:
+            row = known[name].iloc[-1]
             ages[name] = now - table["value_time"].iloc[row] if row >= 0 else pd.NaT
     return pd.Series(ages, dtype="timedelta64[ns]")
 

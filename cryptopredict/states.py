@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from .storage import write_atomic
 # %% auto #0
 __all__ = ['State', 'MIN_DTYPE', 'debug_flag', 'AUTOCAST', 'map_state', 'detach', 'concat_states', 'where_state',
            'register_state', 'move_state', 'save_state', 'load_state', 'debug', 'check_finite', 'check_tensors',
-           'check_reset', 'check_like', 'check_step', 'check_input', 'check_state']
+           'check_reset', 'check_like', 'check_step', 'check_input', 'StatefulModule', 'check_state']
 
 # %% ../nbs/02a_states.ipynb #70ce2d50
 State = TypeVar("State")  # tensors in (named) tuples in tuples
@@ -35,13 +35,15 @@ def map_state(
     "A state of the same structure, made of `fn` of each tensor."
     return tree_map(fn, state, *others)
 
-def detach(state: State) -> State:
+def detach(
+    state: State,  # a state
+) -> State:
     "The same state cut off from the graph that made it: the one place where truncated backpropagation truncates."
     return tree_map(Tensor.detach, state)
 
 # %% ../nbs/02a_states.ipynb #d8293f81
 def concat_states(
-    states: list[State],  # of the same structure, batch first
+    states: Sequence[State],  # of the same structure, batch first
 ) -> State:
     "The states of several groups of streams as one state of all of them."
     return states[0] if len(states) == 1 else tree_map(lambda *parts: torch.cat(parts), *states)
@@ -57,7 +59,9 @@ def where_state(
 # %% ../nbs/02a_states.ipynb #67721d8d
 MIN_DTYPE: dict[type, dict[str, torch.dtype]] = {}  # by class of a state and field, the narrowest dtype it may be kept in
 
-def register_state(**min_dtype: torch.dtype) -> Callable[[type[State]], type[State]]:
+def register_state(
+    **min_dtype: torch.dtype,  # by field, the narrowest dtype it may be kept in
+) -> Callable[[type[State]], type[State]]:
     "Decorator of a named tuple that is part of states: the fields named are never narrower than the dtype given."
     def register(cls: type[State]) -> type[State]:
         MIN_DTYPE[cls] = min_dtype
@@ -71,13 +75,13 @@ def move_state(
 ) -> State:
     "The state on another device, or for a model in another precision; `MIN_DTYPE` is respected, whole numbers stay whole."
     if dtype is not None and not dtype.is_floating_point: raise ValueError(f"dtype is {dtype}: give a floating type")
-    if isinstance(state, Tensor): return state.to(device, dtype if state.is_floating_point() else None)
-    narrowest = MIN_DTYPE.get(type(state), {})
-    parts = []
-    for name, part in zip(getattr(state, "_fields", range(len(state))), state):
-        wide = dtype and torch.promote_types(dtype, narrowest.get(name, dtype))
-        parts.append(move_state(part, device, wide))
-    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    def move(part: Any, dtype: torch.dtype | None) -> Any:
+        if isinstance(part, Tensor): return part.to(device, dtype if part.is_floating_point() else None)
+        narrowest = MIN_DTYPE.get(type(part), {})
+        parts = [move(p, dtype and torch.promote_types(dtype, narrowest.get(name, dtype)))
+                 for name, p in zip(getattr(part, "_fields", range(len(part))), part)]
+        return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
+    return move(state, dtype)
 
 # %% ../nbs/02a_states.ipynb #9b6743ef
 def state_digest(tensors: dict[str, Tensor]) -> str:
@@ -87,7 +91,7 @@ def state_digest(tensors: dict[str, Tensor]) -> str:
 
 # %% ../nbs/02a_states.ipynb #33339786
 def save_state(
-    state,  # a state
+    state: Any,  # a state
     path: str | Path,  # safetensors file; it holds the old or the new state, never half of one
 ) -> None:
     "Write a state to a file; a `ValueError` names the file where it cannot be written."
@@ -134,14 +138,19 @@ def debug(
     try: yield
     finally: debug_flag[0] = before
 
-def check_finite(name: str, value: Tensor) -> None:
+def check_finite(
+    name: str,  # of the argument in the message
+    value: Tensor,  # the argument
+) -> None:
     "Under `debug`, a `ValueError` that names the argument, its shape and the first place that is not finite."
     if not debug_flag[0] or not value.is_floating_point() or torch.isfinite(value).all(): return
     at = tuple(torch.nonzero(~torch.isfinite(value))[0].tolist())
     raise ValueError(f"{name} of shape {tuple(value.shape)} is {value[at].item()} at {at}: look for it where {name} is made")
 
 # %% ../nbs/02a_states.ipynb #723aa99e
-def check_tensors(**given: Any) -> None:
+def check_tensors(
+    **given: Any,  # arguments by name
+) -> None:
     "A `ValueError` that names the first argument that is no tensor."
     for name, value in given.items():
         if not isinstance(value, Tensor): raise ValueError(f"{name} is {type(value).__name__}; expected a torch.Tensor")
@@ -162,10 +171,10 @@ def check_reset(
 # %% ../nbs/02a_states.ipynb #d6a23f4b
 def check_like(
     given: Any,  # state that was passed
-    due: State,  # state of the structure, shapes, dtypes and devices that it must have
+    due: Any,  # state of the structure, shapes, dtypes and devices that it must have
     name: str,  # of the argument in the message
     u: Tensor,  # input that it goes with, for the message
-) -> State:
+) -> Any:
     "`given`, if it is like `due`; else a `ValueError` that names the part and both shapes."
     if type(given) is not type(due): raise ValueError(f"{name} is {type(given).__name__}; expected {type(due).__name__}")
     if isinstance(due, tuple):
@@ -176,7 +185,8 @@ def check_like(
     if given.shape != due.shape:
         raise ValueError(f"{name} has shape {tuple(given.shape)}; for u {tuple(u.shape)} expected {tuple(due.shape)}")
     if given.dtype != due.dtype: raise ValueError(f"{name} is {given.dtype}; expected {due.dtype}")
-    if given.device != due.device: raise ValueError(f"{name} is on {given.device}, the model on {due.device}: move_state moves it")
+    if given.device != due.device:
+        raise ValueError(f"{name} is on {given.device}, the model on {due.device}: move_state moves it")
     check_finite(name, given)
     return given
 
@@ -209,8 +219,18 @@ def check_input(
     check_reset(reset, u, "u")
     check_finite("u", u)
 
+class StatefulModule(Protocol):
+    "A module that remembers something between chunks; its first matrix takes the input."
+    def init_state(
+        self,
+        batch: int,  # streams
+    ) -> Any:
+        "The state before anything was seen."
+    def parameters(self) -> Iterator[nn.Parameter]:
+        "The trained tensors, in the order in which they are used."
+
 def check_state(
-    module: nn.Module,  # has `init_state(batch)`; its first matrix takes the input
+    module: StatefulModule,  # whose `init_state` says how a state looks
     u: Tensor,  # its input (b, t, channels)
     state: Any,  # state to start from; None: a fresh one
     reset: Tensor | None = None,  # as in `check_reset`

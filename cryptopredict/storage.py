@@ -14,12 +14,14 @@ import signal
 import subprocess
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 # %% auto #0
 __all__ = ['ORPHAN', 'LOCK', 'write_atomic', 'remove_orphans', 'append_jsonl', 'read_jsonl', 'to_toml', 'new_folder',
@@ -79,12 +81,17 @@ def remove_orphans(
     return gone
 
 # %% ../nbs/00i_storage.ipynb #62bb6d30
-def append_jsonl(path: Path, record: dict) -> None:
+def append_jsonl(
+    path: Path,  # the history; made where it does not exist
+    record: Mapping[str, Any],  # one entry
+) -> None:
     "Append one line of JSON to a history; values that have `item`, such as tensors of one number, are written as numbers."
     line = json.dumps({key: value.item() if hasattr(value, "item") else value for key, value in record.items()})
     with open(path, "a", encoding="utf-8") as file: file.write(line + "\n")
 
-def read_jsonl(path: Path) -> list[dict]:
+def read_jsonl(
+    path: Path,  # the history
+) -> list[dict]:
     "The whole lines of a history, parsed; empty where there is no file. A line cut short by a crash is left out."
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
@@ -144,11 +151,15 @@ class DeferredSignals:
     """A context manager that, in the main thread, records the first SIGINT or SIGTERM as `pending` instead of letting it act; a
     second one acts at once. Signals that are ignored stay ignored."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.pending: int | None = None
         self.handlers: dict = {}  # of the signals, to be put back
 
-    def record(self, number: int, frame) -> None:
+    def record(
+        self,
+        number: int,  # of the signal
+        frame: FrameType | None,  # where it came; not used
+    ) -> None:
         "Remember a signal; the next one is not recorded."
         self.pending = number
         self.restore_handlers()
@@ -190,25 +201,44 @@ class TrainingFolder:
     "Where the files of one training stand."
     HISTORIES = ("metrics.jsonl", "validation.jsonl", "events.jsonl")  # a checkpoint records how long they were
 
-    def __init__(self, path: str | Path):
+    def __init__(
+        self,
+        path: str | Path,  # of the training; nothing is created
+    ):
         self.path = Path(path)
         self.config, self.checkpoints = self.path / "config.toml", self.path / "checkpoints"
         self.metrics, self.validation, self.events = (self.path / name for name in self.HISTORIES)
         self.timings = self.path / "timings.jsonl"  # speed and memory: not reproducible, so no checkpoint knows of it
 
     @property
-    def histories(self) -> tuple[Path, Path, Path]: return self.metrics, self.validation, self.events
+    def histories(self) -> tuple[Path, Path, Path]:
+        "The files that grow by a line at a time: updates, validations, events."
+        return self.metrics, self.validation, self.events
 
 class FitFolder:
     "Where the trainings of one fold stand: `choice-K` for choices, `seed-S` for the fits that forecast."
 
-    def __init__(self, path: str | Path):
+    def __init__(
+        self,
+        path: str | Path,  # of the fold's trainings; nothing is created
+    ):
         self.path = Path(path)
         self.choice, self.config = self.path / "choice.json", self.path / "config.toml"
         self.inventory = self.path / "inventory.json"
 
-    def trial(self, k: int) -> Path: return self.path / f"choice-{k}"
-    def seed(self, seed: int) -> Path: return self.path / f"seed-{seed}"
+    def trial(
+        self,
+        k: int,  # number of the choice, from 0
+    ) -> Path:
+        "The training that judges one choice."
+        return self.path / f"choice-{k}"
+
+    def seed(
+        self,
+        seed: int,  # of the fit
+    ) -> Path:
+        "The training whose model forecasts."
+        return self.path / f"seed-{seed}"
 
     def trainings(self) -> list[TrainingFolder]:
         "All trainings that have checkpoints or histories, trials first."
@@ -217,7 +247,10 @@ class FitFolder:
 class RunFolder:
     "Where the files of a walk-forward stand."
 
-    def __init__(self, path: str | Path):
+    def __init__(
+        self,
+        path: str | Path,  # of the run; nothing is created
+    ):
         self.path = Path(path)
         self.run, self.config = self.path / "run.json", self.path / "config.toml"
         self.predictions, self.scores = self.path / "predictions.parquet", self.path / "scores.json"
@@ -225,17 +258,25 @@ class RunFolder:
         self.certificate, self.inventory = self.path / "certificate.json", self.path / "inventory.json"
         self.report, self.parts, self.network = self.path / "report.html", self.path / "parts", self.path / "network"
 
-    def part(self, fold: int, model: str, seed: int) -> Path:
+    def part(
+        self,
+        fold: int,  # number of the fold, from 0
+        model: str,  # name of the model
+        seed: int,  # that it was fitted with
+    ) -> Path:
         "The predictions of one fold, model and seed."
         return self.parts / f"fold-{fold:02d}-{re.sub(r'[^0-9A-Za-z_.-]', '-', model)}-{seed}.parquet"
 
-    def fit(self, fold: int | None) -> FitFolder:
-        "The network's trainings for a fold; None: for the newest forecast."
+    def fit(
+        self,
+        fold: int | None,  # number of the fold, from 0; None: the newest forecast
+    ) -> FitFolder:
+        "The network's trainings for a fold."
         return FitFolder(self.network / ("newest" if fold is None else f"fold-{fold:02d}"))
 
 # %% ../nbs/00i_storage.ipynb #74df95ff
 def flatten_keys(
-    values: dict,  # nested tables
+    values: Mapping,  # nested dicts
     prefix: str = "",  # put before each key
 ) -> dict:
     "Nested tables as one, each key with its path: `model.d_model`."
@@ -244,8 +285,8 @@ def flatten_keys(
 
 def require_same_run(
     folder: str | Path,  # that the values belong to
-    there: dict,  # flat values found in it
-    here: dict,  # flat values of what is to be done in it
+    there: Mapping,  # flat values found in it
+    here: Mapping,  # flat values of what is to be done in it
 ) -> None:
     "A `ValueError` that names the first value that differs and how; nothing where all are equal."
     for key in {**here, **there}:
@@ -280,7 +321,7 @@ def code_hash() -> str:
 
 def warn_code_changed(
     folder: str | Path,  # of a run or training that is resumed
-    there: dict,  # `commit` and `code`, as from `code_commit` and `code_hash`, that it was made with so far
+    there: Mapping[str, str],  # `commit` and `code`, as from `code_commit` and `code_hash`, that it was made with so far
 ) -> bool:
     "Whether the package's code has changed since then; a warning where it has."
     if there["code"] == code_hash(): return False
