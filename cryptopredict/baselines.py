@@ -3,8 +3,9 @@
 # %% ../nbs/05c_baselines.ipynb #c7d2616e
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -76,7 +77,7 @@ def smooth_frequencies(
 # %% ../nbs/05c_baselines.ipynb #d613d225
 def labelled_rows(
     labels: pd.DataFrame,  # r90 and sigma by time
-    fold,  # whose `refit` rows may be used, for each label those that had matured
+    fold: Fold,  # whose `refit` rows may be used, for each label those that had matured
     label: str,  # "r90" or "sigma"
     begin: pd.Timestamp | None = None,  # earliest time used
 ) -> np.ndarray:
@@ -112,8 +113,15 @@ class Climatology:
     ):
         self.years, self.horizon = years, horizon
 
-    def fit(self, panel, X, y, fold, seed=0):
-        "Count the labels of `fold.refit`."
+    def fit(
+        self,
+        panel: pd.DataFrame,  # hourly panel, with `close`
+        X: pd.DataFrame | None,  # not used
+        y: pd.DataFrame,  # labels as from `make_labels`, same index
+        fold: Fold,  # its `refit` rows are used, of the last `years` before its test
+        seed: int = 0,  # not used
+    ) -> Self:
+        "Count the labels of `fold.refit`; returns itself."
         begin = panel.index[fold.test[0]] - pd.DateOffset(years=self.years) if self.years else None
         rows, sigma_rows = (labelled_rows(y, fold, label, begin) for label in ("r90", "sigma"))
         known = y.iloc[rows]
@@ -123,7 +131,12 @@ class Climatology:
         self.sigma = y["sigma"].iloc[sigma_rows].median()
         return self
 
-    def predict(self, panel, X, rows):
+    def predict(
+        self,
+        panel: pd.DataFrame,  # hourly panel
+        X: pd.DataFrame | None,  # not used
+        rows: np.ndarray,  # positions to forecast at
+    ) -> pd.DataFrame:
         "The same forecast for every row."
         return forecast_frame(panel.index[rows], self.probs, self.p10, self.p90, self.sigma)
 
@@ -167,10 +180,30 @@ class VolatilityForecaster:
         self.threshold, self.horizon = threshold, horizon
         self.root_years = np.sqrt(pd.Timedelta(horizon) / pd.Timedelta("365D"))
 
-    def estimate(self, panel, labels, rows): "Nothing to estimate, unless a subclass does."
+    def volatility(
+        self,
+        panel: pd.DataFrame,  # hourly panel
+    ) -> pd.Series:
+        "The volatility forecast at every hour, annualised; NaN where its history is too short."
+        raise NotImplementedError
 
-    def fit(self, panel, X, y, fold, seed=0):
-        "Estimate on the labels of `fold.refit`, and standardise their returns."
+    def estimate(
+        self,
+        panel: pd.DataFrame,  # hourly panel
+        labels: pd.DataFrame,  # `sigma` by time
+        rows: np.ndarray,  # positions whose labels may be used
+    ) -> None:
+        "Nothing to estimate, unless a subclass does."
+
+    def fit(
+        self,
+        panel: pd.DataFrame,  # hourly panel, with `close`
+        X: pd.DataFrame | None,  # not used
+        y: pd.DataFrame,  # labels as from `make_labels`, same index
+        fold: Fold,  # its `refit` rows are used
+        seed: int = 0,  # not used
+    ) -> Self:
+        "Estimate on the labels of `fold.refit`, and standardise their returns; returns itself."
         self.estimate(panel, y, labelled_rows(y, fold, "sigma"))
         rows = labelled_rows(y, fold, "r90")
         z = y["r90"].iloc[rows] / (self.volatility(panel).iloc[rows] * self.root_years)
@@ -178,7 +211,12 @@ class VolatilityForecaster:
         self.windows = effective_windows(usable_rows(z).index, self.horizon)
         return self
 
-    def predict(self, panel, X, rows):
+    def predict(
+        self,
+        panel: pd.DataFrame,  # hourly panel
+        X: pd.DataFrame | None,  # not used
+        rows: np.ndarray,  # positions to forecast at
+    ) -> pd.DataFrame:
         "Forecasts at the rows; ValueError where the panel does not reach back far enough."
         sigma = require_complete(self.volatility(panel).iloc[rows], type(self).__name__).to_numpy()
         probs, p10, p90 = scaled_history(self.z, sigma * self.root_years, self.threshold, self.windows)
@@ -188,30 +226,55 @@ class VolatilityForecaster:
 class Persistence(VolatilityForecaster):
     "Sigma is the realised volatility of the last 30 days."
 
-    def volatility(self, panel): return realised_vol(panel["close"], 30)
+    def volatility(
+        self,
+        panel: pd.DataFrame,  # hourly panel
+    ) -> pd.Series:
+        "The realised volatility of the last 30 days."
+        return realised_vol(panel["close"], 30)
 
 # %% ../nbs/05c_baselines.ipynb #5c92a3c2
 class EWMA(VolatilityForecaster):
     "Sigma is the exponentially weighted volatility, half-life ten days."
 
-    def volatility(self, panel): return ewma_vol(panel["close"], 10)
+    def volatility(
+        self,
+        panel: pd.DataFrame,  # hourly panel
+    ) -> pd.Series:
+        "The exponentially weighted volatility, half-life ten days."
+        return ewma_vol(panel["close"], 10)
 
 # %% ../nbs/05c_baselines.ipynb #01f17f24
 class LogHAR(VolatilityForecaster):
     "Sigma is the exponential of a regression of log sigma on log realised volatility over 1, 7, 30 and 90 days."
 
-    def design(self, panel):
+    def design(
+        self,
+        panel: pd.DataFrame,  # hourly panel
+    ) -> pd.DataFrame:
+        "Log realised volatility over 1, 7, 30 and 90 days, and a constant."
         return pd.DataFrame({d: np.log(realised_vol(panel["close"], d)) for d in (1, 7, 30, 90)}).assign(const=1.0)
 
-    def estimate(self, panel, labels, rows):
+    def estimate(
+        self,
+        panel: pd.DataFrame,  # hourly panel
+        labels: pd.DataFrame,  # `sigma` by time
+        rows: np.ndarray,  # positions whose labels may be used
+    ) -> None:
+        "Least squares of log sigma on `design`."
         x = usable_rows(self.design(panel).iloc[rows])
         target = np.log(labels["sigma"].loc[x.index].clip(lower=FLOOR))
         self.coef = np.linalg.lstsq(x.to_numpy(), target.to_numpy(), rcond=None)[0]
 
-    def volatility(self, panel): return np.exp(self.design(panel) @ self.coef)
+    def volatility(
+        self,
+        panel: pd.DataFrame,  # hourly panel
+    ) -> pd.Series:
+        "The exponential of the regression."
+        return np.exp(self.design(panel) @ self.coef)
 
 # %% ../nbs/05c_baselines.ipynb #4c015894
-BASELINES = {
+BASELINES: dict[str, Callable[..., ForecastModel]] = {  # name -> factory
     "climatology": Climatology,
     "climatology_4y": partial(Climatology, years=4),
     "persistence": Persistence,

@@ -154,11 +154,11 @@ def effective_windows(
     horizon: str | pd.Timedelta,  # length of the labelled window
 ) -> int:
     "Number of non-overlapping windows in the time the origins cover; never more than there are origins."
-    times = pd.DatetimeIndex(times).unique().sort_values()
-    if len(times) == 0:
+    at = pd.DatetimeIndex(times).unique().sort_values()
+    if len(at) == 0:
         return 0
-    covered = len(times) * origin_spacing(times)
-    return int(min(len(times), max(1, covered // pd.Timedelta(horizon))))
+    covered = len(at) * origin_spacing(at)
+    return int(min(len(at), max(1, covered // pd.Timedelta(horizon))))
 
 # %% ../nbs/05b_scores.ipynb #5da39243
 def block_bootstrap(
@@ -249,7 +249,7 @@ def block_length(
 LEAST_WINDOWS = 8  # below, an interval covers too little however it is stretched, and none is given
 
 # %% ../nbs/05b_scores.ipynb #77558399
-def varies(x: np.ndarray, se: float) -> bool:
+def varies(x: np.ndarray, se: float | np.ndarray) -> bool:
     "Whether a standard error is more than rounding."
     return bool(se > 1e-12 * np.abs(x).max())
 
@@ -397,8 +397,7 @@ def paired_difference(
     root = np.sqrt if score.root else np.asarray
     a, b = root(ref.mean()), root(v.mean())
     out |= dict(diff=b - a, relative=b / a - 1 if a else np.nan, p=dm_test(v - ref, overlap)[1])
-    if n >= LEAST_WINDOWS * overlap and a:
-        block = block_length(n, overlap)
+    if n >= LEAST_WINDOWS * overlap and a and (block := block_length(n, overlap)):
         da, db = root(block_bootstrap(pair.to_numpy(float), block, n_boot, seed)).T
         out["lo"], out["hi"] = stretched_interval(db - da, out["diff"], n, overlap, level)
         out["rel_lo"], out["rel_hi"] = stretched_interval(db / da - 1, out["relative"], n, overlap, level)
