@@ -117,7 +117,8 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        write_flushed(temporary / "manifest.json", manifest_of({name: write_flushed(temporary / name, data) for name, data in parts.items()}))
+        files = {name: write_flushed(temporary / name, data) for name, data in parts.items()}
+        write_flushed(temporary / "manifest.json", manifest_of(files))
         flush_folder(temporary)
         place = next_free_path(path)
         os.rename(temporary, place)

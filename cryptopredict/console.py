@@ -168,8 +168,8 @@ def training_line(
     return f"{loss}  {losses}  lr {record['lr']:.1e}  {record['tokens_per_s'] / 1e3:.0f}k tokens/s  {memory:.0f} MiB"
 
 class Progress:
-    """Bars on a terminal, a line a minute elsewhere. `on_part(done, total, what)` is called before each part of a run, `what` being a
-    `walkforward.Step` or a text; `on_update(run, record)` after each update of a training."""
+    """Bars on a terminal, a line a minute elsewhere. `on_part(done, total, what)` is called before each part of a run,
+    `what` being a `walkforward.Step` or a text; `on_update(run, record)` after each update of a training."""
     interval = 60.  # between lines, seconds
 
     def __enter__(self) -> Progress:

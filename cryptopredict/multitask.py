@@ -316,7 +316,8 @@ class MultitaskModel(nn.Module):
         "Write sizes and weights to `config.toml` and `model.safetensors` in a folder."
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "model.safetensors", save_tensors({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}))
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        write_atomic(folder / "model.safetensors", save_tensors(weights))
         write_atomic(folder / "config.toml", to_toml(asdict(self.cfg)))
 
     @classmethod

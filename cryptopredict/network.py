@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -175,7 +175,7 @@ class FitInputs(NamedTuple):
     data: FoldData  # tensors, log-HAR's log sigma as the last channel
 
 class Network:
-    "The Mamba2 multitask model as a `ForecastModel`: combined with baselines, stopped on validation, fitted on all matured labels."
+    "The Mamba2 model as a `ForecastModel`: combined with baselines, stopped on validation, fitted on all matured labels."
     stochastic = True
 
     def __init__(
@@ -272,7 +272,8 @@ class Network:
         data: FoldData,  # its tensors
     ) -> FitInputs:
         "All that a fit needs."
-        direction, band = (fit_climatology(panel, y, fit_on(fold, part), years[head], self.horizon) for head in ("direction", "band"))
+        rows = fit_on(fold, part)
+        direction, band = (fit_climatology(panel, y, rows, years[head], self.horizon) for head in ("direction", "band"))
         quantiles = torch.tensor([band.p10, band.median, band.p90]).float()
         return FitInputs(Baselines(direction, band, log_har), (torch.tensor(direction.probs).float(), quantiles, 1.), data)
 

@@ -16,7 +16,6 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -174,7 +173,8 @@ class EvaluateConfig(BaseModel):
     ) -> tuple[str, ...]:
         "The names, if none comes twice, and there is a model."
         if len(set(names)) < len(names) or not names and info.field_name == "models":
-            raise ValueError(f"name {'at least one model, and' if info.field_name == 'models' else 'each function once,'} none twice")
+            how = "at least one model, and" if info.field_name == "models" else "each function once,"
+            raise ValueError(f"name {how} none twice")
         return names
 
     @model_validator(mode="after")
@@ -207,7 +207,8 @@ def load_config(
     def made(values: dict, source: str) -> EvaluateConfig:
         try: return EvaluateConfig(**values)
         except ValidationError as error:
-            raise ConfigError(f"{source}: {explain(error, EvaluateConfig, dict(model=ModelConfig, train=TrainSettings))}") from None
+            tables = dict(model=ModelConfig, train=TrainSettings)
+            raise ConfigError(f"{source}: {explain(error, EvaluateConfig, tables)}") from None
     made(values, str(path))
     if "preset" in values and given.get("preset", values["preset"]) != values["preset"]:  # the tables are made for that one
         for table in values.keys() & {"model", "train"}:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from .figures import BLACK, GREY, PALETTE, SKY, colours, house_style
+from .figures import BLACK, GREY, PALETTE, colours, house_style
 from .labels import DIRECTIONS, HEADS, TASKS
 from .storage import write_atomic
 from .walkforward import Evaluation
@@ -122,8 +122,9 @@ def figure_reliability(
         for model, colour in colours(models).items():
             part = table[(table["class"] == name) & (table["model"] == model)]
             if part.empty: continue
-            trace = interval_points(part, "p", "frequency", model, colour).update(visible=True if model in shown else "legendonly")
-            fig.add_trace(trace.update(legendgroup=model, showlegend=k == 1), **here)
+            visible = True if model in shown else "legendonly"
+            trace = interval_points(part, "p", "frequency", model, colour)
+            fig.add_trace(trace.update(visible=visible, legendgroup=model, showlegend=k == 1), **here)
         fig.update_xaxes(title="forecast probability", range=[0, 1], row=1, col=k)
     fig.update_yaxes(title="observed frequency", range=[0, 1], row=1, col=1)
     return house_style(fig, "Reliability of the direction's probabilities, 90 % intervals", 400)
@@ -289,7 +290,8 @@ TEMPLATE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta n
 {%- elif kind == "table" %}{{ grid(value) }}
 {%- elif kind == "rows" %}{{ grid(value, index=False) }}
 {%- elif kind == "facts" %}{{ grid(value, kind="text") }}
-{%- elif kind == "details" %}<details><summary>{{ value.summary }}</summary><p>{{ value.text }}</p>{{ grid(value.table, index=False) }}</details>
+{%- elif kind == "details" %}<details><summary>{{ value.summary }}</summary><p>{{ value.text }}</p>
+{{- grid(value.table, index=False) }}</details>
 {%- elif kind == "audits" %}<ul>{% for audit in value %}<li><b>{{ audit.name }}</b>: {% if audit.leaks -%}
 <span class="bad">{{ audit.leaks }} leak(s)</span>{% elif audit.too_little %}<span class="bad">too little could be tested</span>
 {%- else %}<span class="good">no leak found</span>{% endif %}{% if audit.suspects %}, {{ audit.suspects }} worth a look{% endif %}
@@ -459,7 +461,8 @@ def report_sections(run: Evaluation) -> list[tuple[str, list]]:
             "shown, the mean over a model's seeds.")
     tables = [item for head in HEADS.values()
               for item in (("heading", head.title), ("table", table[[SCORE_NAMES[s] for s in head.scores]]))]
-    if len(seeds): tables += [("heading", "Single seeds"), ("text", "Lowest and highest score of one seed by itself."), ("table", seeds)]
+    if len(seeds):
+        tables += [("heading", "Single seeds"), ("text", "Lowest and highest score of one seed by itself."), ("table", seeds)]
     every = dict(summary="All comparisons", text=SIZE_OF_TEST, table=claims(scores))
     made, now = "", [("text", "None: the price is unknown for a part of the time that models look back on.")]
     if len(newest):
@@ -468,7 +471,8 @@ def report_sections(run: Evaluation) -> list[tuple[str, list]]:
         now = [("text", " ".join(lines)), ("table", newest_table(newest, horizon, scores["config"]["vol_window"])),
                ("figure", figure_newest(newest, run.realised, models, horizon))]
     training = [("The network's training", [("figure", figure_training(scores)), ("rows", training_table(scores))])]
-    audits: list[tuple[str, Any]] = [("audits", audit_rows(scores["audits"]))] if scores["audits"] else [("text", "No audit was made in this run.")]
+    audits: list[tuple[str, Any]] = [("text", "No audit was made in this run.")]
+    if scores["audits"]: audits = [("audits", audit_rows(scores["audits"]))]
     if scores.get("untested"): audits += [("text", "Not tested:"), ("list", scores["untested"])]
     return [("What it shows", [("list", [*finding_sentences(scores), *missing_prices(scores)])]),
             ("Scores", [("text", text), *tables]),

@@ -121,16 +121,16 @@ def fitted_network(
     "The network fitted on a short fold: what was chosen, fitted, and how it forecasts."
     panel, features, labels = split_frame(frame)
     labels = labels.join(ends)
-    settings: dict[str, Any] = dict(model=config.model, train=config.train, epochs=1, validation_spans=1, threshold=config.threshold, **SHORT)
+    settings: dict[str, Any] = dict(model=config.model, train=config.train, threshold=config.threshold, **SHORT)
     with tempfile.TemporaryDirectory() as folder:
-        network = Network(**settings, folder=folder)
+        network = Network(**settings, epochs=1, validation_spans=1, folder=folder)
         choice = network.choose(panel, features, labels, fold, config.seed)
         forced = dict(choice, epochs=1, heads=list(HEADS))  # whatever was chosen, the network must take part
         write_atomic(network.folder.choice, json.dumps(forced))
         network.fit(panel, features, labels, fold, config.seed)
     baselines = [vars(a) for a in network.inputs.baselines]
-    fitted = dict(choice=choice, baselines=baselines, scaler=asdict(network.inputs.data.scaler), weights=network.model.state_dict())
-    return dict(**fitted, predict=network.predict)
+    scaler, weights = asdict(network.inputs.data.scaler), network.model.state_dict()
+    return dict(choice=choice, baselines=baselines, scaler=scaler, weights=weights, predict=network.predict)
 
 def audit_forecaster(
     fit: Callable[[pd.DataFrame, Fold, pd.DataFrame], Any],  # from (frame, fold, ends) of `short_fold` to anything fitted

@@ -43,7 +43,8 @@ class Scaler:
     def __call__(self, features: pd.DataFrame) -> np.ndarray:
         "Scaled features (rows, columns), float32, clipped to +-10, missing ones 0."
         x = check_not_infinite(features[list(self.columns)]).to_numpy(dtype=np.float32)
-        return np.nan_to_num(np.clip((x - np.asarray(self.centre, np.float32)) / np.asarray(self.spread, np.float32), -10, 10), nan=0.)
+        centre, spread = (np.asarray(v, np.float32) for v in (self.centre, self.spread))
+        return np.nan_to_num(np.clip((x - centre) / spread, -10, 10), nan=0.)
 
 # %% ../nbs/04b_streams.ipynb #b6f30295
 def fit_scaler(

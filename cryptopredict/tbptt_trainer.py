@@ -57,7 +57,7 @@ class TrainSettings:
     clip: Annotated[float, Field(ge=1e-6, le=1e6, strict=True)] = 1.  # largest norm of the gradient; a longer one is shortened
     dataset: Literal["streams", "windows"] = "streams"  # with the state carried, or each from nothing with one label
     target: Literal["terminal", "path"] = "terminal"  # quantiles of the return, or of its path
-    allocator_warmup_len: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 0  # hours of a first pass without update; 0: none
+    allocator_warmup_len: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 0  # hours of a first pass, no update; 0: none
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; fp16 with a gradient scaler; auto: bf16 on a GPU
     spike: Annotated[float, Field(ge=0., le=1e9, strict=True)] = 20.  # interquartile ranges above others: taken back; 0: never
     save_every: Annotated[int, Field(ge=0, le=1_000_000_000, strict=True)] = 500  # updates between checkpoints; 0: ends of epochs
@@ -103,7 +103,8 @@ def check_device(
     device: str,  # "auto", "cpu" or "cuda"
 ) -> None:
     "A `ConfigError` where there is no such device here."
-    if device == "cuda" and not torch.cuda.is_available(): raise ConfigError("device is 'cuda', and there is none here: use 'cpu'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', and there is none here: use 'cpu'")
 
 def precision(
     config: TrainSettings,  # as from `resolved`; its `device` and `amp` are read
@@ -132,8 +133,8 @@ def deterministic(
 def peak_bytes(
     device: str,  # "cpu" or "cuda"
 ) -> dict[str, int]:
-    """Largest memory so far, bytes: `peak_rss` of the process (where Linux does not tell it, what the process holds now), on a GPU
-    also `peak_allocated` and `peak_reserved`."""
+    """Largest memory so far, bytes: `peak_rss` of the process (where Linux does not report it, what the process holds now), on
+    a GPU also `peak_allocated` and `peak_reserved`."""
     status = Path("/proc/self/status")  # getrusage would count the process that started this one
     peak = 1024 * int(status.read_text().split("VmHWM:")[1].split()[0]) if status.exists() else psutil.Process().memory_info().rss
     if device != "cuda": return dict(peak_rss=peak)
@@ -264,7 +265,8 @@ class Histories:
                                  "another --out")
         timings = self.folder.timings
         try: kept = "".join(json.dumps(record) + "\n" for record in read_jsonl(timings) if record["epoch"] <= epoch)
-        except (ValueError, KeyError, TypeError) as error: raise ValueError(f"{timings} is damaged ({error}): remove it") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{timings} is damaged ({error}): remove it") from error
         for path in self.folder.histories:
             if sizes[path.name] > lengths[path.name]: os.truncate(path, lengths[path.name])
         if timings.exists() and timings.read_text(encoding="utf-8") != kept: write_atomic(timings, kept)
@@ -318,9 +320,9 @@ class Guard:
             self.skipped += 1
             self.record_event("skipped", loss=str(record["loss"].item()), grad_norm=str(record["grad_norm"].item()))
             if self.skipped < self.patience: return
-            raise ValueError(f"{self.patience} updates in a row had a loss or gradient that is not finite, the last at step {step}: "
-                             "lower lr, or a tighter clip, or the attention left out (attention_every = 0) first; or look for wild "
-                             "inputs")
+            raise ValueError(f"{self.patience} updates in a row had a loss or gradient that is not finite, the last at step "
+                             f"{step}: lower lr, or a tighter clip, or the attention left out (attention_every = 0) first; or "
+                             "look for wild inputs")
         self.skipped, loss = 0, float(record["loss"])
         if self.is_spike(loss):
             if self.rewinds < 3 and can_rewind(): raise Spike(loss)
@@ -412,9 +414,11 @@ class Run:
     def save(self) -> Path:
         "Write a checkpoint; kept are the two newest, the best end of an epoch and the last ones, as many as `keep` says."
         self.histories.flush()
-        kept = [*self.model.state_dict().values(), *tree_leaves(self.optimiser.adamw.state_dict()["state"]), *tree_leaves(self.carried)]
+        moments = tree_leaves(self.optimiser.adamw.state_dict()["state"])
+        kept = [*self.model.state_dict().values(), *moments, *tree_leaves(self.carried)]
         bad = sum(isinstance(v, Tensor) and v.is_floating_point() and not torch.isfinite(v).all() for v in kept)
-        if bad: raise ValueError(f"{bad} tensors at step {self.step} are not finite and were not saved: the last checkpoint stands")
+        if bad:
+            raise ValueError(f"{bad} tensors at step {self.step} are not finite and were not saved: the last checkpoint stands")
         made, ends = save(self.folder.checkpoints / f"step-{self.step:08d}", self.state_dict()), self.histories.epochs
         best = sorted((r for r in ends if math.isfinite(r.get("total", math.nan))), key=lambda r: r["total"])[:1]
         prune(self.folder.checkpoints, 2, also={r["step"] for r in best + ends[-self.config.keep:]})
@@ -453,8 +457,8 @@ class Run:
         ends = {record["step"] for record in self.histories.epochs if record["epoch"] == epoch}
         found = [path for path in checkpoints(self.folder.checkpoints) if step_of(path) in ends]
         if found: return found[0]
-        raise ValueError(f"{self.out} holds no checkpoint of epoch {epoch} (keep is {self.config.keep}; 0 keeps all): train it again "
-                         "with another --out")
+        raise ValueError(f"{self.out} holds no checkpoint of epoch {epoch} (keep is {self.config.keep}; 0 keeps all): train it "
+                         "again with another --out")
 
     def record_event(
         self,
@@ -716,9 +720,10 @@ def open_run(
     elif checkpoints(run.folder.checkpoints):
         raise ValueError(f"no checkpoint in {out} verifies: choose another --out, or remove this folder to train again")
     for path in (run.out, run.folder.checkpoints): remove_orphans(path)
-    run.histories.truncate(dict.fromkeys(TrainingFolder.HISTORIES, 0) if content is None else content["histories"]["lengths"], run.epoch)
-    text = to_toml(asdict(config))
-    if not run.folder.config.exists() or run.folder.config.read_text(encoding="utf-8") != text: write_atomic(run.folder.config, text)
+    nothing = dict.fromkeys(TrainingFolder.HISTORIES, 0)
+    run.histories.truncate(nothing if content is None else content["histories"]["lengths"], run.epoch)
+    text, path = to_toml(asdict(config)), run.folder.config
+    if not path.exists() or path.read_text(encoding="utf-8") != text: write_atomic(path, text)
     return run, content
 
 # %% ../nbs/05_tbptt_trainer.ipynb #c6802ae1

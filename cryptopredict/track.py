@@ -54,8 +54,9 @@ def validation_scalars(
 
 # %% ../nbs/05g_track.ipynb #557aab34
 class Tracker:
-    """Follows trainings one after another; called after each update. A failure ends it with a warning, and not the training. A subclass
-    has `open(run)`, which returns the steps of the updates and validations that it holds and keeps, `put(step, values)` and `end()`."""
+    """Follows trainings one after another; called after each update. A failure ends it with a warning, and not the training. A
+    subclass has `open(run)`, which returns the steps of the updates and validations that it holds and keeps,
+    `put(step, values)` and `end()`."""
 
     def __init__(self) -> None:
         self.run: Callable[[], Run | None] = lambda: None  # weak: a model that is done with must not stay in memory
@@ -393,11 +394,12 @@ class MLflow(Tracker):
     ) -> str:
         "The id of a new MLflow run, a child of the one that the training had before it went back, if it did."
         from mlflow.entities import Param
-        tags = {self.TAG: self.identity(run), "cryptopredict.folder": str(run.out.resolve()), "cryptopredict.rewinds": str(run.guard.rewinds)}
+        out, rewinds = run.out.resolve(), run.guard.rewinds
+        tags = {self.TAG: self.identity(run), "cryptopredict.folder": str(out), "cryptopredict.rewinds": str(rewinds)}
         if parent is not None:
             tags["mlflow.parentRunId"] = parent.info.run_id
             self.client.set_terminated(parent.info.run_id, "KILLED")
-        name = "/".join(run.out.resolve().parts[-3:]) + (f", rewind {run.guard.rewinds}" if run.guard.rewinds else "")
+        name = "/".join(out.parts[-3:]) + (f", rewind {rewinds}" if rewinds else "")
         made = self.client.create_run(self.experiment, tags=tags, run_name=name)
         params = [Param(k, str(v)) for k, v in flatten_keys(asdict(run.config)).items()]
         self.client.log_batch(made.info.run_id, params=params)
@@ -427,7 +429,8 @@ class MLflow(Tracker):
             self.send()
             for sending in self.sending: sending.result()
             error = sys.exc_info()[1]  # how the training is ending: with an error that is on its way, or without
-            self.client.set_terminated(self.id, "FINISHED" if error is None else "FAILED" if isinstance(error, Exception) else "KILLED")
+            state = "FINISHED" if error is None else "FAILED" if isinstance(error, Exception) else "KILLED"
+            self.client.set_terminated(self.id, state)
         finally: self.thread.shutdown(cancel_futures=True)
 
 # %% ../nbs/05g_track.ipynb #255a9db3

@@ -270,7 +270,7 @@ def newest_forecast(
     panel: pd.DataFrame,  # hourly panel; the forecast is made at its last row
     folder: Path | None = None,  # where a forecaster that trains keeps its history
     own: Own = Own({}, {}),  # forecasters and features that are not the package's
-    on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with models done, all, and the next
+    on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with models done, all, the next
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
 ) -> pd.DataFrame:
     """Every model fitted on all labels matured by the last hour, and its forecast there: prediction schema, fold -1.
@@ -302,7 +302,7 @@ def train_newest(
     out: str | Path,  # folder of the trainings: new, or one to be resumed
     source: str = "panel",  # what the panel is
     own: Own = Own({}, {}),  # features that are not the package's
-    on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with models done, all, and the next
+    on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with models done, all, the next
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
     inventory: pd.DataFrame | None = None,  # as from `sources.inventory`, kept as `inventory.json`
 ) -> pd.DataFrame:
@@ -353,7 +353,8 @@ def expected_trainings(
         spans = dict(learned=span(getattr(f, part)), judged=span(f.valid) if part == "train" else "")
         made.append(dict(training=name, **spans, length=data.stop - data.start, **cost._asdict()))
     # Other seeds are trained alike.
-    return pd.DataFrame(made[:-1] + [dict(made[-1], training=f"seed-{s}") for s in range(config.seed, config.seed + config.seeds)])
+    seeds = range(config.seed, config.seed + config.seeds)
+    return pd.DataFrame(made[:-1] + [dict(made[-1], training=f"seed-{s}") for s in seeds])
 
 # %% ../nbs/05f_walkforward.ipynb #dc8bef76
 def origin_table(panel: pd.DataFrame, y: pd.DataFrame) -> pd.DataFrame:
@@ -381,7 +382,8 @@ class Evaluation:
         needed = (self.folder.scores, self.folder.predictions, self.folder.origins, self.folder.forecast)
         missing = [path.name for path in needed if not path.exists()]
         if missing:
-            raise ValueError(f"{out} holds no finished run ({missing[0]} is missing): start it again with the same --out to finish it")
+            raise ValueError(f"{out} holds no finished run ({missing[0]} is missing): start it again with the same --out to "
+                             "finish it")
         self.record: dict = json.loads(self.folder.scores.read_text(encoding="utf-8"))  # all of `scores.json`
 
     @classmethod
@@ -434,7 +436,8 @@ class Evaluation:
 
     def __repr__(self) -> str:
         r = self.record
-        return f"Evaluation({str(self.out)!r}: {', '.join(self.models)}; {r['origins']} origins, {r['begin'][:10]} to {r['end'][:10]})"
+        span = f"{r['origins']} origins, {r['begin'][:10]} to {r['end'][:10]}"
+        return f"Evaluation({str(self.out)!r}: {', '.join(self.models)}; {span})"
 
     if TYPE_CHECKING:  # added by the results notebook
         def plot_skill(self) -> go.Figure: ...
@@ -519,8 +522,8 @@ def kept_certificate(
 # %% ../nbs/05f_walkforward.ipynb #1d887b3f
 def evaluate(
     panel: pd.DataFrame,  # hourly panel, as from `load_panel` or `simulate_market`
-    models: Sequence[Any] | None = None,  # names, `my.py:Name`, classes or objects with fit and predict; None: baselines and network
-    out: str | Path | None = None,  # run folder; an existing run of the same configuration is resumed. None: a new one under runs/
+    models: Sequence[Any] | None = None,  # names, `my.py:Name`, classes or objects as `ForecastModel`; None: the usual
+    out: str | Path | None = None,  # run folder; an existing run of the same configuration is resumed; None: new under runs/
     *,
     features: Sequence[Any] = (),  # feature functions of your own, or `my.py:name`, beside the built-in ones
     config: str | Path | None = None,  # TOML file with the fields of `EvaluateConfig`; what is given here wins over it
@@ -529,8 +532,9 @@ def evaluate(
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
     **settings: Any,  # any field of `EvaluateConfig`: seeds, step, preset, train=dict(lr=...), ...
 ) -> Evaluation:
-    """Walk-forward evaluation of forecasters on a panel: the result is an `Evaluation`, kept in a folder. A `ConfigError` names a setting
-    that cannot be used, a `LeakageError` a feature of your own that sees the future, a `ValueError` data that do not suffice."""
+    """Walk-forward evaluation of forecasters on a panel: the result is an `Evaluation`, kept in a folder. A `ConfigError` names a
+    setting that cannot be used, a `LeakageError` a feature of your own that sees the future, a `ValueError` data that do not
+    suffice."""
     named = None if models is None else tuple(m if isinstance(m, str) else own_name(m) for m in models)
     feature_names = tuple(f if isinstance(f, str) else own_name(f) for f in features) or None
     complete = load_config(config, models=named, features=feature_names, **settings)
