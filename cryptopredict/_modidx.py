@@ -91,6 +91,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'cryptopredict/baselines.py'),
                                          'cryptopredict.baselines.VolatilityForecaster.predict': ( 'baselines.html#volatilityforecaster.predict',
                                                                                                    'cryptopredict/baselines.py'),
+                                         'cryptopredict.baselines.VolatilityForecaster.volatility': ( 'baselines.html#volatilityforecaster.volatility',
+                                                                                                      'cryptopredict/baselines.py'),
                                          'cryptopredict.baselines.ewma_vol': ('baselines.html#ewma_vol', 'cryptopredict/baselines.py'),
                                          'cryptopredict.baselines.forecast_frame': ( 'baselines.html#forecast_frame',
                                                                                      'cryptopredict/baselines.py'),

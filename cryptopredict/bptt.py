@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +31,16 @@ def bptt_chunks(
     raise ValueError(f"bptt is {bptt!r}: give 'truncated', 'exact' or 'span:K' with K from 1 to 1000000")
 
 # %% ../nbs/04d_bptt.ipynb #a0f53580
-def rng_state(device: str) -> dict[str, list[Tensor]]:
+def rng_state(
+    device: str,  # of the model, "cpu" or "cuda"
+) -> dict[str, list[Tensor]]:
     "The states of the random generators: `cpu`, and `cuda` where the device is a GPU, as dropout draws there."
     return dict(cpu=[torch.get_rng_state()], cuda=torch.cuda.get_rng_state_all() if device == "cuda" else [])
 
-def set_rng_state(saved: dict[str, list[Tensor]], device: str) -> None:
+def set_rng_state(
+    saved: Mapping[str, Sequence[Tensor]],  # as from `rng_state`
+    device: str,  # of the model
+) -> None:
     "Wind the random generators back to where `rng_state` found them."
     torch.set_rng_state(saved["cpu"][0].cpu())
     if device == "cuda": torch.cuda.set_rng_state_all([v.cpu() for v in saved["cuda"]])
@@ -62,13 +67,13 @@ def backward_from(loss: Tensor | None, end: Any, grad_end: list[Tensor | None]) 
     ends = [v for v in tree_leaves(end) if v.is_floating_point()]
     pairs: list[tuple] = [(v, g) for v, g in zip(ends, grad_end) if g is not None and v.requires_grad]
     if loss is not None and loss.requires_grad: pairs.append((loss, None))
-    if pairs: torch.autograd.backward(*zip(*pairs))
+    if pairs: torch.autograd.backward([v for v, _ in pairs], [g for _, g in pairs])
 
 # %% ../nbs/04d_bptt.ipynb #a975a01e
 def exact_backward(
-    forward: Callable,  # (chunk, state or None) -> (output, state after the chunk)
-    loss: Callable,  # (output, chunk) -> what to differentiate, or None where nothing is learned
-    chunks: Sequence,  # in order of time
+    forward: Callable[[Any, Any], tuple[Any, Any]],  # (chunk, state or None) -> (output, state after the chunk)
+    loss: Callable[[Any, Any], Tensor | None],  # (output, chunk) -> what to differentiate, or None where nothing is learned
+    chunks: Sequence[Any],  # in order of time
     state: Any,  # before the first, or None; no gradient flows into it
     device: str = "cpu",  # of the model
 ) -> Any:
@@ -101,7 +106,7 @@ def has_loss(
 class MicroBatch(NamedTuple):
     "A chunk, or some hours of some of its streams where the whole does not fit into memory."
     x: Tensor  # (b, t, channels)
-    targets: Targets
+    targets: Targets  # (b, t) each
     has_loss: bool  # whether the chunk has a loss
     share: tuple[float, ...] | None = None  # of the chunk's labels, by target; None: all
     part: float = 1.  # one over the number of the chunk's micro-batches
@@ -113,10 +118,22 @@ class MicroBatcher:
         self.rows = 0  # streams at a time; 0: all
         self.pieces = 1  # pieces that the hours of a chunk are cut into
 
-    def state_dict(self) -> dict[str, int]: return dict(rows=self.rows, pieces=self.pieces)
-    def load_state_dict(self, state: dict[str, int]) -> None: self.rows, self.pieces = state["rows"], state["pieces"]
+    def state_dict(self) -> dict[str, int]:
+        "How chunks are cut."
+        return dict(rows=self.rows, pieces=self.pieces)
 
-    def split(self, span: Sequence[Chunk], state: Any) -> Iterator[tuple[list[MicroBatch], Any]]:
+    def load_state_dict(
+        self,
+        state: Mapping[str, int],  # as from `state_dict`
+    ) -> None:
+        "Cut chunks as they were cut then."
+        self.rows, self.pieces = state["rows"], state["pieces"]
+
+    def split(
+        self,
+        span: Sequence[Chunk],  # chunks in a row, of the same streams
+        state: Any,  # carried state before the first, or None
+    ) -> Iterator[tuple[list[MicroBatch], Any]]:
         "For some streams at a time: the micro-batches of all chunks in order of time, and the state before them."
         batch = span[0].x.shape[0]
         streams = min(self.rows or batch, batch)
@@ -125,7 +142,12 @@ class MicroBatcher:
             start = None if state is None else map_state(lambda v, rows=rows: v[rows], state)
             yield [piece for chunk in span for piece in self.cut(chunk, rows, streams)], start
 
-    def cut(self, chunk: Chunk, rows: slice, streams: int) -> list[MicroBatch]:
+    def cut(
+        self,
+        chunk: Chunk,  # of a stream or some windows
+        rows: slice,  # streams that are taken
+        streams: int,  # how many are taken at a time
+    ) -> list[MicroBatch]:
         "The micro-batches of a chunk in order of time, for some of its streams."
         count = min(self.pieces, chunk.x.shape[1])
         if count == 1 and streams == chunk.x.shape[0]: return [MicroBatch(chunk.x, chunk.targets, has_loss(chunk))]
@@ -136,7 +158,10 @@ class MicroBatcher:
         groups = math.ceil(chunk.x.shape[0] / streams)
         return [MicroBatch(x, Targets(*t), has_loss(chunk), share(t), 1 / (len(parts) * groups)) for x, *t in parts]
 
-    def halve(self, span: Sequence[Chunk]) -> None:
+    def halve(
+        self,
+        span: Sequence[Chunk],  # that did not fit into memory
+    ) -> None:
         "Half as many streams at a time, or with one left, half as many hours; a `ValueError` where nothing is left to halve."
         batch, length = span[0].x.shape[:2]
         if (self.rows or batch) > 1: self.rows = math.ceil((self.rows or batch) / 2)

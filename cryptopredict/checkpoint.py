@@ -12,7 +12,7 @@ import re
 import shutil
 import stat
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ __all__ = ['STEP_NAME', 'VERSION', 'FILES', 'flatten', 'unflatten', 'CheckpointE
 
 # %% ../nbs/04c_checkpoint.ipynb #f7eccf81
 def flatten(
-    value,  # nested dicts, lists and tuples of tensors and JSON values
+    value: Any,  # nested dicts, lists and tuples of tensors and JSON values
     name: str = "",  # of the value
-) -> tuple[dict[str, Tensor], object]:
+) -> tuple[dict[str, Tensor], Any]:
     "Tensors by path, and the same nesting with paths in their place (`{\"$tensor\": path}`), fit for JSON."
     if isinstance(value, Tensor):  # a copy: two names may share memory, which safetensors refuses
         return {name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)}, {"$tensor": name}
@@ -49,7 +49,10 @@ def flatten(
     return tensors, [rest for _, _, rest in parts]
 
 # %% ../nbs/04c_checkpoint.ipynb #456d044c
-def unflatten(shape, tensors: dict[str, Tensor]):
+def unflatten(
+    shape: Any,  # nesting with paths in the tensors' place, as from `flatten`
+    tensors: Mapping[str, Tensor],  # by path
+) -> Any:
     "The nesting that `flatten` took apart; tuples come back as lists."
     if isinstance(shape, dict):
         if "$tensor" in shape: return tensors[shape["$tensor"]]
@@ -71,7 +74,7 @@ def step_of(
     path: Path,  # checkpoint folder
 ) -> int:
     "The step in a checkpoint's name."
-    return int(STEP_NAME.fullmatch(path.name)[1])
+    return int(STEP_NAME.sub(r"\1", path.name))
 
 # %% ../nbs/04c_checkpoint.ipynb #11141573
 def checkpoints(
@@ -85,16 +88,19 @@ def checkpoints(
 VERSION = 1
 FILES = {"tensors.safetensors": 2**36, "metadata.json": 2**28}  # of a checkpoint, and how large they may be, bytes
 
-def manifest_of(files: dict[str, dict]) -> bytes:
+def manifest_of(
+    files: Mapping[str, Mapping],  # by name, `size` in bytes and `sha256`
+) -> bytes:
     "The manifest of some files, with its own sha256."
     body = dict(version=VERSION, files=files)
     return json.dumps(dict(body, sha256=hashlib.sha256(json.dumps(body).encode()).hexdigest())).encode()
 
 # %% ../nbs/04c_checkpoint.ipynb #8806aa6a
-def next_free_path(path: Path) -> Path:
+def next_free_path(
+    path: Path,  # `step-<number>` in the folder of the checkpoints
+) -> Path:
     "Where a checkpoint goes: its path, or where the step was saved before, behind the last of these."
-    number = lambda p: tuple(int(v or 0) for v in STEP_NAME.fullmatch(p.name).groups())
-    before = [number(p)[1] for p in checkpoints(path.parent) if number(p)[0] == number(path)[0]]
+    before = [int(STEP_NAME.sub(r"\2", p.name) or 0) for p in checkpoints(path.parent) if step_of(p) == step_of(path)]
     return path.with_name(f"{path.name}.{max(before) + 1}") if before else path
 
 # %% ../nbs/04c_checkpoint.ipynb #74ac92c6
@@ -111,7 +117,8 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        write_flushed(temporary / "manifest.json", manifest_of({name: write_flushed(temporary / name, data) for name, data in parts.items()}))
+        files = {name: write_flushed(temporary / name, data) for name, data in parts.items()}
+        write_flushed(temporary / "manifest.json", manifest_of(files))
         flush_folder(temporary)
         place = next_free_path(path)
         os.rename(temporary, place)
@@ -124,15 +131,20 @@ def save(
     return place
 
 # %% ../nbs/04c_checkpoint.ipynb #472975c8
-def read_bounded(path: Path, most: int) -> bytes:
-    "A plain file of at most so many bytes."
+def read_bounded(
+    path: Path,  # of a plain file
+    most: int,  # bytes that it may have
+) -> bytes:
+    "The content of a plain file that is not larger than it may be; else a `CheckpointError`."
     about = os.lstat(path)
     if not stat.S_ISREG(about.st_mode): raise CheckpointError(f"{path} is no plain file: use an earlier checkpoint")
     if about.st_size > most: raise CheckpointError(f"{path} has {about.st_size:,} bytes, above {most:,}: use an earlier one")
     return path.read_bytes()
 
 # %% ../nbs/04c_checkpoint.ipynb #52604813
-def read_manifest(path: Path) -> dict[str, dict]:
+def read_manifest(
+    path: Path,  # checkpoint folder
+) -> dict[str, dict]:
     "Sizes and hashes of a checkpoint's files."
     content = json.loads(read_bounded(path / "manifest.json", 2**16))
     claimed = content.pop("sha256")
@@ -195,7 +207,9 @@ def remove(
     shutil.rmtree(hidden, ignore_errors=True)
 
 # %% ../nbs/04c_checkpoint.ipynb #0cc4623b
-def is_whole(path: Path) -> bool:
+def is_whole(
+    path: Path,  # checkpoint folder
+) -> bool:
     "Whether a checkpoint verifies; it is not read again while its files have not been written to."
     try:
         files = [os.stat(path / name) for name in (*FILES, "manifest.json")]
@@ -204,7 +218,10 @@ def is_whole(path: Path) -> bool:
 
 # %% ../nbs/04c_checkpoint.ipynb #100560fe
 @lru_cache(64)
-def verify_unchanged(path: Path, files: tuple) -> bool:
+def verify_unchanged(
+    path: Path,  # checkpoint folder
+    files: tuple,  # device, inode, size and times of each of its files
+) -> bool:
     "True, of a checkpoint whose `files` have these marks; what `verify` raises is not remembered."
     return bool(verify(path))
 

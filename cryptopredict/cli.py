@@ -16,6 +16,7 @@ import time
 import tomllib
 import traceback
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
@@ -59,7 +60,10 @@ class SourceArgs(Command):
     years: int = 8  # Length of the built-in market, years (without --data).
     repair: tuple[str, ...] = ()  # Repairs allowed on the files: sort drop_duplicates drop_invalid assume_utc convert_utc.
 
-    def load(self, seed: int) -> LoadedPanel:
+    def load(
+        self,
+        seed: int,  # of the built-in market
+    ) -> LoadedPanel:
         "The panel of the files, or of the built-in market with that seed; what was found is printed."
         from cryptopredict.simulate import simulate_market
         from cryptopredict.sources import build_panel, inventory, read_folder
@@ -72,7 +76,7 @@ class SourceArgs(Command):
         if self.repair: raise ValueError("--repair needs --data: the built-in market has nothing to repair")
         if not 1 <= self.years <= 50: raise ValueError(f"--years {self.years}: give 1 to 50")
         panel, _ = simulate_market(24 * 365 * self.years, seed)
-        name, begin, end = f"built-in market, {self.years} years, seed {seed}", *panel.index[[0, -1]]
+        name, (begin, end) = f"built-in market, {self.years} years, seed {seed}", panel.index[[0, -1]]
         say(f"{name}: {len(panel)} hours, {begin:%Y-%m-%d} to {end:%Y-%m-%d}")
         return LoadedPanel(panel, None, None, name, inventory(panel))
 
@@ -88,7 +92,7 @@ class WalkForwardArgs(SourceArgs):
     config: Path | None = None  # TOML file with any of the settings below; flags win over it.
     # Made of the file and the preset before flags are read.
     settings: tyro.conf.FlagConversionOff[Annotated[Any, tyro.conf.arg(name="", constructor_factory=evaluate_config)]] = None
-    models_given: tyro.conf.Suppress[bool] = False
+    models_given: tyro.conf.Suppress[bool] = False  # Whether flags or the file name the models.
 
     def configured(self) -> Any:
         "The configuration; the built-in market adds its own law to the default models, as it is known for the usual labels."
@@ -114,8 +118,10 @@ class RunFolderArgs(WalkForwardArgs, TrackingArgs):
     "Where a run is kept."
     out: Path | None = None  # Run folder; an existing one of the same run is resumed. Default: a new folder under runs/.
 
-def default_settings(words: list[str]) -> tuple[Any, bool]:
-    "The configuration that flags win over, from `--config` and `--preset`, and whether models were named."
+def default_settings(
+    words: Sequence[str],  # of the command line, after the command
+) -> tuple[Any, bool]:
+    "The `EvaluateConfig` that flags win over, from `--config` and `--preset`, and whether models were named."
     from cryptopredict.protocol import load_config
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--config", "--preset"): scan.add_argument(flag, nargs="?")
@@ -125,8 +131,13 @@ def default_settings(words: list[str]) -> tuple[Any, bool]:
     return config, named or "models" in config.model_fields_set
 
 # %% ../nbs/06a_cli.ipynb #69927f50
-def run_audits(loaded: LoadedPanel, config: Any, own: Any, n_cuts: int) -> dict:
-    "The audits of a panel and of what is run on it, and their results printed."
+def run_audits(
+    loaded: LoadedPanel,  # panel and tables
+    config: Any,  # `EvaluateConfig` of the run
+    own: Any,  # `protocol.Own`: forecasters and features that are not the package's
+    n_cuts: int,  # cuts of the features' audit
+) -> dict:
+    "Reports by name on a panel and on what is run on it; they are printed too."
     from cryptopredict.run_audits import AUDITED_HOURS, audit_inputs, audit_network, audit_own_model
     from cryptopredict.sources import MAX_AGE
     panel, tables = loaded.panel, loaded.tables
@@ -145,14 +156,18 @@ def run_audits(loaded: LoadedPanel, config: Any, own: Any, n_cuts: int) -> dict:
     for name, report in reports.items(): say(f"  audit of {name}: {report!r}")
     return reports
 
-def judge_reports(reports: dict) -> int:
+def judge_reports(
+    reports: Mapping[str, Any],  # `LeakReport` by name
+) -> int:
     "1 where a leak was found, 0 where none was; a `ValueError` where too little could be tested to say."
     if any(len(report.leaks) for report in reports.values()): return 1
     for name, report in reports.items():
         if not report.ok: raise ValueError(f"audit of {name}: {report.verdict}: give more data, or code that needs fewer rows")
     return 0
 
-def say_device(config: Any) -> None:
+def say_device(
+    config: Any,  # `EvaluateConfig` of the run
+) -> None:
     "Print where the network is trained."
     from cryptopredict.tbptt_trainer import resolved
     settings = resolved(config.train)
@@ -169,7 +184,13 @@ class Evaluate(RunFolderArgs):
         say_scores(self.walk(config, own, self.load(config.seed)).folder.scores)
         return 0
 
-    def walk(self, config: Any, own: Any, loaded: LoadedPanel, audits: dict | None = None) -> Any:
+    def walk(
+        self,
+        config: Any,  # `EvaluateConfig` of the run
+        own: Any,  # `protocol.Own`: forecasters and features that are not the package's
+        loaded: LoadedPanel,  # panel and where it came from
+        audits: dict | None = None,  # reports by name; None: no audit was made now
+    ) -> Any:
         "The walk-forward, with its bars; returns the `Evaluation`."
         from cryptopredict.labels import make_labels
         from cryptopredict.protocol import lost_origins
@@ -227,7 +248,8 @@ class Audit(WalkForwardArgs):
         from cryptopredict.protocol import find_own, load_object, source_hash
         from cryptopredict.walkforward import provenance_of
         name, config = self.what or self.fn, self.configured()
-        function, own = load_object(name) if name else None, find_own(config)
+        function: Any = load_object(name) if name else None
+        own = find_own(config)
         if name and not callable(function): raise ValueError(f"{name} is {type(function).__name__}: name a function of the panel")
         if self.out and self.out.exists(): raise ValueError(f"{self.out} exists: choose another --out")
         loaded = self.load(config.seed)
@@ -240,8 +262,14 @@ class Audit(WalkForwardArgs):
             write_atomic(self.out, json.dumps(certificate(reports, made_by), indent=1))
         return judge_reports(reports)
 
-    def audit_function(self, function: Any, name: str, panel: Any, seed: int) -> Any:
-        "The audit of a user's function, printed."
+    def audit_function(
+        self,
+        function: Callable[[Any], Any],  # from the hourly panel to a frame or series
+        name: str,  # of the function
+        panel: Any,  # DataFrame, hourly
+        seed: int,  # of the audit
+    ) -> Any:
+        "The `LeakReport` on a user's function; it is printed too."
         from cryptopredict.leakage import audit
         try:
             with Progress() as progress:
@@ -273,7 +301,7 @@ class Prepare(SourceArgs):
         write_atomic(out / "inventory.json", inventory_json(loaded.inventory))
         for kind, table in tables.items():
             write_atomic(out / f"{kind}.parquet", table.to_parquet(None))
-            rows, columns, known = *table.shape, 100 * table.notna().mean().mean()
+            (rows, columns), known = table.shape, 100 * table.notna().mean().mean()
             say(f"  {out / kind}.parquet: {rows} rows, {columns} columns, {known:.1f} % known")
         return 0
 
@@ -290,14 +318,14 @@ class Forecast(WalkForwardArgs):
         config = self.configured()
         own, loaded = find_own(config), self.load(config.seed)
         panel = loaded.panel
-        beside = self.out and self.out.with_name(f"{self.out.stem}.inventory.json")
+        beside = self.out.with_name(f"{self.out.stem}.inventory.json") if self.out else None
         for path in filter(None, (self.out, beside)):
             if path.exists(): raise ValueError(f"{path} exists: choose another --out")
         with Progress() as progress:
             made = newest_forecast(config, panel, None, own, progress.on_part, progress.on_update)
         ages = input_ages(panel, loaded.tables, loaded.provenance)
         close, heads = float(panel["close"].iloc[-1]), made.attrs["heads"]
-        if self.out:
+        if self.out and beside:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             hours = {name: None if age != age else round(age / 3600, 2) for name, age in ages.dt.total_seconds().items()}
             head = dict(time=panel.index[-1].isoformat(), close=close, horizon=config.horizon, vol_window=config.vol_window,
@@ -344,8 +372,13 @@ class Train(WalkForwardArgs, TrackingArgs):
         say(f"{newest_table(made, config.horizon, config.vol_window).to_string()}\nkept in {out}")
         return 0
 
-    def say_expected(self, config: Any, panel: Any, own: Any) -> int:
-        "Print what the trainings of a newest forecast would take."
+    def say_expected(
+        self,
+        config: Any,  # `EvaluateConfig` of the training
+        panel: Any,  # DataFrame, hourly
+        own: Any,  # `protocol.Own`: features that are not the package's
+    ) -> int:
+        "Print what the trainings of a newest forecast would take; returns the exit code."
         from cryptopredict.tbptt_trainer import resolved
         from cryptopredict.walkforward import expected_trainings
         made = expected_trainings(config, panel, own)
@@ -375,7 +408,10 @@ class Runs(Command):
         say(pd.DataFrame(rows).to_string(index=False) if rows else f"{self.folder} holds no run")
         return 0
 
-    def row_of(self, place: Path) -> dict | None:
+    def row_of(
+        self,
+        place: Path,  # a folder, or a file
+    ) -> dict | None:
         "A row on a folder; None where it holds neither a walk-forward nor a training."
         try:
             if not place.is_dir(): return None
@@ -396,12 +432,16 @@ class Runs(Command):
             why = f"cannot be read ({getattr(error, 'strerror', None) or error})"
             return dict(run=place, kind="", state=why, best="", age="", resume="")
 
-def read_json_file(path: Path) -> Any:
+def read_json_file(
+    path: Path,  # of a plain file
+) -> Any:
     "The content of a JSON file; what is no plain file is not opened, as a pipe would be waited for."
     if not path.is_file(): raise ValueError(f"{path.name} is no file")
     return json.loads(path.read_text())
 
-def describe_run(place: Path) -> tuple[str, str]:
+def describe_run(
+    place: Path,  # run folder
+) -> tuple[str, str]:
     "State and best score of a walk-forward."
     folder = RunFolder(place)
     read_json_file(folder.run)
@@ -410,7 +450,9 @@ def describe_run(place: Path) -> tuple[str, str]:
     best = min((r for r in read_json_file(folder.scores)["summary"] if r["score"] == "log_loss"), key=lambda r: r["mean"])
     return "finished", f"log loss {best['mean']:.3f} ({best['model']})"
 
-def describe_trainings(place: Path) -> tuple[str, str]:
+def describe_trainings(
+    place: Path,  # folder of trainings
+) -> tuple[str, str]:
     "State and best validation loss of the trainings in a folder."
     from cryptopredict.checkpoint import checkpoints, step_of
     kept = [checkpoints(path) for path in place.glob("**/checkpoints")]
@@ -418,7 +460,9 @@ def describe_trainings(place: Path) -> tuple[str, str]:
     state = f"{len(kept)} training{'s' * (len(kept) != 1)}, {sum(step_of(c[0]) for c in kept if c)} updates"
     return ("finished, " if is_trained(FitFolder(place)) else "") + state, f"validation loss {min(losses):.3f}" if losses else ""
 
-def is_trained(fit: FitFolder) -> bool:
+def is_trained(
+    fit: FitFolder,  # trainings of one fold
+) -> bool:
     "Whether the trainings of all seeds are as long as was chosen."
     if not (fit.config.exists() and fit.choice.exists()): return False
     config, epochs = tomllib.loads(fit.config.read_text()), json.loads(fit.choice.read_text())["epochs"]
@@ -428,8 +472,10 @@ def is_trained(fit: FitFolder) -> bool:
         if max(done, default=0 if training.path.exists() else -1) < epochs: return False
     return True
 
-def last_change(folder: Path) -> float:
-    "Time of the newest file or folder in it; some may go while they are looked at."
+def last_change(
+    folder: Path,  # of a run or of trainings
+) -> float:
+    "Time of the newest file or folder in it, seconds since 1970; some may go while they are looked at."
     times = [folder.stat().st_mtime]
     for place, _, names in os.walk(folder):
         for name in names:
@@ -463,7 +509,7 @@ Commands (each with --help):
 """ + "\n".join(f"  {name:<10}{' '.join((cls.__doc__ or '').split())}" for name, cls in COMMANDS.items())
 
 def parse_command(
-    args: list[str],  # command line without the program's name
+    args: Sequence[str],  # command line without the program's name
 ) -> Command:
     "The command with its flags. A `ConfigError` names a setting out of its bounds; what is no flag at all exits with 2."
     from cryptopredict.config import ConfigError
@@ -471,7 +517,8 @@ def parse_command(
         print(OVERVIEW, file=sys.stdout if args else sys.stderr)
         raise SystemExit(0 if args else 2)
     if args[0] not in COMMANDS: raise ConfigError(f"unknown command {args[0]!r}; known are {', '.join(COMMANDS)}")
-    command, default, words = COMMANDS[args[0]], None, args[1:]
+    command, words = COMMANDS[args[0]], args[1:]
+    default: Any = None
     if issubclass(command, WalkForwardArgs):
         with DeferredSignals() as signals: settings, named = default_settings(words)
         signals.raise_pending()  # libraries that are being loaded cannot be interrupted
@@ -501,10 +548,12 @@ def describe_flags() -> None:
         for name, hint in get_type_hints(cls, include_extras=True).items():
             bounds = "" if "Literal" in str(hint) else allowed_values(cls, name)
             help = f"{meanings.get(name) or name}{'; ' * bool(bounds)}{bounds}"
-            shown = Annotated[hint, tyro.conf.arg(help=help)]
-            cls.__annotations__[name] = tyro.conf.Suppress[shown] if name in DERIVED else shown
+            shown = Annotated[hint, tyro.conf.arg(help=help)]  # type: ignore[valid-type]
+            cls.__annotations__[name] = tyro.conf.Suppress[shown] if name in DERIVED else shown  # type: ignore[misc]
 
-def setting_error(error: Any) -> str:
+def setting_error(
+    error: Any,  # a `ConfigError`, or pydantic's `ValidationError`
+) -> str:
     "What is wrong with a flag, in one line."
     from cryptopredict.config import explain
     from cryptopredict.multitask import ModelConfig
@@ -534,6 +583,7 @@ def is_users_mistake(error: BaseException) -> bool:
     if isinstance(error, OSError | MemoryError) or type(error).__name__ == "OutOfMemoryError": return True
     if not isinstance(error, ValueError): return False
     at = error.__traceback__
+    assert at is not None  # it was raised
     while at.tb_next: at = at.tb_next
     code, module = at.tb_frame.f_code.co_code, str(at.tb_frame.f_globals.get("__name__")).partition(".")[0]
     own = module in ("cryptopredict", __name__.partition(".")[0])
@@ -556,7 +606,7 @@ def warning_line(message: Any, category: Any, filename: str, lineno: int, line: 
 
 # %% ../nbs/06a_cli.ipynb #ed9416ac
 def main(
-    args: list[str] | None = None,  # command line without the program's name; None: the process's own
+    args: Sequence[str] | None = None,  # command line without the program's name; None: the process's own
 ) -> int:
     """Run a command; the exit code is 0, 1 (a leak was found), 2 (a mistake in the call or the files), 3 (a bug), 130 (Ctrl-C) or
     143 (terminated)."""

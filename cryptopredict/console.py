@@ -12,10 +12,13 @@ import shutil
 import sys
 import textwrap
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .labels import TASKS
+
+if TYPE_CHECKING: from rich.progress import TaskID
 
 # %% auto #0
 __all__ = ['lost', 'say', 'warn', 'say_wrapped', 'duration_text', 'takes_utf8', 'say_scores', 'say_inventory', 'TimeLeft',
@@ -24,7 +27,9 @@ __all__ = ['lost', 'say', 'warn', 'say_wrapped', 'duration_text', 'takes_utf8', 
 # %% ../nbs/05i_console.ipynb #7fa0a76b
 lost: list[OSError] = []  # why standard output could not be written, if it could not
 
-def say(text: str = "") -> None:
+def say(
+    text: str = "",  # one line or several; empty: an empty line
+) -> None:
     "Print a line at once. Output that cannot be written does not end the work: `cli.main` reports it at the end."
     try: print(text, flush=True)
     except OSError as error:
@@ -32,17 +37,21 @@ def say(text: str = "") -> None:
         with contextlib.suppress(OSError, ValueError):  # what is still in the buffer goes nowhere, instead of failing again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-def warn(text: str) -> None:
+def warn(
+    text: str,  # one line or several
+) -> None:
     "Print a line on standard error; where it cannot be written, nothing."
     try: print(text, file=sys.stderr, flush=True)
     except OSError:
         with contextlib.suppress(OSError, ValueError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
-def say_wrapped(text: str) -> None:
+def say_wrapped(
+    text: str,  # a paragraph without line breaks
+) -> None:
     "Print an indented paragraph, wrapped at the width of the terminal."
     width = max(shutil.get_terminal_size().columns, 60)
-    whole = dict(break_long_words=False, break_on_hyphens=False)
-    say(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="    ", **whole))
+    say(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="    ",
+                      break_long_words=False, break_on_hyphens=False))
 
 def duration_text(
     seconds: float,  # a duration
@@ -115,15 +124,22 @@ class TimeLeft:
         self.step: Any = None
         self.since = 0.
 
-    def begin(self, step: Any, now: float) -> None:
-        "A part begins, or none (`step` is a text); the one before it has ended."
+    def begin(
+        self,
+        step: Any,  # `walkforward.Step` of the part, or a text where none begins
+        now: float,  # time, seconds
+    ) -> None:
+        "Note that a part begins, and that the one before it has ended."
         if getattr(self.step, "work", 0):
             kind = self.step.kind
             self.spent[kind] = self.spent.get(kind, 0.) + now - self.since
             self.done[kind] = self.done.get(kind, 0.) + self.step.work
         self.step, self.since = step, now
 
-    def seconds(self, now: float) -> float | None:
+    def seconds(
+        self,
+        now: float,  # time, seconds
+    ) -> float | None:
         "Seconds left; None while a part of some kind still to come has not been timed."
         if not hasattr(self.step, "rest"): return None
         todo = [step for step in (self.step, *self.step.rest) if step.work]
@@ -132,14 +148,17 @@ class TimeLeft:
         if self.step.work: need[0] = max(need[0] - (now - self.since), 0.)
         return sum(need)
 
-    def text(self, now: float) -> str:
+    def text(
+        self,
+        now: float,  # time, seconds
+    ) -> str:
         "The time left in words, or nothing."
         seconds = self.seconds(now)
         return "" if seconds is None else f"{duration_text(seconds)} left"
 
 # %% ../nbs/05i_console.ipynb #bbcca621
 def training_line(
-    record: dict,  # of an update, as `train_epoch` passes it on
+    record: Mapping[str, Any],  # of an update, as `train_epoch` passes it on
 ) -> str:
     "Loss, losses by head, learning rate, speed and peak memory of one update."
     number = lambda v: v.item() if hasattr(v, "item") else v
@@ -149,8 +168,8 @@ def training_line(
     return f"{loss}  {losses}  lr {record['lr']:.1e}  {record['tokens_per_s'] / 1e3:.0f}k tokens/s  {memory:.0f} MiB"
 
 class Progress:
-    """Bars on a terminal, a line a minute elsewhere. `on_part(done, total, what)` is called before each part of a run, `what` being a
-    `walkforward.Step` or a text; `on_update(run, record)` after each update of a training."""
+    """Bars on a terminal, a line a minute elsewhere. `on_part(done, total, what)` is called before each part of a run,
+    `what` being a `walkforward.Step` or a text; `on_update(run, record)` after each update of a training."""
     interval = 60.  # between lines, seconds
 
     def __enter__(self) -> Progress:
@@ -177,13 +196,19 @@ class Progress:
         elapsed = [Elapsed(fixed())] if console.width >= 72 else []
         self.bars = Bars(what, *bar, count, *elapsed, Left(fixed()), console=console, transient=True, expand=True,
                          disable=not console.is_terminal)
-        self.task, self.training, self.what = self.bars.add_task("", total=None, visible=False), None, ""
+        self.task, self.what = self.bars.add_task("", total=None, visible=False), ""
+        self.training: TaskID | None = None
         self.bars.__enter__()
         self.shown = self.began if self.bars.disable else 0.
         return self
 
-    def on_part(self, done: int, total: int, what: Any) -> None:
-        "A part of a run begins."
+    def on_part(
+        self,
+        done: int,  # parts that are done
+        total: int,  # parts in all
+        what: Any,  # `walkforward.Step` of the next part, or a text
+    ) -> None:
+        "Show that a part of a run begins."
         self.left.begin(what, time.monotonic())
         if self.training is not None:
             self.bars.remove_task(self.training)
@@ -191,8 +216,12 @@ class Progress:
         self.bars.update(self.task, completed=done, total=total, description=str(what), visible=True)
         self.what = f"{done} of {total}, {what}"
 
-    def on_update(self, run: Any, record: dict) -> None:
-        "An update was made; shown twice a second at most, as reading a loss makes a GPU wait."
+    def on_update(
+        self,
+        run: Any,  # `tbptt_trainer.Run` in training
+        record: Mapping[str, Any],  # of the update, as `train_epoch` passes it on
+    ) -> None:
+        "Show an update, twice a second at most, as reading a loss makes a GPU wait."
         now = time.monotonic()
         if now - self.shown < (self.interval if self.bars.disable else .5): return
         self.shown = now

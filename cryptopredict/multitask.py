@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,20 +99,24 @@ def preset(
     return replace(ModelConfig(n_features=n_features, **read_preset(name)["model"]), **overrides)
 
 # %% ../nbs/04a_multitask.ipynb #96af6092
-@register_state(total=torch.float64, count=torch.float64)
+@register_state(total=torch.float64, n=torch.float64)
 class MeanState(NamedTuple):
     "Running mean of everything seen, in float64."
     total: Tensor  # sum of hidden states (b, d)
-    count: Tensor  # how many (b, 1)
+    n: Tensor  # how many (b, 1)
 
 # %% ../nbs/04a_multitask.ipynb #880f4b6e
-def running_mean(u: Tensor, state: MeanState, reset: Tensor | None) -> tuple[Tensor, MeanState]:
+def running_mean(
+    u: Tensor,  # hidden states (b, t, d)
+    state: MeanState,  # of the steps before
+    reset: Tensor | None,  # (b, t): True where another series begins; None: nowhere
+) -> tuple[Tensor, MeanState]:
     "Means (b, t, d) of what a stream has shown since its series began, and the state after the last step."
     # A series that begins late is a difference of two long sums: these are then made in float64.
     local = running_sum(u.to(torch.promote_types(u.dtype, torch.float32) if reset is None else torch.float64), 1)  # (b, t, d)
     steps = torch.arange(1., u.shape[1] + 1, device=u.device, dtype=torch.float64).expand(u.shape[:2])
     total, since = state.total[:, None], torch.zeros_like(steps)  # sum and number of steps before the first of `local`
-    count = state.count.expand(u.shape[:2])
+    count = state.n.expand(u.shape[:2])
     if reset is not None:
         since = torch.where(reset, steps - 1, 0).cummax(1).values  # steps of the call that are of an older series
         older = F.pad(local, (0, 0, 1, 0)).gather(1, since.long()[..., None].expand_as(local))
@@ -127,29 +131,40 @@ def running_mean(u: Tensor, state: MeanState, reset: Tensor | None) -> tuple[Ten
 class Pooling(nn.Module):
     "Hidden states (b, t, d) to pooled states of the same shape, causal, with carried state."
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(
+        self,
+        cfg: ModelConfig,  # of the model: kind and window of the pooling, width
+    ):
         super().__init__()
         self.kind, self.d = cfg.pooling, cfg.d_model
         if self.kind == "attention": self.attention = MHSA(replace(cfg.attention, kv_window=cfg.pool_window))
 
-    def init_state(self, like: Tensor):
-        "The state before anything was seen; batch, device and type as of `like` (b, t, d)."
+    def init_state(
+        self,
+        like: Tensor,  # (b, t, d), of the batch, device and type that the state is for
+    ) -> tuple:
+        "The state before anything was seen: a `MeanState`, that of an attention, or an empty tuple."
         if self.kind == "last": return ()
         if self.kind == "attention": return self.attention.init_state(like.shape[0])
         zeros = lambda n: like.new_zeros(like.shape[0], n, dtype=torch.float64)
         return MeanState(zeros(self.d), zeros(1))
 
-    def forward(self, u: Tensor, state, reset: Tensor | None = None) -> tuple[Tensor, MeanState | tuple]:
+    def forward(
+        self,
+        u: Tensor,  # hidden states (b, t, d)
+        state: tuple,  # of the steps before, as from `init_state`
+        reset: Tensor | None = None,  # (b, t): True where another series begins; None: nowhere
+    ) -> tuple[Tensor, tuple]:
         "Pooled states and the carried state."
         if u.dim() != 3 or u.shape[-1] != self.d or 0 in u.shape:
             raise ValueError(f"u has shape {tuple(u.shape)}; expected (batch, time, {self.d})")
         check_reset(reset, u, "u")
-        state = check_like(state, self.init_state(u), "state.pool", u)
+        before: Any = check_like(state, self.init_state(u), "state.pool", u)
         if self.kind == "last": return u, ()
         if self.kind == "attention":
-            y, state = self.attention(u, state, reset)
-            return u + y, state
-        return running_mean(u, state, reset)
+            y, after = self.attention(u, before, reset)
+            return u + y, after
+        return running_mean(u, before, reset)
 
 # %% ../nbs/04a_multitask.ipynb #f44de43f
 class Forecast(NamedTuple):
@@ -160,7 +175,9 @@ class Forecast(NamedTuple):
     sigma: Tensor  # annualised volatility of the next 30 days, positive
 
 # %% ../nbs/04a_multitask.ipynb #97074974
-def inverse_softplus(x: Tensor) -> Tensor:
+def inverse_softplus(
+    x: Tensor,  # above 0
+) -> Tensor:
     "y with softplus(y) = x, for x > 0."
     return x + torch.log(-torch.expm1(-x))
 
@@ -168,7 +185,10 @@ def inverse_softplus(x: Tensor) -> Tensor:
 class Heads(nn.Module):
     "Pooled states to `Forecast`; ordering and positivity by construction, weights start at zero."
 
-    def __init__(self, d_model: int):
+    def __init__(
+        self,
+        d_model: int,  # width of the pooled states
+    ):
         super().__init__()
         self.classifier = nn.Linear(d_model, 3)
         self.regressor = nn.Linear(d_model, 4)  # middle, width down, width up, log sigma
@@ -178,15 +198,24 @@ class Heads(nn.Module):
         self.set_climatology(torch.tensor([1., 1., 1.]) / 3, torch.tensor([-.3, 0., .3]), .6)
 
     @torch.no_grad()
-    def set_climatology(self, frequencies: Tensor, quantiles: Tensor, sigma: float) -> None:
-        "Biases for class frequencies (3,), the 0.1, 0.5, 0.9 quantiles of r90 (3,) and a volatility."
+    def set_climatology(
+        self,
+        frequencies: Tensor,  # of the classes down, flat, up (3,)
+        quantiles: Tensor,  # the 0.1, 0.5, 0.9 quantiles of r90 (3,)
+        sigma: float,  # annualised volatility
+    ) -> None:
+        "Set the biases so that zero weights forecast these numbers."
         low, middle, high = quantiles
         self.classifier.bias.copy_(frequencies.clamp_min(1e-3).log())
         widths = inverse_softplus(torch.stack([middle - low, high - middle]).clamp_min(1e-3))
         self.regressor.bias.copy_(torch.cat([middle[None], widths, torch.tensor([math.log(sigma)])]))
 
-    def forward(self, u: Tensor, anchor: Tensor | None) -> Forecast:
-        "Forecasts from pooled states (b, t, d) in float32 at least, adding to `anchor` (b, t), a log sigma, where given."
+    def forward(
+        self,
+        u: Tensor,  # pooled states (b, t, d)
+        anchor: Tensor | None,  # log sigma (b, t) that the head adds to; None: 0
+    ) -> Forecast:
+        "Forecasts from pooled states, in float32 at least."
         u = u.to(torch.promote_types(u.dtype, torch.float32))
         with torch.autocast(u.device.type, enabled=False):  # a bias in bfloat16 would be no climatology any more
             through = lambda layer: F.linear(u, layer.weight.to(u.dtype), layer.bias.to(u.dtype))
@@ -208,7 +237,10 @@ _all_ = ["detach"]  # exported from here too: it is what a training loop does to
 class MultitaskModel(nn.Module):
     "Features (b, t, n_features) to a joint `Forecast` at each step, with carried state."
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(
+        self,
+        cfg: ModelConfig,  # sizes
+    ):
         super().__init__()
         self.cfg, self.embed = cfg, nn.Linear(cfg.n_features - cfg.anchored, cfg.d_model)
         self.blocks = nn.ModuleList()
@@ -222,13 +254,22 @@ class MultitaskModel(nn.Module):
         self.log_var_cls, self.log_var_reg = (no_weight_decay(nn.Parameter(torch.zeros(()))) for _ in range(2))
         no_weight_decay(self.embed.bias)
 
-    def init_state(self, batch: int) -> ModelState:
+    def init_state(
+        self,
+        batch: int,  # streams side by side
+    ) -> ModelState:
         "The state before anything was seen."
         like = self.embed.weight.new_zeros(batch, 1, self.cfg.d_model)
-        return ModelState(tuple(b.init_state(batch) for b in self.blocks), self.pool.init_state(like))
+        blocks = tuple(b.init_state(batch) for b in self.blocks)  # type: ignore[operator]
+        return ModelState(blocks, self.pool.init_state(like))
 
-    def forward(self, x: Tensor, state: ModelState | None = None, reset: Tensor | None = None) -> tuple[Forecast, ModelState]:
-        "Forecasts at all steps and the state after the last; where `reset` (b, t) is True, another series begins in a stream."
+    def forward(
+        self,
+        x: Tensor,  # features (b, t, n_features), finite
+        state: ModelState | None = None,  # of the steps before; None: that before anything was seen
+        reset: Tensor | None = None,  # (b, t): True where another series begins in a stream; None: nowhere
+    ) -> tuple[Forecast, ModelState]:
+        "Forecasts at all steps, and the state after the last."
         self.check_input(x)
         check_reset(reset, x, "x")
         x, anchor = (x[..., :-1], x[..., -1]) if self.cfg.anchored else (x, None)
@@ -241,12 +282,19 @@ class MultitaskModel(nn.Module):
         pooled, pool = self.pool(self.norm(u), state.pool, reset)
         return self.heads(pooled, anchor), ModelState(tuple(after), pool)
 
-    def step(self, x_t: Tensor, state: ModelState) -> tuple[Forecast, ModelState]:
-        "One time step: x_t (b, n_features)."
+    def step(
+        self,
+        x_t: Tensor,  # features of one step (b, n_features)
+        state: ModelState,  # of the steps before
+    ) -> tuple[Forecast, ModelState]:
+        "The forecast at one step, (b,) each and logits (b, 3), and the state after it."
         forecast, state = self(check_step(x_t, self.cfg.n_features, "x_t"), state)
         return Forecast(*(v[:, 0] for v in forecast)), state
 
-    def check_input(self, x: Tensor) -> None:
+    def check_input(
+        self,
+        x: Tensor,  # as for `forward`
+    ) -> None:
         "A `ValueError` that names the argument, and both shapes or the place."
         n, weight = self.cfg.n_features, self.embed.weight
         check_tensors(x=x)
@@ -261,15 +309,23 @@ class MultitaskModel(nn.Module):
             value = x[tuple(row)].item()
             raise ValueError(f"x{row} (batch, time, feature) is {value}: scale features and set missing ones to 0 first")
 
-    def save(self, folder: str | Path) -> None:
-        "Write sizes and weights to `config.toml` and `model.safetensors` in a folder, which is made where absent."
+    def save(
+        self,
+        folder: str | Path,  # made where absent
+    ) -> None:
+        "Write sizes and weights to `config.toml` and `model.safetensors` in a folder."
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "model.safetensors", save_tensors({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}))
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        write_atomic(folder / "model.safetensors", save_tensors(weights))
         write_atomic(folder / "config.toml", to_toml(asdict(self.cfg)))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> MultitaskModel:
+    def from_pretrained(
+        cls,
+        folder: str | Path,  # that `save` wrote
+        device: str | torch.device = "cpu",  # where the model goes
+    ) -> MultitaskModel:
         "The model that `save` wrote, in evaluation mode; a `ValueError` names the file and what is wrong with it."
         folder = Path(folder)
         try:
@@ -290,13 +346,20 @@ class Targets(NamedTuple):
     sigma: Tensor  # realised volatility
 
 # %% ../nbs/04a_multitask.ipynb #3d536ef9
-def pinball(y: Tensor, q: Tensor, alpha: float) -> Tensor:
-    "Pinball loss of a forecast `q` of the `alpha` quantile."
+def pinball(
+    y: Tensor,  # what happened
+    q: Tensor,  # forecast quantile, same shape
+    alpha: float,  # its level, 0 to 1
+) -> Tensor:
+    "Pinball loss max(alpha (y - q), (alpha - 1) (y - q)), by element."
     return torch.maximum(alpha * (y - q), (alpha - 1) * (y - q))
 
 # %% ../nbs/04a_multitask.ipynb #a075980a
-def masked_mean(loss, y: Tensor) -> Tensor:
-    "Mean of `loss(known, y filled)` where y is known; 0 where nothing is. NaN never enters the graph."
+def masked_mean(
+    loss: Callable[[Tensor], Tensor],  # of labels, all known, to losses of the same shape
+    y: Tensor,  # labels, NaN where not known
+) -> Tensor:
+    "Mean of `loss(y filled)` where y is known; 0 where nothing is. NaN never enters the graph."
     known = torch.isfinite(y)
     value = loss(torch.where(known, y, torch.zeros_like(y)))
     return torch.where(known, value, torch.zeros_like(value)).sum() / known.sum().clamp_min(1)
@@ -321,7 +384,7 @@ def task_losses(
 MAX_LOG_VAR = math.log(100)  # task weights stay in [1/100, 100]
 
 def multitask_loss(
-    losses: dict[str, Tensor],  # as from `task_losses`
+    losses: Mapping[str, Tensor],  # as from `task_losses`
     log_var_cls: Tensor,  # learned log-variance of the classification
     log_var_reg: Tensor,  # learned log-variance of the regressions
 ) -> Tensor:

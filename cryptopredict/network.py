@@ -9,16 +9,17 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
-from .baselines import BASELINES, Climatology, LogHAR, forecast_rows
+from .baselines import Climatology, LogHAR, forecast_rows
 from .checkpoint import checkpoints, prune, remove
 from .config import ConfigError
 from .labels import FORECAST_COLUMNS, HEADS, SCHEMA
@@ -39,11 +40,15 @@ YEARS = (4, None, 8)  # of climatology, the candidates; None: all of the past. T
 
 class Baselines(NamedTuple):
     "The baselines that the network's heads start from, fitted on given rows."
-    direction: Climatology
-    band: Climatology
+    direction: Climatology  # class frequencies
+    band: Climatology  # quantiles of the return
     log_har: LogHAR  # forecasts sigma
 
-    def forecast(self, panel: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
+    def forecast(
+        self,
+        panel: pd.DataFrame,  # hourly panel
+        rows: np.ndarray,  # positions to forecast at
+    ) -> pd.DataFrame:
         "Direction and band of the climatologies, sigma of log-HAR, in the columns of a forecast."
         made, band = self.direction.predict(panel, None, rows), list(HEADS["band"].columns)
         made[band] = self.band.predict(panel, None, rows)[band]
@@ -82,7 +87,7 @@ def as_predictions(
 def choose_climatologies(
     panel: pd.DataFrame,  # hourly panel
     y: pd.DataFrame,  # its labels
-    folds: list[Fold],  # pairs of training and validation rows before the test
+    folds: Sequence[Fold],  # pairs of training and validation rows before the test
     horizon: str = "90D",  # span of the return
 ) -> dict[str, dict]:
     """For direction and band, the mean validation loss of each climatology (`losses`, by its years, "all" for all of the past)
@@ -134,7 +139,7 @@ LEVEL = .2  # of the two-sided test that a head must pass on validation before i
 def combine(
     baseline: pd.DataFrame,  # the baselines' forecasts
     network: pd.DataFrame,  # the network's, at the same times
-    heads: list[str],  # heads that are combined; the others are the baselines'
+    heads: Sequence[str],  # heads that are combined; the others are the baselines'
     share: float = .5,  # of the network
 ) -> pd.DataFrame:
     "Linear pool of probabilities and quantiles, geometric mean of volatilities."
@@ -149,7 +154,7 @@ def head_evidence(
     forecast: pd.DataFrame,  # forecasts at daily origins of the validation spans
     baseline: pd.DataFrame,  # the baselines' forecasts there
     y: pd.DataFrame,  # labels by decision time
-    overlaps: dict[str, int],  # days that origins share, by head
+    overlaps: Mapping[str, int],  # days that origins share, by head
 ) -> dict[str, dict]:
     "By head: mean validation loss less the baseline's, the p-value of `scores.dm_test`, origins, and whether the head helps."
     one, two = (loss_table(as_predictions(f), y) for f in (forecast, baseline))
@@ -165,12 +170,12 @@ def head_evidence(
 # %% ../nbs/05e_network.ipynb #fa1f5dd2
 class FitInputs(NamedTuple):
     "What one fit of the network needs."
-    baselines: Baselines
-    start: tuple  # class frequencies, quantiles and volatility, as for `Heads.set_climatology`
+    baselines: Baselines  # fitted on the same rows
+    start: tuple[Tensor, Tensor, float]  # class frequencies, quantiles and volatility, as for `Heads.set_climatology`
     data: FoldData  # tensors, log-HAR's log sigma as the last channel
 
 class Network:
-    "The Mamba2 multitask model as a `ForecastModel`: combined with baselines, stopped on validation, fitted on all matured labels."
+    "The Mamba2 model as a `ForecastModel`: combined with baselines, stopped on validation, fitted on all matured labels."
     stochastic = True
 
     def __init__(
@@ -190,10 +195,19 @@ class Network:
         self.sizes, self.settings = model or ModelConfig(**usual["model"]), train or TrainSettings(**usual["train"])
         self.epochs, self.validation_spans, self.on_update = epochs, validation_spans, on_update
         self.horizon, self.vol_window, self.threshold = horizon, vol_window, threshold
-        self.temporary = tempfile.TemporaryDirectory() if folder is None else None  # goes with this forecaster
-        self.folder = FitFolder(folder or self.temporary.name)
+        if folder is None:
+            self.temporary = tempfile.TemporaryDirectory()  # goes with this forecaster
+            folder = self.temporary.name
+        self.folder = FitFolder(folder)
 
-    def fit(self, panel: pd.DataFrame, X: pd.DataFrame, y: pd.DataFrame, fold: Fold, seed: int = 0) -> Network:
+    def fit(
+        self,
+        panel: pd.DataFrame,  # hourly panel
+        X: pd.DataFrame,  # features, same index
+        y: pd.DataFrame,  # labels as from `make_labels`, same index
+        fold: Fold,  # choices are made before its test
+        seed: int = 0,  # of weights, dropout and offsets
+    ) -> Network:
         "Choose on validation spans before the test (once a folder, for all seeds), then fit on `fold.refit`."
         with deterministic(self.settings.deterministic):
             log_har, data = self.tensors(panel, X, y, fold, "refit")
@@ -209,7 +223,12 @@ class Network:
             self.model = train(config, data, out, self.inputs.start, until=choice["epochs"], on_update=self.on_update).model
         return self
 
-    def predict(self, panel: pd.DataFrame, X: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
+    def predict(
+        self,
+        panel: pd.DataFrame,  # hourly panel; may reach further than at the fit
+        X: pd.DataFrame,  # features, same index
+        rows: np.ndarray,  # positions to forecast at
+    ) -> pd.DataFrame:
         "Forecasts at `rows`; a head that is not enabled repeats its baseline to the last digit."
         baseline = self.inputs.baselines.forecast(panel, rows)
         if not self.heads: return baseline
@@ -221,33 +240,74 @@ class Network:
         starts = {head: f"climatology of {f'the last {n} years' if n else 'all years'}" for head, n in self.years.items()}
         return {head: dict(baseline=starts.get(head, "log_har"), network=head in self.heads) for head in HEADS}
 
-    def log_sigma(self, log_har: LogHAR, panel: pd.DataFrame) -> np.ndarray:
+    def log_sigma(
+        self,
+        log_har: LogHAR,  # fitted
+        panel: pd.DataFrame,  # hourly panel
+    ) -> np.ndarray:
         "Log-HAR's log sigma at every hour of the panel, NaN where its history is too short."
         return np.log(log_har.volatility(panel)).to_numpy()
 
-    def tensors(self, panel, X, y, fold: Fold, part: str) -> tuple[LogHAR, FoldData]:
-        "Log-HAR and tensors of a fit on a part of a fold: `train`, to be stopped on its validation rows, or `refit`."
-        log_har = BASELINES["log_har"](self.horizon, self.threshold).fit(panel, None, y, fit_on(fold, part))
+    def tensors(
+        self,
+        panel: pd.DataFrame,  # hourly panel
+        X: pd.DataFrame,  # features, same index
+        y: pd.DataFrame,  # labels, same index
+        fold: Fold,  # of a walk-forward
+        part: str,  # `train`, to be stopped on the validation rows, or `refit`
+    ) -> tuple[LogHAR, FoldData]:
+        "Log-HAR and tensors of a fit on a part of a fold."
+        log_har = LogHAR(self.horizon, self.threshold).fit(panel, None, y, fit_on(fold, part))
         rows, valid = LabelRows.of(fold, part), LabelRows.of(fold, "valid") if part == "train" else None
         return log_har, fold_data(X, y, rows, valid, self.log_sigma(log_har, panel))
 
-    def with_climatologies(self, panel, y, fold: Fold, part: str, years: dict, log_har: LogHAR, data: FoldData) -> FitInputs:
-        "All that a fit needs, the climatologies of so many `years` fitted on the same part."
-        direction, band = (fit_climatology(panel, y, fit_on(fold, part), years[head], self.horizon) for head in ("direction", "band"))
+    def with_climatologies(
+        self,
+        panel: pd.DataFrame,  # hourly panel
+        y: pd.DataFrame,  # labels, same index
+        fold: Fold,  # of a walk-forward
+        part: str,  # that the climatologies are fitted on, `train` or `refit`
+        years: Mapping[str, int | None],  # of the climatologies of `direction` and `band`; None: all
+        log_har: LogHAR,  # fitted on the same part
+        data: FoldData,  # its tensors
+    ) -> FitInputs:
+        "All that a fit needs."
+        rows = fit_on(fold, part)
+        direction, band = (fit_climatology(panel, y, rows, years[head], self.horizon) for head in ("direction", "band"))
         quantiles = torch.tensor([band.p10, band.median, band.p90]).float()
         return FitInputs(Baselines(direction, band, log_har), (torch.tensor(direction.probs).float(), quantiles, 1.), data)
 
-    def train_config(self, data: FoldData, seed: int) -> TrainConfig:
-        "Training configuration for tensors of that width."
+    def train_config(
+        self,
+        data: FoldData,  # tensors, whose width the model takes
+        seed: int,  # of weights, dropout and offsets
+    ) -> TrainConfig:
+        "The configuration of a training."
         sizes = replace(self.sizes, n_features=data.x.shape[1], anchored=True)
         return TrainConfig(**vars(self.settings), model=sizes, epochs=self.epochs, seed=seed)
 
-    def trial(self, panel, X, y, fold: Fold, years: dict, seed: int, out: Path) -> tuple[Run, FitInputs]:
-        "A training on `fold.train`, judged on `fold.valid` after each epoch."
+    def trial(
+        self,
+        panel: pd.DataFrame,  # hourly panel
+        X: pd.DataFrame,  # features, same index
+        y: pd.DataFrame,  # labels, same index
+        fold: Fold,  # trained on its `train` rows, judged on its `valid` rows
+        years: Mapping[str, int | None],  # of the climatologies, as for `with_climatologies`
+        seed: int,  # of weights, dropout and offsets
+        out: Path,  # folder of the training
+    ) -> tuple[Run, FitInputs]:
+        "A training that is judged after each epoch, and what it started from."
         inputs = self.with_climatologies(panel, y, fold, "train", years, *self.tensors(panel, X, y, fold, "train"))
         return train(self.train_config(inputs.data, seed), inputs.data, out, inputs.start, on_update=self.on_update), inputs
 
-    def choose(self, panel: pd.DataFrame, X: pd.DataFrame, y: pd.DataFrame, fold: Fold, seed: int) -> dict:
+    def choose(
+        self,
+        panel: pd.DataFrame,  # hourly panel
+        X: pd.DataFrame,  # features, same index
+        y: pd.DataFrame,  # labels, same index
+        fold: Fold,  # choices are made before its test
+        seed: int,  # of weights, dropout and offsets
+    ) -> dict:
         "Climatologies, epochs and heads, judged on the purged validation spans before the fold's test."
         folds = choice_folds(y, fold, self.validation_spans)
         climatologies = choose_climatologies(panel, y, folds, self.horizon)
@@ -271,11 +331,19 @@ class Network:
             known.iloc[outside, [known.columns.get_loc(name) for name in names]] = np.nan
         spans_of = dict(label_end=self.horizon, sigma_end=self.vol_window)
         overlaps = {name: pd.Timedelta(spans_of[head.label_end]) // pd.Timedelta("1D") for name, head in HEADS.items()}
-        evidence = head_evidence(*(pd.concat(side) for side in zip(*pairs)), known, overlaps)
+        network, baseline = (pd.concat(side) for side in zip(*pairs))
+        evidence = head_evidence(network, baseline, known, overlaps)
         heads = [head for head, e in evidence.items() if e["helps"]]
         return dict(choice, epochs=best if heads else 0, heads=heads, evidence=evidence)
 
-    def network_forecast(self, net: MultitaskModel, inputs: FitInputs, panel, X, rows: np.ndarray) -> pd.DataFrame:
+    def network_forecast(
+        self,
+        net: MultitaskModel,  # trained
+        inputs: FitInputs,  # that it was trained with: scaler, first hour, log-HAR
+        panel: pd.DataFrame,  # hourly panel
+        X: pd.DataFrame,  # features, same index
+        rows: np.ndarray,  # positions to forecast at
+    ) -> pd.DataFrame:
         "The network's own forecasts at `rows`, the state warmed through all earlier hours."
         sigma = pd.Series(self.log_sigma(inputs.baselines.log_har, panel)).ffill().fillna(0).to_numpy(dtype="float32")
         x = np.concatenate([inputs.data.scaler(X), sigma[:, None]], axis=1)[:int(rows.max()) + 1]
@@ -285,7 +353,10 @@ class Network:
         columns = *p.T, f.p10[at].numpy(), f.p90[at].numpy(), f.sigma[at].numpy()
         return pd.DataFrame(dict(zip(FORECAST_COLUMNS, columns)), index=panel.index[rows]).astype(float)
 
-    def identity(self, data: FoldData) -> dict:
+    def identity(
+        self,
+        data: FoldData,  # of the last fit
+    ) -> dict:
         "What must be equal for the trainings in a folder to be resumed."
         names = ("epochs", "horizon", "vol_window", "threshold", "validation_spans")
         digest = hashlib.sha256(data.x.numpy().tobytes())
@@ -294,7 +365,10 @@ class Network:
         came = dict(features=list(data.scaler.columns), data_sha256=digest.hexdigest())
         return {name: getattr(self, name) for name in names} | network | came
 
-    def read_choice(self, identity: dict) -> dict:
+    def read_choice(
+        self,
+        identity: dict,  # as from `identity`
+    ) -> dict:
         "The choice in the folder; a `ValueError` where it is damaged, or that of another training."
         path = self.folder.choice
         try:

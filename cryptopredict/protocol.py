@@ -16,14 +16,13 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from .baselines import BASELINES, HISTORY, ForecastModel, has_history, origins
 from .config import ConfigError, explain
@@ -44,18 +43,30 @@ __all__ = ['FORECASTERS', 'Truth', 'EvaluateConfig', 'load_config', 'load_object
 class Truth:
     "The built-in market's own conditional law, as a forecaster: what a perfect model could reach there, and only there."
 
-    def fit(self, panel: pd.DataFrame, X: pd.DataFrame | None, y: pd.DataFrame, fold: Fold, seed: int = 0) -> Truth:
-        "Nothing is fitted."
+    def fit(
+        self,
+        panel: pd.DataFrame,  # hourly panel of the built-in market
+        X: pd.DataFrame | None,  # not used
+        y: pd.DataFrame,  # not used
+        fold: Fold,  # not used
+        seed: int = 0,  # not used
+    ) -> Truth:
+        "Itself: nothing is fitted."
         return self
 
-    def predict(self, panel: pd.DataFrame, X: pd.DataFrame | None, rows: np.ndarray) -> pd.DataFrame:
+    def predict(
+        self,
+        panel: pd.DataFrame,  # hourly panel of the built-in market
+        X: pd.DataFrame | None,  # not used
+        rows: np.ndarray,  # positions to forecast at
+    ) -> pd.DataFrame:
         "The law at the rows' times, from the panel up to each; origins at 00:00 UTC only."
         law = conditional_law(panel)[FORECAST_COLUMNS].reindex(panel.index[rows])
         unknown = law.index[law.isna().any(axis=1)]
         if len(unknown): raise ValueError(f"truth at {unknown[0]}: known at 00:00 UTC of the built-in market only")
         return law
 
-FORECASTERS: dict[str, Callable] = {**BASELINES, "truth": Truth, "mamba2": Network}  # name -> factory of a `ForecastModel`
+FORECASTERS: dict[str, Callable[..., ForecastModel]] = {**BASELINES, "truth": Truth, "mamba2": Network}  # name -> factory
 
 # %% ../nbs/05e_protocol.ipynb #51285363
 def check_duration(value: str, least: str = "0D") -> str:
@@ -103,7 +114,10 @@ class EvaluateConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def complete_from_preset(cls, values: Any) -> Any:
+    def complete_from_preset(
+        cls,
+        values: Any,  # fields as given
+    ) -> Any:
         "The values with the tables `model` and `train` completed from the preset."
         preset = values.get("preset", "tiny")
         known = read_preset(preset) if preset in PRESETS else {}
@@ -115,29 +129,57 @@ class EvaluateConfig(BaseModel):
 
     @field_validator("horizon", "vol_window", "validation")
     @classmethod
-    def are_durations(cls, value: str) -> str: return check_duration(value, "1D")
+    def are_durations(
+        cls,
+        value: str,  # of the field
+    ) -> str:
+        "The value, if it is a duration of a day or more."
+        return check_duration(value, "1D")
 
     @field_validator("first_test", mode="before")
     @classmethod
-    def date_as_text(cls, value: Any) -> Any: return value.isoformat() if isinstance(value, date) else value  # TOML knows dates
+    def date_as_text(
+        cls,
+        value: Any,  # text, or a date as TOML knows them
+    ) -> Any:
+        "A date as text, anything else as it is."
+        return value.isoformat() if isinstance(value, date) else value
 
     @field_validator("first_test", "step", "embargo")
     @classmethod
-    def are_times(cls, value: str | None, info: Any) -> str | None: return check_time(value, info.field_name)
+    def are_times(
+        cls,
+        value: str | None,  # of the field
+        info: ValidationInfo,  # names the field
+    ) -> str | None:
+        "The value, if pandas reads it as what the field holds."
+        return check_time(value, info.field_name or "")
 
     @field_validator("preset")
     @classmethod
-    def is_preset(cls, name: str) -> str: return name if read_preset(name) else name
+    def is_preset(
+        cls,
+        name: str,  # of the preset
+    ) -> str:
+        "The name, if there is such a preset."
+        return name if read_preset(name) else name
 
     @field_validator("models", "features")
     @classmethod
-    def are_distinct(cls, names: tuple[str, ...], info: Any) -> tuple[str, ...]:
+    def are_distinct(
+        cls,
+        names: tuple[str, ...],  # of models or feature functions
+        info: ValidationInfo,  # names the field
+    ) -> tuple[str, ...]:
+        "The names, if none comes twice, and there is a model."
         if len(set(names)) < len(names) or not names and info.field_name == "models":
-            raise ValueError(f"name {'at least one model, and' if info.field_name == 'models' else 'each function once,'} none twice")
+            how = "at least one model, and" if info.field_name == "models" else "each function once,"
+            raise ValueError(f"name {how} none twice")
         return names
 
     @model_validator(mode="after")
     def fits_together(self) -> EvaluateConfig:
+        "The configuration, if its fields go together."
         if self.seed + self.seeds > 2**31: raise ValueError("seed + seeds is above 2147483648: begin with a smaller seed")
         if "truth" in self.models and (self.horizon, self.vol_window, self.threshold) != ("90D", "30D", .05):
             raise ValueError("models: 'truth' is known for horizon 90D, vol_window 30D and threshold 0.05 only; leave it out")
@@ -165,7 +207,8 @@ def load_config(
     def made(values: dict, source: str) -> EvaluateConfig:
         try: return EvaluateConfig(**values)
         except ValidationError as error:
-            raise ConfigError(f"{source}: {explain(error, EvaluateConfig, dict(model=ModelConfig, train=TrainSettings))}") from None
+            tables = dict(model=ModelConfig, train=TrainSettings)
+            raise ConfigError(f"{source}: {explain(error, EvaluateConfig, tables)}") from None
     made(values, str(path))
     if "preset" in values and given.get("preset", values["preset"]) != values["preset"]:  # the tables are made for that one
         for table in values.keys() & {"model", "train"}:
@@ -184,6 +227,7 @@ def load_object(
         if place.endswith(".py"):
             if not Path(place).is_file(): raise FileNotFoundError(f"there is no file {place!r}")
             spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            assert spec is not None and spec.loader is not None  # there is one for each .py file
             module = importlib.util.module_from_spec(spec)
             sys.path.insert(0, str(Path(place).resolve().parent))
             try: spec.loader.exec_module(module)
@@ -203,7 +247,7 @@ def source_hash(
 ) -> str:
     "sha256 of the file that a function or class stands in; of its source or name where it has none, as in a notebook."
     definition = thing if inspect.isroutine(thing) or inspect.isclass(thing) else type(thing)
-    try: content = Path(inspect.getsourcefile(definition)).read_bytes()
+    try: content = Path(inspect.getsourcefile(definition)).read_bytes()  # type: ignore[arg-type]  # None is a TypeError
     except (TypeError, OSError):
         try: content = inspect.getsource(definition).encode()
         except (TypeError, OSError): content = repr(getattr(definition, "__qualname__", definition)).encode()
@@ -212,7 +256,7 @@ def source_hash(
 class Own(NamedTuple):
     "Forecasters and feature functions that are not the package's, by the names that a configuration has for them."
     models: dict[str, Any]  # classes, or objects that are copied before each fit
-    features: dict[str, Callable[[pd.DataFrame], Any]]
+    features: dict[str, Callable[[pd.DataFrame], Any]]  # from the hourly panel to a frame or series
 
     def identity(self) -> dict[str, str]:
         "By name, the hash of the code behind it."
@@ -240,8 +284,10 @@ def find_own(
         if not callable(found): raise ConfigError(f"feature {name} is {type(found).__name__}: give a function of the panel")
     return own
 
-def own_name(thing: Any) -> str:
-    "How a forecaster or feature function that was passed as an object is named."
+def own_name(
+    thing: Any,  # a forecaster or feature function that was passed as an object
+) -> str:
+    "How it is named: by its attribute `name` if that is a text, by `__name__`, or by its class."
     named = getattr(thing, "name", None)
     return named if isinstance(named, str) else getattr(thing, "__name__", type(thing).__name__)
 
@@ -254,7 +300,7 @@ def make_forecaster(
     "A new forecaster."
     if name in own.models:
         model = own.models[name]
-        return model() if inspect.isclass(model) else copy.deepcopy(model)
+        return model() if isinstance(model, type) else copy.deepcopy(model)
     taken = inspect.signature(FORECASTERS[name]).parameters
     known = {field: getattr(config, field) for field in EvaluateConfig.model_fields} | more
     return FORECASTERS[name](**{k: v for k, v in known.items() if k in taken})

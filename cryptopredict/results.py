@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from .figures import BLACK, GREY, PALETTE, SKY, colours, house_style
+from .figures import BLACK, GREY, PALETTE, colours, house_style
 from .labels import DIRECTIONS, HEADS, TASKS
 from .storage import write_atomic
 from .walkforward import Evaluation
@@ -55,7 +55,9 @@ def table_of_scores(
     return wide.rename(columns=SCORE_NAMES).rename_axis(index=None, columns=None)
 
 # %% ../nbs/06_results.ipynb #9dcd5e31
-def percent_text(row: pd.Series) -> str:
+def percent_text(
+    row: pd.Series,  # of the comparison: `relative, rel_lo, rel_hi`
+) -> str:
     "A relative difference with its interval as text."
     if pd.isna(row["relative"]): return "-"
     return f"{row['relative']:+.1%}" + ("" if pd.isna(row["rel_lo"]) else f" [{row['rel_lo']:+.1%}, {row['rel_hi']:+.1%}]")
@@ -93,7 +95,13 @@ def figure_skill(
     return house_style(fig, f"Loss relative to {reference}: left of zero is better", 460)
 
 # %% ../nbs/06_results.ipynb #d68bafaa
-def interval_points(part: pd.DataFrame, x: str, y: str, model: str, colour: str) -> go.Scatter:
+def interval_points(
+    part: pd.DataFrame,  # one model's rows: `x`, `y` and `lo, hi`
+    x: str,  # column drawn to the right
+    y: str,  # column drawn upwards, with its interval
+    model: str,  # name in the legend
+    colour: str,  # of the markers
+) -> go.Scatter:
     "One model's points with their intervals `lo, hi`."
     at, value, lo, hi = (part[c].astype(float).round(3) for c in (x, y, "lo", "hi"))
     error = dict(type="data", symmetric=False, array=hi - value, arrayminus=value - lo, thickness=1)
@@ -102,7 +110,7 @@ def interval_points(part: pd.DataFrame, x: str, y: str, model: str, colour: str)
 # %% ../nbs/06_results.ipynb #421ca31b
 def figure_reliability(
     scores: dict,  # content of `scores.json`
-    shown: tuple[str, ...] | None = None,  # models drawn at first, others at a click; None: the first and the last two
+    shown: Sequence[str] | None = None,  # models drawn at first, others at a click; None: the first and the last two
 ) -> go.Figure:
     "Observed frequency against forecast probability of the seeds' mean, a panel per class, with 90 % block intervals."
     models, table = scores["config"]["models"], pd.DataFrame(scores["reliability"])
@@ -114,8 +122,9 @@ def figure_reliability(
         for model, colour in colours(models).items():
             part = table[(table["class"] == name) & (table["model"] == model)]
             if part.empty: continue
-            trace = interval_points(part, "p", "frequency", model, colour).update(visible=True if model in shown else "legendonly")
-            fig.add_trace(trace.update(legendgroup=model, showlegend=k == 1), **here)
+            visible = True if model in shown else "legendonly"
+            trace = interval_points(part, "p", "frequency", model, colour)
+            fig.add_trace(trace.update(visible=visible, legendgroup=model, showlegend=k == 1), **here)
         fig.update_xaxes(title="forecast probability", range=[0, 1], row=1, col=k)
     fig.update_yaxes(title="observed frequency", range=[0, 1], row=1, col=1)
     return house_style(fig, "Reliability of the direction's probabilities, 90 % intervals", 400)
@@ -163,7 +172,7 @@ def figure_fan(
 def figure_newest(
     newest: pd.DataFrame,  # newest forecast, prediction schema
     daily: pd.DataFrame,  # `time, close` at daily origins and at the newest hour, which the bands start from
-    models: list[str],  # all models of the run, for their colours
+    models: Sequence[str],  # all models of the run, for their colours
     horizon: str = "90D",  # how far ahead
 ) -> go.Figure:
     "The last year of prices and each model's 80 % band for the price one horizon after the newest hour."
@@ -281,7 +290,8 @@ TEMPLATE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta n
 {%- elif kind == "table" %}{{ grid(value) }}
 {%- elif kind == "rows" %}{{ grid(value, index=False) }}
 {%- elif kind == "facts" %}{{ grid(value, kind="text") }}
-{%- elif kind == "details" %}<details><summary>{{ value.summary }}</summary><p>{{ value.text }}</p>{{ grid(value.table, index=False) }}</details>
+{%- elif kind == "details" %}<details><summary>{{ value.summary }}</summary><p>{{ value.text }}</p>
+{{- grid(value.table, index=False) }}</details>
 {%- elif kind == "audits" %}<ul>{% for audit in value %}<li><b>{{ audit.name }}</b>: {% if audit.leaks -%}
 <span class="bad">{{ audit.leaks }} leak(s)</span>{% elif audit.too_little %}<span class="bad">too little could be tested</span>
 {%- else %}<span class="good">no leak found</span>{% endif %}{% if audit.suspects %}, {{ audit.suspects }} worth a look{% endif %}
@@ -290,7 +300,9 @@ TEMPLATE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta n
 {%- endif %}{% endfor %}{% endfor %}</body></html>"""
 
 # %% ../nbs/06_results.ipynb #7c2c0b98
-def leak_sentence(audits: dict) -> str:
+def leak_sentence(
+    audits: Mapping[str, dict],  # by name, as in a certificate; empty: none was made
+) -> str:
     "What the audits found: leaks, and findings that are only worth a look."
     if not audits: return "No leak audit was made."
     with_leak = [k for k, a in audits.items() if severities(a).count("leak")]
@@ -303,14 +315,20 @@ def leak_sentence(audits: dict) -> str:
     if look: told.append(f"Worth a look, as an honest feature can look the same: {', '.join(look)}.")
     return " ".join(told)
 
-def severities(audit: dict) -> list[str]:
+def severities(
+    audit: Mapping,  # of a certificate: `ok`, `findings`
+) -> list[str]:
     "The severity of each finding of an audit in a certificate."
     return [f.get("severity", "leak") for f in audit.get("findings", [] if audit["ok"] else [{}])]
 
 # %% ../nbs/06_results.ipynb #e4b97fea
-def better_models(comparison: list[dict], names: list[str], without: tuple[str, ...] = ("truth",)) -> str:
-    "Who is better than the reference on the named scores, and on which; empty if nobody. Models in `without` are left out."
-    who = {}
+def better_models(
+    comparison: Sequence[dict],  # rows of the comparison
+    names: Collection[str],  # of the scores that count
+    without: Collection[str] = ("truth",),  # models that are left out
+) -> str:
+    "Who is better than the reference on the named scores, and on which; empty if nobody."
+    who: dict[str, list[str]] = {}
     for row in comparison:
         if row["score"] in names and row["verdict"] == "better" and row["model"] not in without:
             who.setdefault(row["model"], []).append(SCORE_NAMES[row["score"]])
@@ -323,7 +341,9 @@ def repeats_baseline(scores: dict, head: str) -> list[str]:
     return ["mamba2"] if folds and not any(head in heads for heads in folds) else []
 
 # %% ../nbs/06_results.ipynb #e2d5da8d
-def distance_to_truth(scores: dict) -> list[str]:
+def distance_to_truth(
+    scores: dict,  # content of `scores.json` of a run with the model `truth`
+) -> list[str]:
     "How much of what the truth gains over the reference each model gains, on log loss and QLIKE."
     mean = {(r["model"], r["score"]): r["mean"] for r in scores["summary"]}
     reference, said = scores["config"]["models"][0], []
@@ -385,7 +405,7 @@ def seed_table(
     return wide.rename(columns=SCORE_NAMES).rename_axis(index=None, columns=None)
 
 def head_sentences(
-    heads: dict,  # by model, what `describe_heads` returns
+    heads: Mapping[str, dict],  # by model, what `describe_heads` returns
 ) -> list[str]:
     "One sentence a model: on which heads the network takes part in a forecast, and which repeat their baseline."
     told = []
@@ -441,7 +461,8 @@ def report_sections(run: Evaluation) -> list[tuple[str, list]]:
             "shown, the mean over a model's seeds.")
     tables = [item for head in HEADS.values()
               for item in (("heading", head.title), ("table", table[[SCORE_NAMES[s] for s in head.scores]]))]
-    if len(seeds): tables += [("heading", "Single seeds"), ("text", "Lowest and highest score of one seed by itself."), ("table", seeds)]
+    if len(seeds):
+        tables += [("heading", "Single seeds"), ("text", "Lowest and highest score of one seed by itself."), ("table", seeds)]
     every = dict(summary="All comparisons", text=SIZE_OF_TEST, table=claims(scores))
     made, now = "", [("text", "None: the price is unknown for a part of the time that models look back on.")]
     if len(newest):
@@ -450,7 +471,8 @@ def report_sections(run: Evaluation) -> list[tuple[str, list]]:
         now = [("text", " ".join(lines)), ("table", newest_table(newest, horizon, scores["config"]["vol_window"])),
                ("figure", figure_newest(newest, run.realised, models, horizon))]
     training = [("The network's training", [("figure", figure_training(scores)), ("rows", training_table(scores))])]
-    audits = [("audits", audit_rows(scores["audits"]))] if scores["audits"] else [("text", "No audit was made in this run.")]
+    audits: list[tuple[str, Any]] = [("text", "No audit was made in this run.")]
+    if scores["audits"]: audits = [("audits", audit_rows(scores["audits"]))]
     if scores.get("untested"): audits += [("text", "Not tested:"), ("list", scores["untested"])]
     return [("What it shows", [("list", [*finding_sentences(scores), *missing_prices(scores)])]),
             ("Scores", [("text", text), *tables]),
@@ -484,8 +506,11 @@ def plot_skill(self: Evaluation) -> go.Figure:
     return figure_skill(self.record)
 
 @patch
-def plot_reliability(self: Evaluation, shown: tuple[str, ...] | None = None) -> go.Figure:
-    "Observed frequency against forecast probability, a panel per class; `shown` are the models drawn at first."
+def plot_reliability(
+    self: Evaluation,
+    shown: Sequence[str] | None = None,  # models drawn at first, others at a click; None: the first and the last two
+) -> go.Figure:
+    "Observed frequency against forecast probability, a panel per class."
     return figure_reliability(self.record, shown)
 
 @patch
@@ -494,7 +519,10 @@ def plot_coverage(self: Evaluation) -> go.Figure:
     return figure_coverage(self.record)
 
 @patch
-def plot_fan(self: Evaluation, model: str) -> go.Figure:
+def plot_fan(
+    self: Evaluation,
+    model: str,  # whose band
+) -> go.Figure:
     "Price and the band that a model forecast for it one horizon before."
     return figure_fan(self.predictions, self.realised, model, self.record["config"]["horizon"])
 

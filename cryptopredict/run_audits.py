@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -49,9 +49,9 @@ def join_reports(reports: list[LeakReport]) -> LeakReport:
 def audit_inputs(
     panel: pd.DataFrame,  # hourly panel
     config: EvaluateConfig,  # what labels and folds are made
-    tables: list[pd.DataFrame] | None = None,  # daily source tables of the panel; None or none: availability is not tested
+    tables: Sequence[pd.DataFrame] | None = None,  # daily source tables of the panel; None or none: availability is not tested
     provenance: pd.DataFrame | None = None,  # row of its table behind each daily cell
-    max_age: dict | None = None,  # oldest value allowed by column
+    max_age: Mapping | None = None,  # oldest value allowed by column
     n_cuts: int = 32,  # cuts of the features' audit
     own: Own = Own({}, {}),  # feature functions that are not the package's
     on_audit: Callable[[str], None] = lambda name: None,  # called with the name of each audit before it begins
@@ -70,7 +70,8 @@ def audit_inputs(
         "labels": lambda: join_reports([audit(known, s[["close"]], n_cuts=cuts, seed=config.seed) for s in stretches]),
         "disguise": lambda: audit_labels(everything(), labels[learned].astype(float), ends, n_perm=99, seed=config.seed),
         "folds": lambda: audit_folds(folds, labels[["label_end", "sigma_end"]], config.embargo)}
-    if tables and (provenance >= 0).any(axis=None):
+    if tables and provenance is None: raise ValueError("tables come without provenance: give the table behind each cell too")
+    if tables and provenance is not None and (provenance >= 0).any(axis=None):
         audits["availability"] = lambda: audit_availability(tables, panel, provenance, max_age)
     reports = {}
     for name, make in audits.items():
@@ -111,24 +112,29 @@ def split_frame(
     named = lambda mark: frame[[c for c in frame if c.startswith(mark)]].rename(columns=lambda c: c.removeprefix(mark))
     return frame[[c for c in frame if c[:2] not in ("f:", "y:")]], named("f:"), named("y:")
 
-def fitted_network(frame: pd.DataFrame, fold: Fold, ends: pd.DataFrame, config: EvaluateConfig) -> dict:
+def fitted_network(
+    frame: pd.DataFrame,  # panel, features and labels, as from `short_fold`
+    fold: Fold,  # of it
+    ends: pd.DataFrame,  # of its labels
+    config: EvaluateConfig,  # sizes and training of the network, seed, threshold
+) -> dict:
     "The network fitted on a short fold: what was chosen, fitted, and how it forecasts."
     panel, features, labels = split_frame(frame)
     labels = labels.join(ends)
-    settings = dict(model=config.model, train=config.train, epochs=1, validation_spans=1, threshold=config.threshold, **SHORT)
+    settings: dict[str, Any] = dict(model=config.model, train=config.train, threshold=config.threshold, **SHORT)
     with tempfile.TemporaryDirectory() as folder:
-        network = Network(**settings, folder=folder)
+        network = Network(**settings, epochs=1, validation_spans=1, folder=folder)
         choice = network.choose(panel, features, labels, fold, config.seed)
         forced = dict(choice, epochs=1, heads=list(HEADS))  # whatever was chosen, the network must take part
         write_atomic(network.folder.choice, json.dumps(forced))
         network.fit(panel, features, labels, fold, config.seed)
     baselines = [vars(a) for a in network.inputs.baselines]
-    fitted = dict(choice=choice, baselines=baselines, scaler=asdict(network.inputs.data.scaler), weights=network.model.state_dict())
-    return dict(**fitted, predict=network.predict)
+    scaler, weights = asdict(network.inputs.data.scaler), network.model.state_dict()
+    return dict(choice=choice, baselines=baselines, scaler=scaler, weights=weights, predict=network.predict)
 
 def audit_forecaster(
-    fit: Callable,  # from (frame, fold, ends) of `short_fold` to anything fitted
-    predict: Callable,  # from (fitted, panel, X, rows) to forecasts
+    fit: Callable[[pd.DataFrame, Fold, pd.DataFrame], Any],  # from (frame, fold, ends) of `short_fold` to anything fitted
+    predict: Callable[..., pd.DataFrame],  # from (fitted, panel, X, rows) to forecasts
     panel: pd.DataFrame,  # hourly panel; its last 220 days are used
     config: EvaluateConfig,  # seed, threshold and embargo
     own: Own = Own({}, {}),  # feature functions that are not the package's

@@ -43,7 +43,8 @@ class Scaler:
     def __call__(self, features: pd.DataFrame) -> np.ndarray:
         "Scaled features (rows, columns), float32, clipped to +-10, missing ones 0."
         x = check_not_infinite(features[list(self.columns)]).to_numpy(dtype=np.float32)
-        return np.nan_to_num(np.clip((x - np.float32(self.centre)) / np.float32(self.spread), -10, 10), nan=0.)
+        centre, spread = (np.asarray(v, np.float32) for v in (self.centre, self.spread))
+        return np.nan_to_num(np.clip((x - centre) / spread, -10, 10), nan=0.)
 
 # %% ../nbs/04b_streams.ipynb #b6f30295
 def fit_scaler(
@@ -73,11 +74,15 @@ class FoldData(NamedTuple):
 class LabelRows(NamedTuple):
     "Rows to learn from, by label: sigma matures earlier than the return."
     r90: np.ndarray  # of direction and quantiles
-    sigma: np.ndarray
+    sigma: np.ndarray  # of the volatility
 
     @classmethod
-    def of(cls, fold: Fold, part: str) -> LabelRows:
-        "The rows of a part of a fold, `train`, `valid` or `refit`, for each label those that had matured."
+    def of(
+        cls,
+        fold: Fold,  # of a walk-forward
+        part: str,  # `train`, `valid` or `refit`
+    ) -> LabelRows:
+        "The rows of a part of a fold, for each label those that had matured."
         return cls(*(getattr(fold.of(end), part) for end in ("label_end", "sigma_end")))
 
 # %% ../nbs/04b_streams.ipynb #2a632dcf
@@ -112,10 +117,11 @@ def fold_data(
     if not features.index.equals(labels.index): raise ValueError("labels and features have other hours, or another order of them")
     if target not in ("terminal", "path"): raise ValueError(f"target is {target!r}; known are 'terminal' and 'path'")
     check_labels(labels)
-    fit, valid = (rows if isinstance(rows, LabelRows | None) else LabelRows(rows, rows) for rows in (fit, valid))
-    returns = dict(fit=fit.r90, valid=None if valid is None else valid.r90)
+    fit_rows = fit if isinstance(fit, LabelRows) else LabelRows(fit, fit)
+    valid_rows = valid if isinstance(valid, LabelRows | None) else LabelRows(valid, valid)
+    returns = dict(fit=fit_rows.r90, valid=None if valid_rows is None else valid_rows.r90)
     check_labelled(labels, "r90" if target == "terminal" else "p10_path", **returns)
-    rows = np.union1d(*fit)
+    rows = np.union1d(*fit_rows)
     scaler = fit_scaler(features, rows)
     if not scaler.columns: raise ValueError("every feature is missing in over half of the rows of fit: bring data")
     x, start = scaler(features), 0
@@ -126,8 +132,8 @@ def fold_data(
         # Before `start` nothing is used; later gaps carry the last forecast on.
         filled = pd.Series(np.where(np.isfinite(anchor), anchor, np.nan)).ffill().fillna(0).to_numpy(dtype="float32")
         x = np.concatenate([x, filled[:, None]], axis=1)
-    rest = None if valid is None else label_targets(labels, valid, target)
-    return FoldData(torch.from_numpy(x), label_targets(labels, fit, target), rest, scaler, start, int(rows[-1]) + 1)
+    rest = None if valid_rows is None else label_targets(labels, valid_rows, target)
+    return FoldData(torch.from_numpy(x), label_targets(labels, fit_rows, target), rest, scaler, start, int(rows[-1]) + 1)
 
 # %% ../nbs/04b_streams.ipynb #f4a0e88e
 class StreamPlan(NamedTuple):

@@ -10,13 +10,13 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import psutil
 import torch
@@ -57,7 +57,7 @@ class TrainSettings:
     clip: Annotated[float, Field(ge=1e-6, le=1e6, strict=True)] = 1.  # largest norm of the gradient; a longer one is shortened
     dataset: Literal["streams", "windows"] = "streams"  # with the state carried, or each from nothing with one label
     target: Literal["terminal", "path"] = "terminal"  # quantiles of the return, or of its path
-    allocator_warmup_len: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 0  # hours of a first pass without update; 0: none
+    allocator_warmup_len: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 0  # hours of a first pass, no update; 0: none
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; fp16 with a gradient scaler; auto: bf16 on a GPU
     spike: Annotated[float, Field(ge=0., le=1e9, strict=True)] = 20.  # interquartile ranges above others: taken back; 0: never
     save_every: Annotated[int, Field(ge=0, le=1_000_000_000, strict=True)] = 500  # updates between checkpoints; 0: ends of epochs
@@ -89,9 +89,11 @@ def train_preset(
     return replace(TrainConfig(model=model, **read_preset(name)["train"]), **{k: v for k, v in overrides.items() if k in own})
 
 # %% ../nbs/05_tbptt_trainer.ipynb #622b3423
+_Settings = TypeVar("_Settings", bound=TrainSettings)
+
 def resolved(
-    config: TrainSettings,  # or a `TrainConfig`
-) -> Any:
+    config: _Settings,  # `TrainSettings`, or a `TrainConfig`
+) -> _Settings:
     "The same settings with `device` and `amp` decided for this machine where they are \"auto\"."
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     amp = config.amp if config.amp != "auto" else "bf16" if device == "cuda" else "off"
@@ -101,7 +103,8 @@ def check_device(
     device: str,  # "auto", "cpu" or "cuda"
 ) -> None:
     "A `ConfigError` where there is no such device here."
-    if device == "cuda" and not torch.cuda.is_available(): raise ConfigError("device is 'cuda', and there is none here: use 'cpu'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', and there is none here: use 'cpu'")
 
 def precision(
     config: TrainSettings,  # as from `resolved`; its `device` and `amp` are read
@@ -130,8 +133,8 @@ def deterministic(
 def peak_bytes(
     device: str,  # "cpu" or "cuda"
 ) -> dict[str, int]:
-    """Largest memory so far, bytes: `peak_rss` of the process (where Linux does not tell it, what the process holds now), on a GPU
-    also `peak_allocated` and `peak_reserved`."""
+    """Largest memory so far, bytes: `peak_rss` of the process (where Linux does not report it, what the process holds now), on
+    a GPU also `peak_allocated` and `peak_reserved`."""
     status = Path("/proc/self/status")  # getrusage would count the process that started this one
     peak = 1024 * int(status.read_text().split("VmHWM:")[1].split()[0]) if status.exists() else psutil.Process().memory_info().rss
     if device != "cuda": return dict(peak_rss=peak)
@@ -163,20 +166,37 @@ def decay_groups(
 class Optimiser:
     "AdamW with warm-up and cosine, a clipped gradient, and under fp16 a gradient scaler."
 
-    def __init__(self, model: nn.Module, config: TrainConfig):
+    def __init__(
+        self,
+        model: nn.Module,  # whose weights are updated
+        config: TrainConfig,  # learning rate, weight decay, clipping; `device` and `amp` as from `resolved`
+    ):
         self.config, self.parameters = config, list(model.parameters())
         self.adamw = torch.optim.AdamW(decay_groups(model, config.weight_decay), lr=config.lr, fused=True)
         self.scaler = torch.amp.GradScaler(config.device, enabled=config.amp == "fp16")
 
-    def state_dict(self) -> dict: return dict(adamw=self.adamw.state_dict(), scaler=self.scaler.state_dict())
+    def state_dict(self) -> dict:
+        "The states of AdamW and of the scaler."
+        return dict(adamw=self.adamw.state_dict(), scaler=self.scaler.state_dict())
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],  # as from `state_dict`
+    ) -> None:
+        "Take over the states of AdamW and of the scaler."
         self.adamw.load_state_dict(state["adamw"])
         if state["scaler"]: self.scaler.load_state_dict(state["scaler"])
 
-    def zero_grad(self) -> None: self.adamw.zero_grad(set_to_none=True)
+    def zero_grad(self) -> None:
+        "Remove all gradients."
+        self.adamw.zero_grad(set_to_none=True)
 
-    def set_lr(self, step: int, total_steps: int, scale: float) -> float:
+    def set_lr(
+        self,
+        step: int,  # of the schedule, from 0
+        total_steps: int,  # of the whole schedule
+        scale: float,  # share of the schedule's rate, halved at each rewind
+    ) -> float:
         "Set and return the learning rate of a step, `scale` times that of the schedule."
         lr = self.config.lr * scale * lr_factor(step, total_steps, self.config.warmup)
         for group in self.adamw.param_groups: group["lr"] = lr
@@ -187,11 +207,15 @@ class Optimiser:
         self.scaler.unscale_(self.adamw)
         return nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
 
-    def step(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+    def step(
+        self,
+        loss: Tensor,  # of the update
+        grad_norm: Tensor,  # as from `clip`
+    ) -> Tensor:
         "Update the weights, unless loss or gradient is not finite; returns whether the update was skipped."
         skipped = ~(torch.isfinite(grad_norm) & torch.isfinite(loss))
         on_device = grad_norm.is_cuda and not self.scaler.is_enabled()
-        if on_device: self.adamw.found_inf = skipped.float()  # read by the fused step
+        if on_device: self.adamw.found_inf = skipped.float()  # type: ignore[attr-defined]  # read by the fused step
         if on_device or not skipped: self.scaler.step(self.adamw)
         self.scaler.update()
         return skipped
@@ -200,7 +224,10 @@ class Optimiser:
 class Histories:
     "The lines that a training writes, and the ends of its epochs."
 
-    def __init__(self, folder: TrainingFolder):
+    def __init__(
+        self,
+        folder: TrainingFolder,  # of the training
+    ):
         self.folder = folder
         self.epochs: list[dict] = []  # epoch, step, and losses on the validation rows if there are any
 
@@ -208,8 +235,16 @@ class Histories:
         "Bytes of each history."
         return {path.name: path.stat().st_size if path.exists() else 0 for path in self.folder.histories}
 
-    def state_dict(self) -> dict: return dict(lengths=self.lengths(), epochs=self.epochs)
-    def load_state_dict(self, state: dict) -> None: self.epochs = state["epochs"]
+    def state_dict(self) -> dict:
+        "Bytes of each history, and the ends of epochs."
+        return dict(lengths=self.lengths(), epochs=self.epochs)
+
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],  # as from `state_dict`
+    ) -> None:
+        "Take over the ends of epochs; `truncate` cuts the histories."
+        self.epochs = state["epochs"]
 
     def flush(self) -> None:
         "Flush the histories to disk: a checkpoint must not stand where the lines before it are lost."
@@ -217,8 +252,12 @@ class Histories:
             if path.exists():
                 with open(path, "rb") as file: os.fsync(file.fileno())
 
-    def truncate(self, lengths: dict[str, int], epoch: int) -> None:
-        "Cut the histories to where they were at a checkpoint of that epoch; a `ValueError` where one has become shorter."
+    def truncate(
+        self,
+        lengths: Mapping[str, int],  # as from `lengths` at the checkpoint, bytes
+        epoch: int,  # of the checkpoint; later timings go
+    ) -> None:
+        "Cut the histories to where they were at a checkpoint; a `ValueError` where one has become shorter."
         sizes = self.lengths()
         for name, size in sizes.items():  # all are looked at before one is cut
             if size < lengths[name]:
@@ -226,7 +265,8 @@ class Histories:
                                  "another --out")
         timings = self.folder.timings
         try: kept = "".join(json.dumps(record) + "\n" for record in read_jsonl(timings) if record["epoch"] <= epoch)
-        except (ValueError, KeyError, TypeError) as error: raise ValueError(f"{timings} is damaged ({error}): remove it") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{timings} is damaged ({error}): remove it") from error
         for path in self.folder.histories:
             if sizes[path.name] > lengths[path.name]: os.truncate(path, lengths[path.name])
         if timings.exists() and timings.read_text(encoding="utf-8") != kept: write_atomic(timings, kept)
@@ -238,34 +278,51 @@ class Spike(Exception):
 class Guard:
     "Watches the losses of a training: ends it where updates are skipped again and again, asks for a rewind where one leaps."
 
-    def __init__(self, config: TrainConfig, record_event: Callable[..., None]):
+    def __init__(
+        self,
+        config: TrainConfig,  # what a spike is, and the precision
+        record_event: Callable[..., None],  # called with the name of an event and its values
+    ):
         self.spike, self.record_event = config.spike, record_event
         self.patience = 20 if config.amp == "fp16" else 5  # skipped updates in a row; the fp16 scaler finds its scale by some
         self.skipped, self.rewinds, self.lr_scale = 0, 0, 1.
         self.recent: list[float] = []  # losses that a spike is measured against
 
     def state_dict(self) -> dict:
+        "Counts of skipped updates and rewinds, the scale of the learning rate, and recent losses."
         return {name: getattr(self, name) for name in ("skipped", "rewinds", "lr_scale", "recent")}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],  # as from `state_dict`
+    ) -> None:
+        "Take over counts, scale and recent losses."
         self.skipped, self.rewinds = state["skipped"], state["rewinds"]
         self.lr_scale, self.recent = state["lr_scale"], state["recent"]
 
-    def is_spike(self, loss: float) -> bool:
+    def is_spike(
+        self,
+        loss: float,  # of an update
+    ) -> bool:
         "Whether a loss is over `spike` interquartile ranges (at least .05 each) above the median of 20 recent ones or more."
         if not self.spike or len(self.recent) < 20: return False
         low, middle, high = statistics.quantiles(self.recent, n=4)
         return loss > middle + self.spike * max(high - low, .05)
 
-    def check(self, step: int, record: dict, can_rewind: Callable[[], bool]) -> None:
+    def check(
+        self,
+        step: int,  # of the update
+        record: Mapping[str, Any],  # of the update: `loss`, `grad_norm`, `skipped`
+        can_rewind: Callable[[], bool],  # whether there is a checkpoint to go back to
+    ) -> None:
         "Look at an update: `Spike` asks for a rewind, a `ValueError` ends the training."
         if record["skipped"]:
             self.skipped += 1
             self.record_event("skipped", loss=str(record["loss"].item()), grad_norm=str(record["grad_norm"].item()))
             if self.skipped < self.patience: return
-            raise ValueError(f"{self.patience} updates in a row had a loss or gradient that is not finite, the last at step {step}: "
-                             "lower lr, or a tighter clip, or the attention left out (attention_every = 0) first; or look for wild "
-                             "inputs")
+            raise ValueError(f"{self.patience} updates in a row had a loss or gradient that is not finite, the last at step "
+                             f"{step}: lower lr, or a tighter clip, or the attention left out (attention_every = 0) first; or "
+                             "look for wild inputs")
         self.skipped, loss = 0, float(record["loss"])
         if self.is_spike(loss):
             if self.rewinds < 3 and can_rewind(): raise Spike(loss)
@@ -279,8 +336,12 @@ class Run:
     "A model in training, and the folder that holds its histories and checkpoints."
     PARTS = ("model", "optimiser", "histories", "guard", "micro_batcher")  # each with state_dict and load_state_dict
 
-    def __init__(self, config: TrainConfig, out: str | Path):
-        self.config: TrainConfig = resolved(config)
+    def __init__(
+        self,
+        config: TrainConfig,  # of the training
+        out: str | Path,  # its folder; nothing is written yet
+    ):
+        self.config = resolved(config)
         self.folder = TrainingFolder(out)
         self.out = self.folder.path
         self.step = self.epoch = 0
@@ -300,7 +361,10 @@ class Run:
         return dict(**parts, **position, rng=rng_state(self.config.device), config=asdict(self.config), version=__version__,
                     commit=code_commit(), code=code_hash())
 
-    def load_state_dict(self, content: dict) -> None:
+    def load_state_dict(
+        self,
+        content: dict,  # as from `state_dict`, or its part `WEIGHTS` with `weights_only`
+    ) -> None:
         "Take a checkpoint's content; of a finished training that kept its weights only, these and the histories."
         weights_only = bool(content.get("weights_only"))
         self.check_content(content, WEIGHTS if weights_only else None)
@@ -316,14 +380,21 @@ class Run:
         self.step, self.epoch, self.data = content["step"], content["epoch"], content["data"]
         self.cursor, self.carried = 0 if weights_only else content["cursor"], carried
 
-    def as_state(self, saved: list) -> ModelState:
+    def as_state(
+        self,
+        saved: list,  # nested lists of tensors
+    ) -> ModelState:
         "A carried state from a checkpoint, which knows lists only, in the model's own structure, on the run's device."
         leaves, structure = tree_leaves(saved), tree_structure(self.model.init_state(1))
         if len(leaves) != structure.num_leaves: raise ValueError(f"carried has {len(leaves)} parts, not {structure.num_leaves}")
         return tree_unflatten([v.to(self.config.device) for v in leaves], structure)
 
-    def check_content(self, content: dict, names: Sequence[str] | None = None) -> None:
-        "A `ValueError` where a checkpoint's content, or its part `names`, is not made of what this version makes it of."
+    def check_content(
+        self,
+        content: dict,  # of a checkpoint
+        names: Sequence[str] | None = None,  # parts that are looked at; None: all
+    ) -> None:
+        "A `ValueError` where a checkpoint's content is not made of what this version makes it of."
         if not {"config", "data"} <= content.keys(): raise ValueError(f"{self.out} holds checkpoints of something else")
         for name, due in self.state_dict().items():
             if names is not None and name not in names: continue
@@ -333,23 +404,31 @@ class Run:
             if name in ("model", "data", "config") or not isinstance(due, dict): continue
             if lacks := sorted(due.keys() - content[name].keys()): raise self.unfit(f"it lacks {name}.{lacks[0]}")
 
-    def unfit(self, why: str) -> ValueError:
+    def unfit(
+        self,
+        why: str,  # what does not fit
+    ) -> ValueError:
         "The error for a checkpoint of another version."
         return ValueError(f"a checkpoint in {self.out} does not fit ({why}): resume it with the version that wrote it")
 
     def save(self) -> Path:
         "Write a checkpoint; kept are the two newest, the best end of an epoch and the last ones, as many as `keep` says."
         self.histories.flush()
-        kept = [*self.model.state_dict().values(), *tree_leaves(self.optimiser.adamw.state_dict()["state"]), *tree_leaves(self.carried)]
+        moments = tree_leaves(self.optimiser.adamw.state_dict()["state"])
+        kept = [*self.model.state_dict().values(), *moments, *tree_leaves(self.carried)]
         bad = sum(isinstance(v, Tensor) and v.is_floating_point() and not torch.isfinite(v).all() for v in kept)
-        if bad: raise ValueError(f"{bad} tensors at step {self.step} are not finite and were not saved: the last checkpoint stands")
+        if bad:
+            raise ValueError(f"{bad} tensors at step {self.step} are not finite and were not saved: the last checkpoint stands")
         made, ends = save(self.folder.checkpoints / f"step-{self.step:08d}", self.state_dict()), self.histories.epochs
         best = sorted((r for r in ends if math.isfinite(r.get("total", math.nan))), key=lambda r: r["total"])[:1]
         prune(self.folder.checkpoints, 2, also={r["step"] for r in best + ends[-self.config.keep:]})
         return made
 
     @classmethod
-    def load(cls, path: str | Path) -> Run:
+    def load(
+        cls,
+        path: str | Path,  # folder of a training
+    ) -> Run:
         "The run in a folder, at its newest checkpoint that verifies; a `ValueError` where there is none."
         found = load_latest(TrainingFolder(path).checkpoints)
         if found is None: raise ValueError(f"{path} holds no checkpoint that verifies: train it again with another --out")
@@ -362,20 +441,30 @@ class Run:
         run.load_state_dict(content)
         return run
 
-    def at_epoch(self, epoch: int) -> Run:
+    def at_epoch(
+        self,
+        epoch: int,  # from 0, before any update; its end must be kept
+    ) -> Run:
         "The same run as it was after that epoch."
         self.load_state_dict(load(self.end_of_epoch(epoch)))
         return self
 
-    def end_of_epoch(self, epoch: int) -> Path:
+    def end_of_epoch(
+        self,
+        epoch: int,  # from 0, before any update
+    ) -> Path:
         "The checkpoint at the end of an epoch."
         ends = {record["step"] for record in self.histories.epochs if record["epoch"] == epoch}
         found = [path for path in checkpoints(self.folder.checkpoints) if step_of(path) in ends]
         if found: return found[0]
-        raise ValueError(f"{self.out} holds no checkpoint of epoch {epoch} (keep is {self.config.keep}; 0 keeps all): train it again "
-                         "with another --out")
+        raise ValueError(f"{self.out} holds no checkpoint of epoch {epoch} (keep is {self.config.keep}; 0 keeps all): train it "
+                         "again with another --out")
 
-    def record_event(self, event: str, **more: Any) -> None:
+    def record_event(
+        self,
+        event: str,  # what happened
+        **more: Any,  # JSON values
+    ) -> None:
         "Append a line to `events.jsonl`."
         append_jsonl(self.folder.events, dict(step=self.step, epoch=self.epoch, event=event, **more))
 
@@ -387,7 +476,10 @@ class Run:
         "Whether there is a checkpoint from before the update that a leap of the loss is blamed on."
         return len(checkpoints(self.folder.checkpoints)) > len(self.unverified())
 
-    def rewind(self, loss: float) -> None:
+    def rewind(
+        self,
+        loss: float,  # that leapt
+    ) -> None:
         "Back to the last checkpoint before the update that led to this loss, with half the learning rate."
         at, rewinds, lr_scale = self.step, self.guard.rewinds + 1, self.guard.lr_scale / 2
         for path in self.unverified(): remove(path)
@@ -399,11 +491,19 @@ class Run:
         self.record_event("rewind", loss=loss, at=at, lr_scale=lr_scale)
         self.save()
 
-    def forward(self, x: Tensor, state: ModelState | None) -> tuple[Forecast, ModelState]:
-        "The model's forward pass on its device, in the run's precision."
+    def forward(
+        self,
+        x: Tensor,  # inputs (b, t, channels), on any device
+        state: ModelState | None,  # carried state, or None
+    ) -> tuple[Forecast, ModelState]:
+        "Forecasts and the state after them: the model's forward pass on its device, in the run's precision."
         with precision(self.config): return self.model(x.to(self.config.device), state)
 
-    def losses(self, forecast: Forecast, piece: MicroBatch) -> dict[str, Tensor]:
+    def losses(
+        self,
+        forecast: Forecast,  # of the micro-batch
+        piece: MicroBatch,  # its targets, and its share of the chunk
+    ) -> dict[str, Tensor]:
         "`loss` of a micro-batch and its parts `cls, p10, p90, vol`; those of all micro-batches of a chunk sum to the chunk's."
         model, targets = self.model, Targets(*(v.to(self.config.device) for v in piece.targets))
         parts = task_losses(forecast, targets, self.config.target)
@@ -412,7 +512,10 @@ class Run:
         grown = {name: value / piece.part for name, value in parts.items()}  # the log-variances enter once a chunk
         return dict(loss=multitask_loss(grown, model.log_var_cls, model.log_var_reg) * piece.part, **parts)
 
-    def halve_micro_batch(self, span: Sequence[Chunk]) -> None:
+    def halve_micro_batch(
+        self,
+        span: Sequence[Chunk],  # that did not fit
+    ) -> None:
         "After memory was short: take half as much at a time from now on; a `ValueError` where nothing is left to halve."
         self.optimiser.zero_grad()
         if self.config.device == "cuda": torch.cuda.empty_cache()
@@ -420,7 +523,11 @@ class Run:
         self.record_event("out of memory", streams=self.micro_batcher.rows, pieces=self.micro_batcher.pieces)
 
     @torch.no_grad()
-    def read(self, span: Sequence[Chunk], state: ModelState | None = None) -> ModelState:
+    def read(
+        self,
+        span: Sequence[Chunk],  # chunks in a row
+        state: ModelState | None = None,  # before the first; None: that before anything was seen
+    ) -> ModelState:
         "The state after chunks without a loss, such as the burn-in of a stream."
         rng = rng_state(self.config.device)
         while True:
@@ -434,17 +541,23 @@ class Run:
             self.halve_micro_batch(span)
             set_rng_state(rng, self.config.device)
 
-    def warm_up_allocator(self, data: FoldData) -> None:
+    def warm_up_allocator(
+        self,
+        data: FoldData,  # tensors of the fold
+    ) -> None:
         "A short first pass, forward and backward without an update, in which the allocator meets all shapes but the longest."
         if not self.config.allocator_warmup_len: return
         x = data.x[data.start:data.start + self.config.allocator_warmup_len][None].expand(self.config.batch, -1, -1)
         rng = rng_state(self.config.device)  # a resumed run does this again: it must not draw other dropout for that
-        try: sum(v.sum() for v in self.forward(x, None)[0]).backward()
+        try: sum((v.sum() for v in self.forward(x, None)[0]), torch.zeros(())).backward()
         except torch.OutOfMemoryError: pass  # then the training finds out what fits
         self.optimiser.zero_grad()
         set_rng_state(rng, self.config.device)
 
-    def end_epoch(self, data: FoldData) -> None:
+    def end_epoch(
+        self,
+        data: FoldData,  # tensors of the fold
+    ) -> None:
         "Validation and checkpoint after an epoch; before the first one too, so that a run of no epoch can be loaded."
         losses = {} if data.valid is None else validation_loss(self.model, data, self.config.target)
         self.histories.epochs.append(dict(epoch=self.epoch, step=self.step, **losses))
@@ -459,10 +572,11 @@ def validation_loss(
     target: str = "terminal",  # as in `TrainSettings`
 ) -> dict[str, float]:
     "Task losses on the validation rows, the state warmed before them; `total` weighs them as an untrained model does."
+    assert data.valid is not None
     last = int(torch.nonzero(torch.isfinite(data.valid.low) | torch.isfinite(data.valid.sigma))[-1]) + 1
     forecast = warm_forecast(model, data.x[:last], data.start)
-    losses = task_losses(forecast, Targets(*(v[data.start:last] for v in data.valid)), target)
-    losses = {k: v.item() for k, v in losses.items()}
+    targets = Targets(*(v[data.start:last] for v in data.valid))
+    losses = {k: v.item() for k, v in task_losses(forecast, targets, target).items()}
     return {**losses, "total": total_loss(losses)}
 
 # %% ../nbs/05_tbptt_trainer.ipynb #213ce401
@@ -553,11 +667,17 @@ def group_spans(
         span.append(chunk)
     if span: yield span
 
-def reduced_plan(config: TrainConfig, data: FoldData) -> str:
+def reduced_plan(
+    config: TrainConfig,  # how training hours are cut
+    data: FoldData,  # tensors of the fold
+) -> str:
     "What of batch and tbptt_len had to be reduced for a stream to hold four chunks; empty if nothing."
     return plan_streams(data.stop - data.start, config.batch, config.tbptt_len).note if config.dataset == "streams" else ""
 
-def steps_per_epoch(config: TrainConfig, data: FoldData) -> int:
+def steps_per_epoch(
+    config: TrainConfig,  # how training hours are cut
+    data: FoldData,  # tensors of the fold
+) -> int:
     "Updates in one epoch at most: a stream's burn-in chunk has none, nor has a span without any label."
     if config.dataset == "windows": return sum(1 for _ in chunks_of(config, data, 0))
     chunks, count = plan_streams(data.stop - data.start, config.batch, config.tbptt_len).chunks, bptt_chunks(config.bptt)
@@ -566,7 +686,7 @@ def steps_per_epoch(config: TrainConfig, data: FoldData) -> int:
 # %% ../nbs/05_tbptt_trainer.ipynb #017f7b42
 def data_fingerprint(
     data: FoldData,  # tensors of a fold
-    climatology: tuple | None,  # what the heads start from
+    climatology: tuple[Tensor, Tensor, float] | None,  # what the heads start from
 ) -> dict:
     "`sha256` of all that a training learns from, and the `scaler` of its features: what tells trainings on other data apart."
     digest = hashlib.sha256(repr((data.start, data.stop)).encode())
@@ -578,7 +698,7 @@ def open_run(
     config: TrainConfig,  # of the training
     data: FoldData,  # tensors of its fold
     out: str | Path,  # its folder
-    climatology: tuple | None,  # what the heads start from
+    climatology: tuple[Tensor, Tensor, float] | None,  # what the heads start from
     last: int,  # epoch up to which it is to be trained
 ) -> tuple[Run, dict | None]:
     """The run in the folder where it stopped and what was kept there, or a new one. A `ValueError` for one of other settings or
@@ -600,9 +720,10 @@ def open_run(
     elif checkpoints(run.folder.checkpoints):
         raise ValueError(f"no checkpoint in {out} verifies: choose another --out, or remove this folder to train again")
     for path in (run.out, run.folder.checkpoints): remove_orphans(path)
-    run.histories.truncate(dict.fromkeys(TrainingFolder.HISTORIES, 0) if content is None else content["histories"]["lengths"], run.epoch)
-    text = to_toml(asdict(config))
-    if not run.folder.config.exists() or run.folder.config.read_text(encoding="utf-8") != text: write_atomic(run.folder.config, text)
+    nothing = dict.fromkeys(TrainingFolder.HISTORIES, 0)
+    run.histories.truncate(nothing if content is None else content["histories"]["lengths"], run.epoch)
+    text, path = to_toml(asdict(config)), run.folder.config
+    if not path.exists() or path.read_text(encoding="utf-8") != text: write_atomic(path, text)
     return run, content
 
 # %% ../nbs/05_tbptt_trainer.ipynb #c6802ae1
@@ -610,7 +731,7 @@ def train(
     config: TrainConfig,  # what is trained, and how
     data: FoldData,  # tensors of one fold
     out: str | Path,  # folder of the training; an unfinished one in it is resumed
-    climatology: tuple | None = None,  # what the heads start from, as for `Heads.set_climatology`
+    climatology: tuple[Tensor, Tensor, float] | None = None,  # what the heads start from, as for `Heads.set_climatology`
     until: int | None = None,  # stop after so many epochs of the schedule; None: all
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update, as by `train_epoch`
 ) -> Run:

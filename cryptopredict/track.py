@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -41,21 +41,22 @@ CURVES = dict(loss="loss/total", **{task: f"loss/{task}" for task in TASKS}, log
               peak_reserved="memory/peak_reserved")  # key of a record -> name of its curve
 
 def scalars(
-    record: dict,  # of an update: numbers, or tensors of one number on any device
+    record: Mapping[str, Any],  # of an update: numbers, or tensors of one number on any device
 ) -> dict[str, float]:
     "The numbers of an update by the name of their curve."
     return {name: float(record[key]) for key, name in CURVES.items() if key in record}
 
 def validation_scalars(
-    record: dict,  # a line of `validation.jsonl`
+    record: Mapping[str, Any],  # a line of `validation.jsonl`
 ) -> dict[str, float]:
     "The losses on the validation rows by the name of their curve."
     return {f"validation/{key}": float(value) for key, value in record.items() if key not in ("epoch", "step")}
 
 # %% ../nbs/05g_track.ipynb #557aab34
 class Tracker:
-    """Follows trainings one after another; called after each update. A failure ends it with a warning, and not the training. A subclass
-    has `open(run)`, which returns the steps of the updates and validations that it holds and keeps, `put(step, values)` and `end()`."""
+    """Follows trainings one after another; called after each update. A failure ends it with a warning, and not the training. A
+    subclass has `open(run)`, which returns the steps of the updates and validations that it holds and keeps,
+    `put(step, values)` and `end()`."""
 
     def __init__(self) -> None:
         self.run: Callable[[], Run | None] = lambda: None  # weak: a model that is done with must not stay in memory
@@ -64,11 +65,18 @@ class Tracker:
         self.held: set[int] = set()  # updates that a resumed training makes again, and that are held already
         self.validated: set[int] = set()  # steps whose validation is held
 
-    def open(self, run: Run) -> tuple[set[int], set[int]]:
+    def open(
+        self,
+        run: Run,  # a training that begins, or that went back
+    ) -> tuple[set[int], set[int]]:
         "Begin to follow a training; returns the steps of the updates and of the validations that are held of it."
         raise NotImplementedError
 
-    def put(self, step: int, values: dict[str, float]) -> None:
+    def put(
+        self,
+        step: int,  # update
+        values: Mapping[str, float],  # by name of the curve, as from `scalars` or `validation_scalars`
+    ) -> None:
         "Take numbers of a step."
         raise NotImplementedError
 
@@ -87,8 +95,11 @@ class Tracker:
     def __enter__(self) -> Tracker: return self
     def __exit__(self, *_: Any) -> None: self.close()
 
-    def guarded(self, work: Callable[[], None]) -> None:
-        "Do it, unless the tracker has failed; where it fails now, one warning."
+    def guarded(
+        self,
+        work: Callable[[], None],  # what may fail
+    ) -> None:
+        "Do the work, unless the tracker has failed; where it fails now, one warning."
         if self.failed: return
         try: work()
         except Exception as error:
@@ -98,7 +109,11 @@ class Tracker:
             try: warnings.warn(text, stacklevel=3)
             except UserWarning: logging.getLogger(__name__).warning(text)  # warnings are errors here; this must be none
 
-    def follow(self, run: Run, record: dict) -> None:
+    def follow(
+        self,
+        run: Run,  # in training
+        record: Mapping[str, Any],  # of the update, as `train_epoch` passes it on
+    ) -> None:
         "Take an update; first, where another training begins or this one has gone back, what belongs before it."
         if self.run() is not run or run.step <= self.step:
             self.leave()
@@ -113,6 +128,7 @@ class Tracker:
 
     def take_validations(self) -> None:
         "Take the validations that are not held yet."
+        assert self.out is not None
         for line in read_jsonl(self.out / "validation.jsonl"):
             if line["step"] in self.validated: continue
             self.put(line["step"], validation_scalars(line))
@@ -129,8 +145,8 @@ class Tracker:
 LOOKS = dict(zip(TASKS, ((BLUE, "circle"), (ORANGE, "square"), (GREEN, "diamond"), (RED, "triangle-up"))))  # colour, marker
 
 def loss_figure(
-    updates: list[tuple[int, dict]],  # step, numbers as from `scalars`
-    validations: list[tuple[int, dict]],  # step, losses on the validation rows
+    updates: Sequence[tuple[int, Mapping[str, float]]],  # step, numbers as from `scalars`
+    validations: Sequence[tuple[int, Mapping[str, float]]],  # step, losses on the validation rows
     title: str,  # of the whole
 ) -> go.Figure:
     "Losses and learning rate against updates."
@@ -140,7 +156,7 @@ def loss_figure(
     every = math.ceil(len(updates) / 500)
     updates = updates if every < 2 else [*updates[:-1:every], updates[-1]]
 
-    def curve(points: list[tuple[int, dict]], name: str) -> dict:  # in few digits
+    def curve(points: Sequence[tuple[int, Mapping[str, float]]], name: str) -> dict:  # in few digits
         found = [(step, values[name]) for step, values in points if name in values]
         return dict(x=[step for step, _ in found], y=[float(f"{value:.4g}") for _, value in found])
     line = lambda colour, width=1.2: dict(mode="lines", line=dict(color=colour, width=width))
@@ -177,7 +193,8 @@ class LiveLoss(Tracker):
     ):
         if not 0 <= every < math.inf: raise ValueError(f"every is {every}: give seconds between drawings, 0 or more")
         super().__init__()
-        self.every, self.handle, self.due = every, None, 0.
+        self.every, self.due = every, 0.
+        self.handle: Any = None  # IPython's, of the figure that is shown
         self.title, self.updates, self.validations = "No update yet", [], []
 
     @property
@@ -196,11 +213,18 @@ class LiveLoss(Tracker):
         ended = time.monotonic()
         self.due = ended + max(self.every, 0 if first else 20 * (ended - begun))  # the first loads what the others use
 
-    def open(self, run: Run) -> tuple[set[int], set[int]]:
-        self.title, self.updates, self.validations = f"Losses of {'/'.join(self.out.parts[-2:])}", [], []
+    def open(
+        self,
+        run: Run,  # a training that begins, or that went back
+    ) -> tuple[set[int], set[int]]:
+        self.title, self.updates, self.validations = f"Losses of {'/'.join(run.out.resolve().parts[-2:])}", [], []
         return set(), set()
 
-    def put(self, step: int, values: dict[str, float]) -> None:
+    def put(
+        self,
+        step: int,  # update
+        values: Mapping[str, float],  # by name of the curve, as from `scalars` or `validation_scalars`
+    ) -> None:
         (self.updates if "loss/total" in values else self.validations).append((step, values))
         if time.monotonic() >= self.due: self.draw()
 
@@ -225,16 +249,22 @@ class TensorBoard(Tracker):
         self.folder = None if folder is None else Path(folder)
         self.writer: Any = None
 
-    def place(self, out: Path) -> Path:
+    def place(
+        self,
+        out: Path,  # folder of the training
+    ) -> Path:
         "Where the event files of a training go: one folder for each training."
         if self.folder is None: return out / "tensorboard"
         whole, out = self.folder.resolve(), out.resolve()
         return whole / out.relative_to(whole.parent if out.is_relative_to(whole.parent) else out.anchor)
 
-    def open(self, run: Run) -> tuple[set[int], set[int]]:
+    def open(
+        self,
+        run: Run,  # a training that begins, or that went back
+    ) -> tuple[set[int], set[int]]:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
         from torch.utils.tensorboard import SummaryWriter
-        place, held = self.place(self.out), {"loss/total": set(), "validation/total": set()}
+        place, held = self.place(run.out.resolve()), {"loss/total": set(), "validation/total": set()}
         if place.exists():
             log = logging.getLogger("tensorboard")
             level = log.level
@@ -250,7 +280,11 @@ class TensorBoard(Tracker):
         self.writer = SummaryWriter(str(place), purge_step=first)
         return {s for s in held["loss/total"] if s < first}, {s for s in held["validation/total"] if s < first}
 
-    def put(self, step: int, values: dict[str, float]) -> None:
+    def put(
+        self,
+        step: int,  # update
+        values: Mapping[str, float],  # by name of the curve, as from `scalars` or `validation_scalars`
+    ) -> None:
         for name, value in values.items(): self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
@@ -302,10 +336,10 @@ class MLflow(Tracker):
         super().__init__()
         self.uri = tracking_uri(place)
         self.database = Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:///") else None
-        self.waiting: list[tuple[int, int, dict]] = []  # step, time in ms, values
+        self.waiting: list[tuple[int, int, Mapping[str, float]]] = []  # step, time in ms, values
         self.sent = time.monotonic()
         self.sending: list[Future] = []
-        self.thread: ThreadPoolExecutor | None = None
+        self.thread: ThreadPoolExecutor  # sends; one a training
         try: self.check_place()
         except ValueError: raise
         except Exception as error:
@@ -322,12 +356,18 @@ class MLflow(Tracker):
         place = next(path for path in local.parents if path.exists())
         if not place.is_dir() or not os.access(place, os.W_OK): raise OSError(f"{place} is no folder that can be written to")
 
-    def identity(self, run: Run) -> str:
+    def identity(
+        self,
+        run: Run,  # a training
+    ) -> str:
         "What tells a training from others: its folder, configuration and data."
         parts = [str(run.out.resolve()), asdict(run.config), run.data.get("sha256")]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def open(self, run: Run) -> tuple[set[int], set[int]]:
+    def open(
+        self,
+        run: Run,  # a training that begins, or that went back
+    ) -> tuple[set[int], set[int]]:
         if self.database is not None and not self.database.exists(): make_database(self.database)
         self.client = mlflow_client(self.uri)
         found = self.client.get_experiment_by_name(self.EXPERIMENT)
@@ -347,20 +387,29 @@ class MLflow(Tracker):
         self.waiting, self.sending, self.thread = [], [], ThreadPoolExecutor(1)
         return held
 
-    def create_run(self, run: Run, parent: Any) -> str:
+    def create_run(
+        self,
+        run: Run,  # a training
+        parent: Any,  # MLflow's run of it before it went back, or None
+    ) -> str:
         "The id of a new MLflow run, a child of the one that the training had before it went back, if it did."
         from mlflow.entities import Param
-        tags = {self.TAG: self.identity(run), "cryptopredict.folder": str(self.out), "cryptopredict.rewinds": str(run.guard.rewinds)}
+        out, rewinds = run.out.resolve(), run.guard.rewinds
+        tags = {self.TAG: self.identity(run), "cryptopredict.folder": str(out), "cryptopredict.rewinds": str(rewinds)}
         if parent is not None:
             tags["mlflow.parentRunId"] = parent.info.run_id
             self.client.set_terminated(parent.info.run_id, "KILLED")
-        name = "/".join(self.out.parts[-3:]) + (f", rewind {run.guard.rewinds}" if run.guard.rewinds else "")
+        name = "/".join(out.parts[-3:]) + (f", rewind {rewinds}" if rewinds else "")
         made = self.client.create_run(self.experiment, tags=tags, run_name=name)
         params = [Param(k, str(v)) for k, v in flatten_keys(asdict(run.config)).items()]
         self.client.log_batch(made.info.run_id, params=params)
         return made.info.run_id
 
-    def put(self, step: int, values: dict[str, float]) -> None:
+    def put(
+        self,
+        step: int,  # update
+        values: Mapping[str, float],  # by name of the curve, as from `scalars` or `validation_scalars`
+    ) -> None:
         self.waiting.append((step, int(time.time() * 1000), values))
         if len(self.waiting) >= self.updates or time.monotonic() - self.sent > self.seconds: self.send()
 
@@ -380,7 +429,8 @@ class MLflow(Tracker):
             self.send()
             for sending in self.sending: sending.result()
             error = sys.exc_info()[1]  # how the training is ending: with an error that is on its way, or without
-            self.client.set_terminated(self.id, "FINISHED" if error is None else "FAILED" if isinstance(error, Exception) else "KILLED")
+            state = "FINISHED" if error is None else "FAILED" if isinstance(error, Exception) else "KILLED"
+            self.client.set_terminated(self.id, state)
         finally: self.thread.shutdown(cancel_futures=True)
 
 # %% ../nbs/05g_track.ipynb #255a9db3

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from time import perf_counter
@@ -56,7 +56,10 @@ class Cost(NamedTuple):
     held: int  # bytes that the graph of an update holds
     peak: int  # largest memory meanwhile, bytes
 
-def measure(run: Run, chunk: Chunk) -> Cost:
+def measure(
+    run: Run,  # model and optimiser; it is trained by an update
+    chunk: Chunk,  # with labels
+) -> Cost:
     "What a forward pass and an update on a chunk take."
     known, held, clock = {p.untyped_storage().data_ptr() for p in run.model.parameters()}, {}, [perf_counter()]
 
@@ -70,7 +73,11 @@ def measure(run: Run, chunk: Chunk) -> Cost:
     with torch.autograd.graph.saved_tensors_hooks(count, lambda kept: kept): peak = peak_while(step, run.config.device)
     return Cost(chunk.x[..., 0].numel(), clock[1] - clock[0], perf_counter() - clock[1], sum(held.values()), peak)
 
-def measure_parts(run: Run, chunk: Chunk, seconds: float) -> list[Cost]:
+def measure_parts(
+    run: Run,  # model and optimiser; it is trained by a few updates
+    chunk: Chunk,  # whose parts are measured, some streams and hours of it
+    seconds: float,  # that measuring may take, about
+) -> list[Cost]:
     "The cost of ever larger parts of a chunk, as long as the next is expected within the time."
     shape, costs, spent = tuple(chunk.x.shape[:2]), [], 0.
     rows, hours = 1, min(64, shape[1])
@@ -89,7 +96,11 @@ def measure_parts(run: Run, chunk: Chunk, seconds: float) -> list[Cost]:
         spent += took
         if spent + 4 * took > seconds: return costs
 
-def extrapolate(costs: list[Cost], name: str, tokens: int) -> float:
+def extrapolate(
+    costs: Sequence[Cost],  # as from `measure_parts`, at least one
+    name: str,  # of the field of `Cost`
+    tokens: int,  # hours of streams
+) -> float:
     "A cost at so many tokens, on the line through the last two measured; through the origin where that falls."
     last, before = costs[-1], costs[-2] if len(costs) > 1 else Cost(0, 0., 0., 0, 0)
     value = getattr(last, name)
@@ -115,8 +126,8 @@ def estimate(
     "Time and memory of a training, extrapolated from a few measured updates; nothing is kept of them."
     config = resolved(config)
     check_device(config.device)
-    steps, shape = steps_per_epoch(config, data), tuple(next(chunks_of(config, data, 0)).x.shape[:2])
-    tokens = shape[0] * shape[1]
+    steps, (streams, hours) = steps_per_epoch(config, data), next(chunks_of(config, data, 0)).x.shape[:2]
+    tokens = streams * hours
     with deterministic(config.deterministic), torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         run = Run(replace(config, bptt="truncated"), folder)
         costs = measure_parts(run, next(chunks_of(config, data, 0)), seconds)
@@ -138,4 +149,4 @@ def estimate(
     size = sum(p.numel() for p in run.model.parameters())
     saves = 1 + config.epochs + (config.epochs * steps // config.save_every if config.save_every else 0)
     took = chunks * (update + again) + judged + saves * saving
-    return Estimate(size, config.epochs * steps, took, int(max(memory, judging)), *shape, costs[-1].tokens / tokens)
+    return Estimate(size, config.epochs * steps, took, int(max(memory, judging)), streams, hours, costs[-1].tokens / tokens)

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from .calibration import reliability
 from .config import ConfigError
 from .labels import FORECAST_COLUMNS, SCHEMA, make_labels
 from .leakage import Fold, LeakReport, audit, live_fold
-from .network import check_network, choice_folds, shrink_trainings, training_summary
+from .network import Network, check_network, choice_folds, shrink_trainings, training_summary
 from .protocol import (FORECASTERS, EvaluateConfig, Own, find_own, load_config, lost_origins, make_folds,
                                     make_forecaster, own_name, run_features)
 from .scores import check_predictions, compare, loss_table, seed_spread, summarise
@@ -33,6 +33,8 @@ from .storage import (FitFolder, RunFolder, code_commit, code_hash, exclusive_lo
                                    remove_orphans, require_same_run, to_toml, warn_code_changed, write_atomic)
 from .tbptt_trainer import Run, resolved
 from .vram import estimate
+
+if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
 __all__ = ['fit_predict', 'Step', 'is_stochastic', 'run_parts', 'run_steps', 'predict_folds', 'score_run', 'panel_hash',
@@ -76,26 +78,40 @@ def fit_predict(
 # %% ../nbs/05f_walkforward.ipynb #7ca84298
 class Step(NamedTuple):
     "The next part of a run, passed to `on_part`."
-    fold: str
-    model: str
-    seed: int
+    fold: str  # which of the folds, in words
+    model: str  # name of the forecaster
+    seed: int  # of the forecaster
     kind: str  # parts of a kind take time in proportion to their work
     work: float  # hours learned from; 0: it is there already
     rest: tuple[Step, ...] = ()  # the parts after it
 
     def __str__(self) -> str: return f"{self.fold}, {self.model}, seed {self.seed}"
 
-def is_stochastic(model: str, own: Own) -> bool:
+def is_stochastic(
+    model: str,  # name of a forecaster
+    own: Own,  # forecasters that are not the package's
+) -> bool:
     "Whether a forecaster makes use of a seed."
     return bool(getattr(own.models.get(model, FORECASTERS.get(model)), "stochastic", False))
 
-def run_parts(config: EvaluateConfig, n_folds: int, own: Own) -> list[tuple[int, str, int]]:
+def run_parts(
+    config: EvaluateConfig,  # models and seeds
+    n_folds: int,  # number of folds
+    own: Own,  # forecasters that are not the package's
+) -> list[tuple[int, str, int]]:
     "All (fold, model, seed) of a run."
     seeds = lambda m: range(config.seed, config.seed + (config.seeds if is_stochastic(m, own) else 1))
     return [(k, m, s) for k in range(n_folds) for m in config.models for s in seeds(m)]
 
-def run_steps(config: EvaluateConfig, y: pd.DataFrame, folds: list[Fold], names: list[str], own: Own, there: Callable) -> list[Step]:
-    "All parts of a run; `there(fold, model, seed)` says which exist."
+def run_steps(
+    config: EvaluateConfig,  # models and seeds
+    y: pd.DataFrame,  # labels by decision time
+    folds: Sequence[Fold],  # walk-forward folds
+    names: Sequence[str],  # of the folds, in words
+    own: Own,  # forecasters that are not the package's
+    there: Callable[[int, str, int], bool],  # whether the part of a fold, model and seed exists
+) -> list[Step]:
+    "All parts of a run, with the work that each still is."
     steps = []
     for k, model, seed in run_parts(config, len(folds), own):
         first, work = model == "mamba2" and seed == config.seed, len(folds[k].refit)
@@ -108,7 +124,7 @@ def predict_folds(
     config: EvaluateConfig,  # models and seeds
     panel: pd.DataFrame,  # hourly panel
     y: pd.DataFrame,  # its labels
-    folds: list[Fold],  # walk-forward folds
+    folds: Sequence[Fold],  # walk-forward folds
     out: Path,  # run folder; finished parts are kept in `parts/`
     own: Own = Own({}, {}),  # forecasters and features that are not the package's
     on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with parts done, all, and the next
@@ -147,7 +163,7 @@ def score_run(
     scored = predictions[predictions["time"].isin(matured.index)]
     if scored.empty: raise ValueError("no forecast has a matured label: nothing can be scored")
     losses = loss_table(scored, matured)
-    spans = dict(horizon=config.horizon, vol_window=config.vol_window, n_boot=config.n_boot, seed=config.seed)
+    spans: dict[str, Any] = dict(horizon=config.horizon, vol_window=config.vol_window, n_boot=config.n_boot, seed=config.seed)
     overlap = round(pd.Timedelta(config.horizon) / pd.Timedelta("1D"))
     times = pd.DatetimeIndex(scored["time"].unique())
     has = {label: times[matured[label].reindex(times).notna().to_numpy()] for label in ("r90", "sigma")}
@@ -254,7 +270,7 @@ def newest_forecast(
     panel: pd.DataFrame,  # hourly panel; the forecast is made at its last row
     folder: Path | None = None,  # where a forecaster that trains keeps its history
     own: Own = Own({}, {}),  # forecasters and features that are not the package's
-    on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with models done, all, and the next
+    on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with models done, all, the next
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
 ) -> pd.DataFrame:
     """Every model fitted on all labels matured by the last hour, and its forecast there: prediction schema, fold -1.
@@ -286,7 +302,7 @@ def train_newest(
     out: str | Path,  # folder of the trainings: new, or one to be resumed
     source: str = "panel",  # what the panel is
     own: Own = Own({}, {}),  # features that are not the package's
-    on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with models done, all, and the next
+    on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with models done, all, the next
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
     inventory: pd.DataFrame | None = None,  # as from `sources.inventory`, kept as `inventory.json`
 ) -> pd.DataFrame:
@@ -326,6 +342,7 @@ def expected_trainings(
     fold = live_fold(panel.index, y[["label_end", "sigma_end"]], validation=config.validation, embargo=config.embargo)
     check_network(config.model, config.train)
     network = make_forecaster("mamba2", config, own)
+    assert isinstance(network, Network)
     X = run_features(panel, config.model_copy(update=dict(models=("mamba2",))), own)
     choices = enumerate(choice_folds(y, fold, config.validation_spans))
     parts = [(f"choice-{k}", f, "train") for k, f in choices] + [("seed", fold, "refit")]
@@ -336,7 +353,8 @@ def expected_trainings(
         spans = dict(learned=span(getattr(f, part)), judged=span(f.valid) if part == "train" else "")
         made.append(dict(training=name, **spans, length=data.stop - data.start, **cost._asdict()))
     # Other seeds are trained alike.
-    return pd.DataFrame(made[:-1] + [dict(made[-1], training=f"seed-{s}") for s in range(config.seed, config.seed + config.seeds)])
+    seeds = range(config.seed, config.seed + config.seeds)
+    return pd.DataFrame(made[:-1] + [dict(made[-1], training=f"seed-{s}") for s in seeds])
 
 # %% ../nbs/05f_walkforward.ipynb #dc8bef76
 def origin_table(panel: pd.DataFrame, y: pd.DataFrame) -> pd.DataFrame:
@@ -355,17 +373,24 @@ def fold_table(index: pd.DatetimeIndex, folds: list[Fold]) -> list[dict]:
 class Evaluation:
     "A finished walk-forward: scores, predictions and newest forecast. Figures and the report are added by the results notebook."
 
-    def __init__(self, out: str | Path):
+    def __init__(
+        self,
+        out: str | Path,  # folder of a finished run
+    ):
         self.folder = RunFolder(out)
         self.out = self.folder.path
         needed = (self.folder.scores, self.folder.predictions, self.folder.origins, self.folder.forecast)
         missing = [path.name for path in needed if not path.exists()]
         if missing:
-            raise ValueError(f"{out} holds no finished run ({missing[0]} is missing): start it again with the same --out to finish it")
+            raise ValueError(f"{out} holds no finished run ({missing[0]} is missing): start it again with the same --out to "
+                             "finish it")
         self.record: dict = json.loads(self.folder.scores.read_text(encoding="utf-8"))  # all of `scores.json`
 
     @classmethod
-    def load(cls, out: str | Path) -> Evaluation:
+    def load(
+        cls,
+        out: str | Path,  # folder of a finished run
+    ) -> Evaluation:
         "The evaluation in a run folder; a `ValueError` where it is not finished."
         return cls(out)
 
@@ -411,7 +436,20 @@ class Evaluation:
 
     def __repr__(self) -> str:
         r = self.record
-        return f"Evaluation({str(self.out)!r}: {', '.join(self.models)}; {r['origins']} origins, {r['begin'][:10]} to {r['end'][:10]})"
+        span = f"{r['origins']} origins, {r['begin'][:10]} to {r['end'][:10]}"
+        return f"Evaluation({str(self.out)!r}: {', '.join(self.models)}; {span})"
+
+    if TYPE_CHECKING:  # added by the results notebook
+        def plot_skill(self) -> go.Figure: ...
+        def plot_reliability(self, shown: Sequence[str] | None = None) -> go.Figure: ...
+        def plot_coverage(self) -> go.Figure: ...
+        def plot_fan(self, model: str) -> go.Figure: ...
+        def plot_newest(self) -> go.Figure: ...
+        def plot_training(self) -> go.Figure: ...
+        def score_table(self) -> pd.DataFrame: ...
+        def findings(self) -> list[str]: ...
+        def report(self) -> Path: ...
+        def _repr_html_(self) -> str: ...
 
 # %% ../nbs/05f_walkforward.ipynb #f1eab41a
 def walk_forward_run(
@@ -473,7 +511,9 @@ def walk_forward_run(
         write_atomic(folder.scores, json.dumps(scores, indent=1))
     return Evaluation(out)
 
-def kept_certificate(folder: RunFolder) -> dict | None:
+def kept_certificate(
+    folder: RunFolder,  # of the run
+) -> dict | None:
     "The certificate that an earlier start of the same run left; None where there is none."
     path = folder.certificate
     try: return json.loads(path.read_text()) if path.exists() else None
@@ -482,8 +522,8 @@ def kept_certificate(folder: RunFolder) -> dict | None:
 # %% ../nbs/05f_walkforward.ipynb #1d887b3f
 def evaluate(
     panel: pd.DataFrame,  # hourly panel, as from `load_panel` or `simulate_market`
-    models: Sequence[Any] | None = None,  # names, `my.py:Name`, classes or objects with fit and predict; None: baselines and network
-    out: str | Path | None = None,  # run folder; an existing run of the same configuration is resumed. None: a new one under runs/
+    models: Sequence[Any] | None = None,  # names, `my.py:Name`, classes or objects as `ForecastModel`; None: the usual
+    out: str | Path | None = None,  # run folder; an existing run of the same configuration is resumed; None: new under runs/
     *,
     features: Sequence[Any] = (),  # feature functions of your own, or `my.py:name`, beside the built-in ones
     config: str | Path | None = None,  # TOML file with the fields of `EvaluateConfig`; what is given here wins over it
@@ -492,12 +532,13 @@ def evaluate(
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
     **settings: Any,  # any field of `EvaluateConfig`: seeds, step, preset, train=dict(lr=...), ...
 ) -> Evaluation:
-    """Walk-forward evaluation of forecasters on a panel: the result is an `Evaluation`, kept in a folder. A `ConfigError` names a setting
-    that cannot be used, a `LeakageError` a feature of your own that sees the future, a `ValueError` data that do not suffice."""
+    """Walk-forward evaluation of forecasters on a panel: the result is an `Evaluation`, kept in a folder. A `ConfigError` names a
+    setting that cannot be used, a `LeakageError` a feature of your own that sees the future, a `ValueError` data that do not
+    suffice."""
     named = None if models is None else tuple(m if isinstance(m, str) else own_name(m) for m in models)
     feature_names = tuple(f if isinstance(f, str) else own_name(f) for f in features) or None
-    settings = load_config(config, models=named, features=feature_names, **settings)
-    own = find_own(settings, [m for m in models or () if not isinstance(m, str)], [f for f in features if not isinstance(f, str)])
-    reports = {name: audit(fn, panel, n_cuts=24, seed=settings.seed) for name, fn in own.features.items()}
+    complete = load_config(config, models=named, features=feature_names, **settings)
+    own = find_own(complete, [m for m in models or () if not isinstance(m, str)], [f for f in features if not isinstance(f, str)])
+    reports = {name: audit(fn, panel, n_cuts=24, seed=complete.seed) for name, fn in own.features.items()}
     for report in reports.values(): report.raise_if_leaky()
-    return walk_forward_run(settings, panel, out or new_folder("run"), source, reports or None, own, on_part, on_update)
+    return walk_forward_run(complete, panel, out or new_folder("run"), source, reports or None, own, on_part, on_update)
