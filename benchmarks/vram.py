@@ -1,12 +1,12 @@
-"""Memory and speed of both presets on one GPU against the length of backpropagation, and their training on one fold of real data.
+"""GPU memory and speed of both presets against the length of backpropagation, and their training on one fold of real data.
 
 Two steps, because features need TA-Lib and the readers, and the network does not:
 
     python benchmarks/vram.py prepare --data ../shared/data --out .gpu/fold.safetensors     where everything is installed
     python benchmarks/vram.py run --fold .gpu/fold.safetensors --out results/vram.json      where the GPU is
 
-`run` needs torch, numpy, pandas, einops, safetensors, pydantic, psutil, filelock and tomli-w only; `--device cpu --quick` tries it
-out without a GPU in seconds.
+`run` needs torch, numpy, pandas, einops, safetensors, pydantic, psutil, filelock and tomli-w only; `--device cpu --quick` runs it
+without a GPU in seconds.
 """
 
 from __future__ import annotations

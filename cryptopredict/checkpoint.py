@@ -81,7 +81,9 @@ def checkpoints(
     folder: str | Path,  # of a run's checkpoints; there may be none
 ) -> list[Path]:
     "Checkpoints by step, newest first; of a step saved twice the later one first."
-    found = [(m, p) for p in Path(folder).glob("step-*") if (m := STEP_NAME.fullmatch(p.name))]
+    try: names = os.listdir(folder)  # unlike glob, it raises where the folder may not be read
+    except (FileNotFoundError, NotADirectoryError): names = []
+    found = [(m, Path(folder) / name) for name in names if (m := STEP_NAME.fullmatch(name))]
     return [p for _, p in sorted(found, key=lambda pair: tuple(int(v or 0) for v in pair[0].groups()), reverse=True)]
 
 # %% ../nbs/04c_checkpoint.ipynb #da661b5d

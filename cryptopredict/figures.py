@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -27,7 +28,7 @@ def house_style(
     fig: go.Figure,  # any figure
     title: str,  # what it shows
     height: int = 380,  # pixels
-    **layout,  # further arguments of `update_layout`
+    **layout: Any,  # further arguments of `update_layout`
 ) -> go.Figure:
     "The figure with a title, in the house's look: plain axes, the legend in a row below."
     return fig.update_layout(title=title, height=height, template="simple_white", margin=dict(t=85, b=45, l=60, r=20),

@@ -83,6 +83,10 @@ class Mamba2Config:
             if name not in weights: raise ValueError(f"the weights hold no {name!r}: give the state_dict of one mamba_ssm.Mamba2")
         for name in weights:
             if name not in due: raise ValueError(f"the weights hold {name!r}, which this mixer does not have")
+        for name in due:
+            axes = {"in_proj.weight": 2, "conv1d.weight": 3, "out_proj.weight": 2}.get(name, 1)
+            if weights[name].dim() != axes:
+                raise ValueError(f"{name} has shape {tuple(weights[name].shape)}: this mixer expects {axes} axes")
         (_, d_model), (channels, _, d_conv) = weights["in_proj.weight"].shape, weights["conv1d.weight"].shape
         inner, heads = weights["norm.weight"].shape[0], weights["A_log"].shape[0]
         if inner % d_model or inner % heads or (channels - inner) % (2 * ngroups):

@@ -90,7 +90,7 @@ def read_preset(
 def preset(
     name: str,  # baseline, mhsa or tiny
     n_features: int = 60,  # input channels
-    **overrides,  # any other field of `ModelConfig`
+    **overrides: Any,  # any other field of `ModelConfig`
 ) -> ModelConfig:
     "The preset's model, with overrides."
     known = [f.name for f in fields(ModelConfig)]
@@ -327,14 +327,21 @@ class MultitaskModel(nn.Module):
         device: str | torch.device = "cpu",  # where the model goes
     ) -> MultitaskModel:
         "The model that `save` wrote, in evaluation mode; a `ValueError` names the file and what is wrong with it."
-        folder = Path(folder)
+        def read(name: str, parse: Callable[[bytes], Any]) -> Any:
+            path = Path(folder) / name
+            try: return parse(path.read_bytes())
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read ({error.strerror}): give the folder of `save`") from None
+            except (ValueError, SafetensorError) as error:
+                raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): save the model again") from None
+        model = cls(read("config.toml", lambda content: ModelConfig(**tomllib.loads(content.decode()))))
+        tensors = read("model.safetensors", load_tensors)
         try:
-            cfg = ModelConfig(**tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
-            model = cls(cfg).to(device)
-            model.load_state_dict(load_tensors((folder / "model.safetensors").read_bytes()))
-        except OSError as error: raise ValueError(f"{folder} holds no saved model ({error}): give the folder of `save`") from None
-        except (ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{folder}: config.toml and model.safetensors do not fit ({' '.join(str(error).split())})") from None
+            model.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
+            model.to(device)
+        except (RuntimeError, AssertionError, TypeError, StopIteration) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"{folder}: config.toml and model.safetensors do not fit each other, or {device} ({why})") from None
         return model.eval()
 
 # %% ../nbs/04a_multitask.ipynb #1d90338d

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 import warnings
 import weakref
@@ -84,6 +85,8 @@ class Tracker:
         "Nothing more comes of this training."
         raise NotImplementedError
 
+    def abandon(self) -> None: "Give up what waits to be written, after a failure."
+
     def __call__(self, run: Run, record: dict) -> None:
         "As `on_update` of `train`."
         self.guarded(lambda: self.follow(run, record))
@@ -104,6 +107,7 @@ class Tracker:
         try: work()
         except Exception as error:
             self.failed = True
+            self.abandon()
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
             text = f"{type(self).__name__} failed and follows no further, the training continues: {problem}"
             try: warnings.warn(text, stacklevel=3)
@@ -235,6 +239,16 @@ def missing_package(tracker: str, package: str) -> ValueError:
     "The error where an extra is not installed."
     return ValueError(f"{tracker} needs the package {package}: pip install 'cryptopredict[track]'")
 
+def quiet_writer_threads() -> None:
+    "Leave out the traceback of TensorBoard's writing thread, as on a full disk: the next `put` raises that error too."
+    usual = threading.excepthook
+    if getattr(usual, "quiet", False): return
+
+    def hook(problem: Any) -> None:
+        if type(problem.thread).__name__ != "_AsyncWriterThread": usual(problem)
+    hook.quiet = True  # type: ignore[attr-defined]
+    threading.excepthook = hook
+
 # %% ../nbs/05g_track.ipynb #0eb2ccd1
 class TensorBoard(Tracker):
     "Event files for TensorBoard, in a folder of each training."
@@ -264,6 +278,7 @@ class TensorBoard(Tracker):
     ) -> tuple[set[int], set[int]]:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
         from torch.utils.tensorboard import SummaryWriter
+        quiet_writer_threads()
         place, held = self.place(run.out.resolve()), {"loss/total": set(), "validation/total": set()}
         if place.exists():
             log = logging.getLogger("tensorboard")
@@ -285,7 +300,10 @@ class TensorBoard(Tracker):
         step: int,  # update
         values: Mapping[str, float],  # by name of the curve, as from `scalars` or `validation_scalars`
     ) -> None:
-        for name, value in values.items(): self.writer.add_scalar(name, value, step)
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        # One event a step: after a kill inside a write a step is there with all its curves, or not at all.
+        curves = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self.writer.file_writer.add_summary(Summary(value=curves), step)
         self.writer.flush()
 
     def end(self) -> None: self.writer.close()
@@ -300,7 +318,8 @@ def tracking_uri(place: str | Path) -> str:
 def mlflow_client(uri: str) -> Any:
     "MLflow's client, quiet and without telemetry; an error names the package that is missing."
     # Read when mlflow is imported or used; what the user has set stays.
-    for name, value in dict(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_ALLOW_FILE_STORE="true", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2",
+    for name, value in dict(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_ALLOW_FILE_STORE="true",
+                            MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2",
                             MLFLOW_HTTP_REQUEST_TIMEOUT="10").items(): os.environ.setdefault(name, value)
     try: from mlflow.tracking import MlflowClient
     except ImportError as error: raise missing_package("MLflow", "mlflow-skinny") from error
@@ -308,7 +327,7 @@ def mlflow_client(uri: str) -> Any:
         try: import alembic, sqlalchemy  # noqa: E401, F401
         except ImportError as error: raise missing_package("MLflow", error.name or "sqlalchemy") from error
     # They print at length what is reported here in a line.
-    for name in ("mlflow.store.db.utils", "alembic"): logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in ("mlflow.store.db.utils", "alembic", "urllib3.connectionpool"): logging.getLogger(name).setLevel(logging.CRITICAL)
     return MlflowClient(uri)
 
 def make_database(database: Path) -> None:
@@ -423,6 +442,9 @@ class MLflow(Tracker):
         for k in range(0, len(metrics), 1000):
             self.sending.append(self.thread.submit(self.client.log_batch, self.id, metrics[k:k + 1000]))
         self.waiting, self.sent = [], time.monotonic()
+
+    def abandon(self) -> None:
+        if self.sending: self.thread.shutdown(wait=False, cancel_futures=True)
 
     def end(self) -> None:
         try:
