@@ -29,9 +29,10 @@ from .storage import (DeferredSignals, FitFolder, RunFolder, Terminated, Trainin
 
 # %% auto #0
 __all__ = ['COMMANDS', 'OVERVIEW', 'LoadedPanel', 'Command', 'SourceArgs', 'evaluate_config', 'WalkForwardArgs', 'TrackingArgs',
-           'RunFolderArgs', 'default_settings', 'run_audits', 'judge_reports', 'say_device', 'Evaluate', 'Run', 'Audit',
-           'Prepare', 'Forecast', 'Train', 'Runs', 'read_json_file', 'describe_run', 'describe_trainings', 'is_trained',
-           'last_change', 'Fetch', 'Plan', 'parse_command', 'describe_flags', 'setting_error', 'main']
+           'RunFolderArgs', 'default_settings', 'run_audits', 'own_audits', 'judge_reports', 'say_leak', 'say_device',
+           'Evaluate', 'Run', 'Audit', 'Prepare', 'Forecast', 'Train', 'Runs', 'read_json_file', 'describe_run',
+           'describe_trainings', 'is_trained', 'last_change', 'Fetch', 'Plan', 'parse_command', 'describe_flags',
+           'setting_error', 'main']
 
 # %% ../nbs/06a_cli.ipynb #630c0e2b
 class LoadedPanel(NamedTuple):
@@ -102,6 +103,17 @@ class WalkForwardArgs(SourceArgs):
         if self.data is not None or self.models_given or self.settings is None or not usual: return config
         return config.model_copy(update=dict(models=(*config.models, "truth")))
 
+    def own_code(
+        self,
+        config: Any,  # as from `configured`
+    ) -> Any:
+        "`protocol.Own`: the forecasters and features that are not the package's."
+        from cryptopredict.config import ConfigError
+        from cryptopredict.protocol import find_own
+        try: return find_own(config)
+        except ConfigError as error:
+            raise ConfigError(f"{'flags' if self.config is None else f'{self.config} or flags'}: {error}") from error
+
 @dataclass
 class TrackingArgs:
     "What follows the trainings besides the progress bar."
@@ -138,7 +150,7 @@ def run_audits(
     n_cuts: int,  # cuts of the features' audit
 ) -> dict:
     "Reports by name on a panel and on what is run on it; they are printed too."
-    from cryptopredict.run_audits import AUDITED_HOURS, audit_inputs, audit_network, audit_own_model
+    from cryptopredict.run_audits import AUDITED_HOURS, audit_inputs, audit_network, audit_own
     from cryptopredict.sources import MAX_AGE
     panel, tables = loaded.panel, loaded.tables
     fitted = len(panel) >= AUDITED_HOURS
@@ -149,10 +161,26 @@ def run_audits(
             progress.on_part(len(begun), total, f"audit of {name}")
             begun.append(name)
         reports = audit_inputs(panel, config, tables, loaded.provenance, MAX_AGE, n_cuts, own, begin)
+        reports |= audit_own(panel, config, own, n_cuts, begin)
         if network: reports |= audit_network(panel, config, own, begin)
-        for name in models:
-            begin(name)
-            reports[name] = audit_own_model(name, panel, config, own)
+    for name, report in reports.items(): say(f"  audit of {name}: {report!r}")
+    return reports
+
+def own_audits(
+    loaded: LoadedPanel,  # panel
+    config: Any,  # `EvaluateConfig` of the run
+    own: Any,  # `protocol.Own`: forecasters and features that are not the package's
+) -> dict:
+    "Reports by name on forecasters and features of your own, printed; none where there are none."
+    from cryptopredict.run_audits import audit_own
+    if not (own.models or own.features): return {}
+    say("audit of your own code ...")
+    begun: list[str] = []
+    with Progress() as progress:
+        def begin(name: str) -> None:
+            progress.on_part(len(begun), len(own.models) + len(own.features), f"audit of {name}")
+            begun.append(name)
+        reports = audit_own(loaded.panel, config, own, on_audit=begin)
     for name, report in reports.items(): say(f"  audit of {name}: {report!r}")
     return reports
 
@@ -164,6 +192,13 @@ def judge_reports(
     for name, report in reports.items():
         if not report.ok: raise ValueError(f"audit of {name}: {report.verdict}: give more data, or code that needs fewer rows")
     return 0
+
+def say_leak(
+    what: str,  # does not start
+) -> int:
+    "Print that a leak was found; returns the exit code."
+    say(f"a leak was found: {what} does not start")
+    return 1
 
 def say_device(
     config: Any,  # `EvaluateConfig` of the run
@@ -178,10 +213,11 @@ class Evaluate(RunFolderArgs):
     "Walk-forward only: folds x models x seeds to predictions.parquet and scores.json."
 
     def __call__(self) -> int:
-        from cryptopredict.protocol import find_own
         config = self.configured()
-        own = find_own(config)
-        say_scores(self.walk(config, own, self.load(config.seed)).folder.scores)
+        own, loaded = self.own_code(config), self.load(config.seed)
+        audits = own_audits(loaded, config, own)
+        if judge_reports(audits): return say_leak("the walk-forward")
+        say_scores(self.walk(config, own, loaded, audits or None).folder.scores)
         return 0
 
     def walk(
@@ -213,18 +249,15 @@ class Run(Evaluate):
     n_cuts: int = 24  # Cuts in the audit of the features; all audits together take under a fifth of a run.
 
     def __call__(self) -> int:
-        from cryptopredict.protocol import find_own
         from cryptopredict.results import write_report
         config = self.configured()
-        own = find_own(config)
+        own = self.own_code(config)
         self.trackers().close()  # what they lack is reported before the long part
         say("panel ...")
         loaded = self.load(config.seed)
         say("audit ...")
         audits = run_audits(loaded, config, own, self.n_cuts)
-        if judge_reports(audits):
-            say("a leak was found: the walk-forward does not start")
-            return 1
+        if judge_reports(audits): return say_leak("the walk-forward")
         say("walk-forward ...")
         done = self.walk(config, own, loaded, audits)
         report = write_report(done)  # first: what is printed can be lost
@@ -245,11 +278,11 @@ class Audit(WalkForwardArgs):
 
     def __call__(self) -> int:
         from cryptopredict.audits import certificate
-        from cryptopredict.protocol import find_own, load_object, source_hash
+        from cryptopredict.protocol import load_object, source_hash
         from cryptopredict.walkforward import provenance_of
         name, config = self.what or self.fn, self.configured()
         function: Any = load_object(name) if name else None
-        own = find_own(config)
+        own = self.own_code(config)
         if name and not callable(function): raise ValueError(f"{name} is {type(function).__name__}: name a function of the panel")
         if self.out and self.out.exists(): raise ValueError(f"{self.out} exists: choose another --out")
         loaded = self.load(config.seed)
@@ -311,16 +344,16 @@ class Forecast(WalkForwardArgs):
     out: Path | None = None  # JSON file for the forecasts; an existing one is never overwritten. Default: none.
 
     def __call__(self) -> int:
-        from cryptopredict.protocol import find_own
         from cryptopredict.results import head_sentences, newest_table
         from cryptopredict.sources import input_ages, inventory_json
         from cryptopredict.walkforward import newest_forecast
         config = self.configured()
-        own, loaded = find_own(config), self.load(config.seed)
+        own, loaded = self.own_code(config), self.load(config.seed)
         panel = loaded.panel
         beside = self.out.with_name(f"{self.out.stem}.inventory.json") if self.out else None
         for path in filter(None, (self.out, beside)):
             if path.exists(): raise ValueError(f"{path} exists: choose another --out")
+        if judge_reports(own_audits(loaded, config, own)): return say_leak("the forecast")
         with Progress() as progress:
             made = newest_forecast(config, panel, None, own, progress.on_part, progress.on_update)
         ages = input_ages(panel, loaded.tables, loaded.provenance)
@@ -352,16 +385,16 @@ class Train(WalkForwardArgs, TrackingArgs):
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
 
     def __call__(self) -> int:
-        from cryptopredict.protocol import find_own
         from cryptopredict.results import head_sentences, newest_table
         from cryptopredict.track import CallbackList
         from cryptopredict.walkforward import train_newest
         config, out = self.configured(), self.out or new_folder("train")
-        own, loaded = find_own(config), self.load(config.seed)
+        own, loaded = self.own_code(config), self.load(config.seed)
         panel = loaded.panel
         say_device(config)
         say(f"at most {config.epochs} epochs")
         if self.dry_run: return self.say_expected(config, panel, own)
+        if judge_reports(own_audits(loaded, config, own)): return say_leak("the training")
         if self.out is None: say(f"folder: {out}")
         with self.trackers() as trackers, Progress() as progress:
             watch = CallbackList(progress.on_update, trackers)

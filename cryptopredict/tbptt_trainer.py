@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import psutil
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
@@ -44,13 +44,21 @@ __all__ = ['WEIGHTS', 'TrainSettings', 'TrainConfig', 'train_preset', 'resolved'
            'validation_loss', 'train_step', 'train_epoch', 'chunks_of', 'group_spans', 'reduced_plan',
            'steps_per_epoch', 'data_fingerprint', 'open_run', 'train', 'best_epoch', 'keep_weights_only']
 
+# %% ../nbs/05_tbptt_trainer.ipynb #b5ff9b14
+def valid_bptt(bptt: str) -> str:
+    "`bptt` as it is; a `ValueError` states what it may be."
+    try: bptt_chunks(bptt)
+    except ValueError as error: raise ValueError(str(error).partition(": ")[2]) from None
+    return bptt
+
 # %% ../nbs/05_tbptt_trainer.ipynb #ed84ae63
 @settings
 class TrainSettings:
     "How a network is trained, whichever it is."
     batch: Annotated[int, Field(ge=1, le=4096, strict=True)] = 16  # streams read side by side
     tbptt_len: Annotated[int, Field(ge=2, le=1_000_000, strict=True)] = 256  # length of a chunk, hours
-    bptt: str = "truncated"  # gradients through "truncated" one chunk, "span:K" K chunks, "exact" all of a stream; then an update
+    # gradients through "truncated" one chunk, "span:K" K chunks, "exact" all of a stream; then an update
+    bptt: Annotated[str, AfterValidator(valid_bptt)] = "truncated"
     lr: Annotated[float, Field(ge=0., le=1., strict=True)] = 1e-3  # peak learning rate of AdamW
     weight_decay: Annotated[float, Field(ge=0., le=1., strict=True)] = 1e-2  # of matrices only; not biases, norms, A, D, dt
     warmup: Annotated[float, Field(ge=0., le=.5, strict=True)] = .03  # share of all updates while the learning rate rises
@@ -64,8 +72,6 @@ class TrainSettings:
     keep: Annotated[int, Field(ge=0, le=10_000, strict=True)] = 0  # last ends of epochs that are kept, beside the best; 0: all
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where it is trained; auto: on a GPU where there is one
     deterministic: Annotated[bool, Field(strict=True)] = False  # the same bits each time on a GPU too, slower; a CPU gives them
-
-    def __post_init__(self) -> None: bptt_chunks(self.bptt)
 
 @settings
 class TrainConfig(TrainSettings):
