@@ -1378,6 +1378,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'cryptopredict.track.Tracker.put': ('track.html#tracker.put', 'cryptopredict/track.py'),
                                      'cryptopredict.track.Tracker.take_validations': ( 'track.html#tracker.take_validations',
                                                                                        'cryptopredict/track.py'),
+                                     'cryptopredict.track.Training': ('track.html#training', 'cryptopredict/track.py'),
                                      'cryptopredict.track.in_notebook': ('track.html#in_notebook', 'cryptopredict/track.py'),
                                      'cryptopredict.track.loss_figure': ('track.html#loss_figure', 'cryptopredict/track.py'),
                                      'cryptopredict.track.make_database': ('track.html#make_database', 'cryptopredict/track.py'),

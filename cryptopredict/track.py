@@ -21,19 +21,19 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from .figures import BLACK, BLUE, GREEN, GREY, ORANGE, RED, house_style
 from .labels import TASKS, total_loss
-from .storage import flatten_keys, read_jsonl, remove_orphans
+from .storage import TrainingFolder, flatten_keys, read_jsonl, remove_orphans
 from .tbptt_trainer import Run
 
 # %% auto #0
-__all__ = ['CURVES', 'LOOKS', 'scalars', 'validation_scalars', 'Tracker', 'loss_figure', 'LiveLoss', 'TensorBoard', 'MLflow',
-           'CallbackList']
+__all__ = ['CURVES', 'LOOKS', 'scalars', 'validation_scalars', 'Training', 'Tracker', 'loss_figure', 'LiveLoss', 'TensorBoard',
+           'MLflow', 'CallbackList']
 
 # %% ../nbs/05i_track.ipynb #3ea9aa1f
 CURVES = dict(loss="loss/total", **{task: f"loss/{task}" for task in TASKS}, log_var_cls="weight/log_var_cls",
@@ -53,10 +53,19 @@ def validation_scalars(
     "The losses on the validation rows by the name of their curve."
     return {f"validation/{key}": float(value) for key, value in record.items() if key not in ("epoch", "step")}
 
+# %% ../nbs/05i_track.ipynb #8ed8a24e
+class Training(NamedTuple):
+    "What a tracker knows of a training that it begins to follow."
+    folder: TrainingFolder  # absolute
+    step: int  # updates so far, the one at hand included
+    rewinds: int  # how often it went back so far
+    config: dict  # of the model and its training
+    data: str | None  # sha256 of its data
+
 # %% ../nbs/05i_track.ipynb #557aab34
 class Tracker:
     """Follows trainings one after another; called after each update. A failure ends it with a warning, and not the training. A
-    subclass has `open(run)`, which returns the steps of the updates and validations that it holds and keeps,
+    subclass has `open(training)`, which returns the steps of the updates and validations that it holds and keeps,
     `put(step, values)` and `end()`."""
 
     def __init__(self) -> None:
@@ -68,7 +77,7 @@ class Tracker:
 
     def open(
         self,
-        run: Run,  # a training that begins, or that went back
+        training: Training,  # one that begins, or that went back
     ) -> tuple[set[int], set[int]]:
         "Begin to follow a training; returns the steps of the updates and of the validations that are held of it."
         raise NotImplementedError
@@ -122,7 +131,8 @@ class Tracker:
         if self.run() is not run or run.step <= self.step:
             self.leave()
             self.run, self.out = weakref.ref(run), run.out.resolve()
-            self.held, self.validated = self.open(run)
+            self.held, self.validated = self.open(Training(TrainingFolder(self.out), run.step, run.guard.rewinds,
+                                                           asdict(run.config), run.data.get("sha256")))
             for line in read_jsonl(run.folder.metrics):
                 if line["step"] < run.step and line["step"] not in self.held: self.put(line["step"], scalars(line))
             self.take_validations()
@@ -219,9 +229,9 @@ class LiveLoss(Tracker):
 
     def open(
         self,
-        run: Run,  # a training that begins, or that went back
+        training: Training,  # one that begins, or that went back
     ) -> tuple[set[int], set[int]]:
-        self.title, self.updates, self.validations = f"Losses of {'/'.join(run.out.resolve().parts[-2:])}", [], []
+        self.title, self.updates, self.validations = f"Losses of {'/'.join(training.folder.path.parts[-2:])}", [], []
         return set(), set()
 
     def put(
@@ -274,12 +284,12 @@ class TensorBoard(Tracker):
 
     def open(
         self,
-        run: Run,  # a training that begins, or that went back
+        training: Training,  # one that begins, or that went back
     ) -> tuple[set[int], set[int]]:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
         from torch.utils.tensorboard import SummaryWriter
         quiet_writer_threads()
-        place, held = self.place(run.out.resolve()), {"loss/total": set(), "validation/total": set()}
+        place, held = self.place(training.folder.path), {"loss/total": set(), "validation/total": set()}
         if place.exists():
             log = logging.getLogger("tensorboard")
             level = log.level
@@ -287,8 +297,8 @@ class TensorBoard(Tracker):
             try: events = EventAccumulator(str(place), size_guidance={"scalars": 0}).Reload()
             finally: log.setLevel(level)
             for tag in held.keys() & set(events.Tags()["scalars"]): held[tag] = {e.step for e in events.Scalars(tag)}
-        due = {line["step"] for line in read_jsonl(run.folder.metrics) if line["step"] < run.step}
-        first = min(due - held["loss/total"] | {run.step})
+        due = {line["step"] for line in read_jsonl(training.folder.metrics) if line["step"] < training.step}
+        first = min(due - held["loss/total"] | {training.step})
         # Files are read in the order of their names, which begin with a second.
         stamps = [int(path.name.split(".")[3]) for path in place.glob("events.out.tfevents.*")]
         while stamps and int(time.time()) <= max(stamps) <= time.time() + 5: time.sleep(.05)
@@ -377,15 +387,15 @@ class MLflow(Tracker):
 
     def identity(
         self,
-        run: Run,  # a training
+        training: Training,  # one to follow
     ) -> str:
         "What tells a training from others: its folder, configuration and data."
-        parts = [str(run.out.resolve()), asdict(run.config), run.data.get("sha256")]
+        parts = [str(training.folder.path), training.config, training.data]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def open(
         self,
-        run: Run,  # a training that begins, or that went back
+        training: Training,  # one that begins, or that went back
     ) -> tuple[set[int], set[int]]:
         if self.database is not None and not self.database.exists(): make_database(self.database)
         self.client = mlflow_client(self.uri)
@@ -394,33 +404,33 @@ class MLflow(Tracker):
         else:  # nothing is put there; without it MLflow would name a folder in the current directory
             artifacts = (self.database.parent / "artifacts").as_uri() if self.database else None
             self.experiment = self.client.create_experiment(self.EXPERIMENT, artifacts)
-        runs = self.client.search_runs([self.experiment], f"tags.`{self.TAG}` = '{self.identity(run)}'",
+        runs = self.client.search_runs([self.experiment], f"tags.`{self.TAG}` = '{self.identity(training)}'",
                                        order_by=["attributes.start_time DESC"])
         newest = max(runs, key=lambda r: int(r.data.tags.get("cryptopredict.rewinds", 0)), default=None)
-        if newest is not None and int(newest.data.tags["cryptopredict.rewinds"]) == run.guard.rewinds:
+        if newest is not None and int(newest.data.tags["cryptopredict.rewinds"]) == training.rewinds:
             self.id = newest.info.run_id
             self.client.update_run(self.id, "RUNNING")
             steps = lambda key: {m.step for m in self.client.get_metric_history(self.id, key)}
             held = steps("loss/total"), steps("validation/total")
-        else: self.id, held = self.create_run(run, newest), (set(), set())
+        else: self.id, held = self.create_run(training, newest), (set(), set())
         self.waiting, self.sending, self.thread = [], [], ThreadPoolExecutor(1)
         return held
 
     def create_run(
         self,
-        run: Run,  # a training
+        training: Training,  # one to follow
         parent: Any,  # MLflow's run of it before it went back, or None
     ) -> str:
         "The id of a new MLflow run, a child of the one that the training had before it went back, if it did."
         from mlflow.entities import Param
-        out, rewinds = run.out.resolve(), run.guard.rewinds
-        tags = {self.TAG: self.identity(run), "cryptopredict.folder": str(out), "cryptopredict.rewinds": str(rewinds)}
+        out, rewinds = training.folder.path, training.rewinds
+        tags = {self.TAG: self.identity(training), "cryptopredict.folder": str(out), "cryptopredict.rewinds": str(rewinds)}
         if parent is not None:
             tags["mlflow.parentRunId"] = parent.info.run_id
             self.client.set_terminated(parent.info.run_id, "KILLED")
         name = "/".join(out.parts[-3:]) + (f", rewind {rewinds}" if rewinds else "")
         made = self.client.create_run(self.experiment, tags=tags, run_name=name)
-        params = [Param(k, str(v)) for k, v in flatten_keys(asdict(run.config)).items()]
+        params = [Param(k, str(v)) for k, v in flatten_keys(training.config).items()]
         self.client.log_batch(made.info.run_id, params=params)
         return made.info.run_id
 
