@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from vram import climatology, describe_device, one_fold, versions, write_atomic  # noqa: E402
 
-from cryptopredict.bptt import exact_backward  # noqa: E402
+from cryptopredict.bptt import span_backward  # noqa: E402
 from cryptopredict.multitask import Targets, multitask_loss, task_losses  # noqa: E402
 from cryptopredict.streams import Chunk, FoldData, fold_data  # noqa: E402
 from cryptopredict.tbptt_trainer import Run, train, train_preset  # noqa: E402
@@ -78,7 +78,7 @@ def gradient(run: Run, data: FoldData, length: int, exact: bool) -> dict[str, to
     model.zero_grad(set_to_none=True)
     state = None
     for span in [chunks] if exact else [[chunk] for chunk in chunks]:
-        state = exact_backward(lambda chunk, state: model(chunk.x, state), loss, span, state)
+        state = span_backward(lambda chunk, state: model(chunk.x, state), loss, span, state)
     groups: dict[str, list[torch.Tensor]] = {}
     for name, p in model.named_parameters(): groups.setdefault(group_of(name), []).append(p.grad.flatten().double())
     every = {"all": torch.cat([v for parts in groups.values() for v in parts])}

@@ -18,7 +18,7 @@ from .states import detach, map_state
 from .streams import Chunk
 
 # %% auto #0
-__all__ = ['bptt_chunks', 'rng_state', 'set_rng_state', 'exact_backward', 'has_loss', 'MicroBatch', 'MicroBatcher']
+__all__ = ['bptt_chunks', 'rng_state', 'set_rng_state', 'span_backward', 'has_loss', 'MicroBatch', 'MicroBatcher']
 
 # %% ../nbs/04d_bptt.ipynb #a2a2fd7e
 def bptt_chunks(
@@ -70,7 +70,7 @@ def backward_from(loss: Tensor | None, end: Any, grad_end: list[Tensor | None]) 
     if pairs: torch.autograd.backward([v for v, _ in pairs], [g for _, g in pairs])
 
 # %% ../nbs/04d_bptt.ipynb #a975a01e
-def exact_backward(
+def span_backward(
     forward: Callable[[Any, Any], tuple[Any, Any]],  # (chunk, state or None) -> (output, state after the chunk)
     loss: Callable[[Any, Any], Tensor | None],  # (output, chunk) -> what to differentiate, or None where nothing is learned
     chunks: Sequence[Any],  # in order of time

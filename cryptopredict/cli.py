@@ -24,15 +24,15 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 import tyro
 
 from .console import Progress, duration_text, lost, say, say_inventory, say_scores, say_wrapped, warn
-from .storage import (DeferredSignals, FitFolder, RunFolder, Terminated, TrainingFolder, is_locked, new_folder,
-                                   read_jsonl, sigterm_raises, write_atomic)
+from .storage import (DeferredSignals, FitFolder, RunFolder, Terminated, TrainingFolder, find_trainings, is_locked,
+                                   new_folder, read_jsonl, sigterm_raises, write_atomic)
 
 # %% auto #0
 __all__ = ['COMMANDS', 'OVERVIEW', 'LoadedPanel', 'Command', 'SourceArgs', 'evaluate_config', 'WalkForwardArgs', 'TrackingArgs',
-           'RunFolderArgs', 'default_settings', 'run_audits', 'own_audits', 'judge_reports', 'say_leak', 'say_device',
-           'Evaluate', 'Run', 'Audit', 'Prepare', 'Forecast', 'Train', 'Runs', 'read_json_file', 'describe_run',
-           'describe_trainings', 'is_trained', 'last_change', 'Fetch', 'Plan', 'parse_command', 'describe_flags',
-           'setting_error', 'main']
+           'RunFolderArgs', 'default_settings', 'run_audits', 'user_code_audits', 'judge_reports', 'say_leak',
+           'say_device', 'Evaluate', 'Run', 'Audit', 'Prepare', 'Forecast', 'Train', 'Runs', 'read_json_file',
+           'describe_run', 'describe_trainings', 'is_trained', 'last_change', 'Fetch', 'Plan', 'parse_command',
+           'describe_flags', 'setting_error', 'main']
 
 # %% ../nbs/06a_cli.ipynb #630c0e2b
 class LoadedPanel(NamedTuple):
@@ -103,14 +103,14 @@ class WalkForwardArgs(SourceArgs):
         if self.data is not None or self.models_given or self.settings is None or not usual: return config
         return config.model_copy(update=dict(models=(*config.models, "truth")))
 
-    def own_code(
+    def user_code(
         self,
         config: Any,  # as from `configured`
     ) -> Any:
-        "`protocol.Own`: the forecasters and features that are not the package's."
+        "`protocol.UserCode`: the the user's forecasters and features."
         from cryptopredict.config import ConfigError
-        from cryptopredict.protocol import find_own
-        try: return find_own(config)
+        from cryptopredict.protocol import load_user_code
+        try: return load_user_code(config)
         except ConfigError as error:
             raise ConfigError(f"{'flags' if self.config is None else f'{self.config} or flags'}: {error}") from error
 
@@ -146,41 +146,41 @@ def default_settings(
 def run_audits(
     loaded: LoadedPanel,  # panel and tables
     config: Any,  # `EvaluateConfig` of the run
-    own: Any,  # `protocol.Own`: forecasters and features that are not the package's
+    user_code: Any,  # `protocol.UserCode`: the user's forecasters and features
     n_cuts: int,  # cuts of the features' audit
 ) -> dict:
     "Reports by name on a panel and on what is run on it; they are printed too."
-    from cryptopredict.run_audits import AUDITED_HOURS, audit_inputs, audit_network, audit_own
+    from cryptopredict.run_audits import AUDITED_HOURS, audit_inputs, audit_network, audit_user_code
     from cryptopredict.sources import MAX_AGE
     panel, tables = loaded.panel, loaded.tables
     fitted = len(panel) >= AUDITED_HOURS
-    network, models = "mamba2" in config.models and fitted, list(own.models) if fitted else []
-    total, begun = 4 + bool(tables) + 2 * network + len(own.features) + len(models), []
+    network, models = "mamba2" in config.models and fitted, list(user_code.models) if fitted else []
+    total, started = 4 + bool(tables) + 2 * network + len(user_code.features) + len(models), []
     with Progress() as progress:
         def begin(name: str) -> None:
-            progress.on_part(len(begun), total, f"audit of {name}")
-            begun.append(name)
-        reports = audit_inputs(panel, config, tables, loaded.provenance, MAX_AGE, n_cuts, own, begin)
-        reports |= audit_own(panel, config, own, n_cuts, begin)
-        if network: reports |= audit_network(panel, config, own, begin)
+            progress.on_part(len(started), total, f"audit of {name}")
+            started.append(name)
+        reports = audit_inputs(panel, config, tables, loaded.provenance, MAX_AGE, n_cuts, user_code, begin)
+        reports |= audit_user_code(panel, config, user_code, n_cuts, begin)
+        if network: reports |= audit_network(panel, config, user_code, begin)
     for name, report in reports.items(): say(f"  audit of {name}: {report!r}")
     return reports
 
-def own_audits(
+def user_code_audits(
     loaded: LoadedPanel,  # panel
     config: Any,  # `EvaluateConfig` of the run
-    own: Any,  # `protocol.Own`: forecasters and features that are not the package's
+    user_code: Any,  # `protocol.UserCode`: the user's forecasters and features
 ) -> dict:
     "Reports by name on forecasters and features of your own, printed; none where there are none."
-    from cryptopredict.run_audits import audit_own
-    if not (own.models or own.features): return {}
+    from cryptopredict.run_audits import audit_user_code
+    if not (user_code.models or user_code.features): return {}
     say("audit of your own code ...")
-    begun: list[str] = []
+    started: list[str] = []
     with Progress() as progress:
         def begin(name: str) -> None:
-            progress.on_part(len(begun), len(own.models) + len(own.features), f"audit of {name}")
-            begun.append(name)
-        reports = audit_own(loaded.panel, config, own, on_audit=begin)
+            progress.on_part(len(started), len(user_code.models) + len(user_code.features), f"audit of {name}")
+            started.append(name)
+        reports = audit_user_code(loaded.panel, config, user_code, on_audit=begin)
     for name, report in reports.items(): say(f"  audit of {name}: {report!r}")
     return reports
 
@@ -214,16 +214,16 @@ class Evaluate(RunFolderArgs):
 
     def __call__(self) -> int:
         config = self.configured()
-        own, loaded = self.own_code(config), self.load(config.seed)
-        audits = own_audits(loaded, config, own)
+        user_code, loaded = self.user_code(config), self.load(config.seed)
+        audits = user_code_audits(loaded, config, user_code)
         if judge_reports(audits): return say_leak("the walk-forward")
-        say_scores(self.walk(config, own, loaded, audits or None).folder.scores)
+        say_scores(self.walk(config, user_code, loaded, audits or None).folder.scores)
         return 0
 
     def walk(
         self,
         config: Any,  # `EvaluateConfig` of the run
-        own: Any,  # `protocol.Own`: forecasters and features that are not the package's
+        user_code: Any,  # `protocol.UserCode`: the user's forecasters and features
         loaded: LoadedPanel,  # panel and where it came from
         audits: dict | None = None,  # reports by name; None: no audit was made now
     ) -> Any:
@@ -241,7 +241,7 @@ class Evaluate(RunFolderArgs):
         if "mamba2" in config.models: say_device(config)
         with self.trackers() as trackers, Progress() as progress:
             watch = CallbackList(progress.on_update, trackers)
-            return walk_forward_run(config, panel, out, loaded.name, audits, own, progress.on_part, watch, loaded.inventory)
+            return walk_forward_run(config, panel, out, loaded.name, audits, user_code, progress.on_part, watch, loaded.inventory)
 
 @dataclass
 class Run(Evaluate):
@@ -251,15 +251,15 @@ class Run(Evaluate):
     def __call__(self) -> int:
         from cryptopredict.results import write_report
         config = self.configured()
-        own = self.own_code(config)
+        user_code = self.user_code(config)
         self.trackers().close()  # what they lack is reported before the long part
         say("panel ...")
         loaded = self.load(config.seed)
         say("audit ...")
-        audits = run_audits(loaded, config, own, self.n_cuts)
+        audits = run_audits(loaded, config, user_code, self.n_cuts)
         if judge_reports(audits): return say_leak("the walk-forward")
         say("walk-forward ...")
-        done = self.walk(config, own, loaded, audits)
+        done = self.walk(config, user_code, loaded, audits)
         report = write_report(done)  # first: what is printed can be lost
         say_scores(done.folder.scores)
         say(f"report: {report}")
@@ -282,12 +282,12 @@ class Audit(WalkForwardArgs):
         from cryptopredict.walkforward import provenance_of
         name, config = self.what or self.fn, self.configured()
         function: Any = load_object(name) if name else None
-        own = self.own_code(config)
+        user_code = self.user_code(config)
         if name and not callable(function): raise ValueError(f"{name} is {type(function).__name__}: name a function of the panel")
         if self.out and self.out.exists(): raise ValueError(f"{self.out} exists: choose another --out")
         loaded = self.load(config.seed)
         reports = {name: self.audit_function(function, name, loaded.panel, config.seed)} if name else \
-            run_audits(loaded, config, own, self.n_cuts)
+            run_audits(loaded, config, user_code, self.n_cuts)
         if self.out:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             made_by = provenance_of(loaded.panel, loaded.name)
@@ -331,7 +331,7 @@ class Prepare(SourceArgs):
         panel = loaded.panel
         tables = {"panel": panel, "features": build_features(panel), "labels": make_labels(panel["close"])}
         out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / "inventory.json", inventory_json(loaded.inventory))
+        write_atomic(RunFolder(out).inventory, inventory_json(loaded.inventory))
         for kind, table in tables.items():
             write_atomic(out / f"{kind}.parquet", table.to_parquet(None))
             (rows, columns), known = table.shape, 100 * table.notna().mean().mean()
@@ -348,14 +348,14 @@ class Forecast(WalkForwardArgs):
         from cryptopredict.sources import input_ages, inventory_json
         from cryptopredict.walkforward import newest_forecast
         config = self.configured()
-        own, loaded = self.own_code(config), self.load(config.seed)
+        user_code, loaded = self.user_code(config), self.load(config.seed)
         panel = loaded.panel
         beside = self.out.with_name(f"{self.out.stem}.inventory.json") if self.out else None
         for path in filter(None, (self.out, beside)):
             if path.exists(): raise ValueError(f"{path} exists: choose another --out")
-        if judge_reports(own_audits(loaded, config, own)): return say_leak("the forecast")
+        if judge_reports(user_code_audits(loaded, config, user_code)): return say_leak("the forecast")
         with Progress() as progress:
-            made = newest_forecast(config, panel, None, own, progress.on_part, progress.on_update)
+            made = newest_forecast(config, panel, None, user_code, progress.on_part, progress.on_update)
         ages = input_ages(panel, loaded.tables, loaded.provenance)
         close, heads = float(panel["close"].iloc[-1]), made.attrs["heads"]
         if self.out and beside:
@@ -389,16 +389,16 @@ class Train(WalkForwardArgs, TrackingArgs):
         from cryptopredict.track import CallbackList
         from cryptopredict.walkforward import train_newest
         config, out = self.configured(), self.out or new_folder("train")
-        own, loaded = self.own_code(config), self.load(config.seed)
+        user_code, loaded = self.user_code(config), self.load(config.seed)
         panel = loaded.panel
         say_device(config)
         say(f"at most {config.epochs} epochs")
-        if self.dry_run: return self.say_expected(config, panel, own)
-        if judge_reports(own_audits(loaded, config, own)): return say_leak("the training")
+        if self.dry_run: return self.say_expected(config, panel, user_code)
+        if judge_reports(user_code_audits(loaded, config, user_code)): return say_leak("the training")
         if self.out is None: say(f"folder: {out}")
         with self.trackers() as trackers, Progress() as progress:
             watch = CallbackList(progress.on_update, trackers)
-            made = train_newest(config, panel, out, loaded.name, own, progress.on_part, watch, loaded.inventory)
+            made = train_newest(config, panel, out, loaded.name, user_code, progress.on_part, watch, loaded.inventory)
         choice = json.loads(FitFolder(out).choice.read_text())
         say(f"chosen on validation: {choice['epochs']} epochs")
         for sentence in head_sentences(made.attrs["heads"]): say_wrapped(sentence)
@@ -409,12 +409,12 @@ class Train(WalkForwardArgs, TrackingArgs):
         self,
         config: Any,  # `EvaluateConfig` of the training
         panel: Any,  # DataFrame, hourly
-        own: Any,  # `protocol.Own`: features that are not the package's
+        user_code: Any,  # `protocol.UserCode`: features that are not the package's
     ) -> int:
         "Print what the trainings of a newest forecast would take; returns the exit code."
         from cryptopredict.tbptt_trainer import resolved
         from cryptopredict.walkforward import expected_trainings
-        made = expected_trainings(config, panel, own)
+        made = expected_trainings(config, panel, user_code)
         one, t = made.iloc[-1], resolved(config.train)
         seconds, last = made["seconds"].sum(), made["share"].min()
         network = f"{one['parameters']:,} parameters on {t.device}, mixed precision {t.amp}"
@@ -449,15 +449,15 @@ class Runs(Command):
         try:
             if not place.is_dir(): return None
             if RunFolder(place).run.exists(): kind, describe = "walk-forward", describe_run
-            elif any(place.glob("**/checkpoints")): kind, describe = "training", describe_trainings
+            elif find_trainings(place): kind, describe = "training", describe_trainings
             else: return None
             try: state, best = describe(place)
             except PermissionError: raise
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 state, best = f"damaged ({type(error).__name__}: {' '.join(str(error).split())[:60]})", ""
-            working = any(is_locked(p) for p in (place, *place.glob("**/checkpoints")))
+            working = any(is_locked(p) for p in (place, *(t.checkpoints for t in find_trainings(place))))
             if working: state = f"running, {state.removeprefix('stopped, ')}"
-            over = state.startswith(("finished", "damaged")) or working or not (place / "config.toml").exists()
+            over = state.startswith(("finished", "damaged")) or working or not RunFolder(place).config.exists()
             resume = "" if over else f"the same command with --out {place}"
             age = duration_text(time.time() - last_change(place))
             return dict(run=place, kind=kind, state=state, best=best, age=age, resume=resume)
@@ -488,8 +488,9 @@ def describe_trainings(
 ) -> tuple[str, str]:
     "State and best validation loss of the trainings in a folder."
     from cryptopredict.checkpoint import checkpoints, step_of
-    kept = [checkpoints(path) for path in place.glob("**/checkpoints")]
-    losses = [line["total"] for path in place.glob("**/validation.jsonl") for line in read_jsonl(path)]
+    trainings = find_trainings(place)
+    kept = [checkpoints(t.checkpoints) for t in trainings]
+    losses = [line["total"] for t in trainings for line in read_jsonl(t.validation)]
     state = f"{len(kept)} training{'s' * (len(kept) != 1)}, {sum(step_of(c[0]) for c in kept if c)} updates"
     return ("finished, " if is_trained(FitFolder(place)) else "") + state, f"validation loss {min(losses):.3f}" if losses else ""
 
@@ -619,8 +620,8 @@ def is_users_mistake(error: BaseException) -> bool:
     assert at is not None  # it was raised
     while at.tb_next: at = at.tb_next
     code, module = at.tb_frame.f_code.co_code, str(at.tb_frame.f_globals.get("__name__")).partition(".")[0]
-    own = module in ("cryptopredict", __name__.partition(".")[0])
-    return module in PARSERS or own and dis.opname[code[at.tb_lasti]] == "RAISE_VARARGS"
+    user_code = module in ("cryptopredict", __name__.partition(".")[0])
+    return module in PARSERS or user_code and dis.opname[code[at.tb_lasti]] == "RAISE_VARARGS"
 
 def report_error(error: Exception, verbose: bool) -> int:
     "Print an error; the exit code is 2 for a mistake of the user's, 3 for a bug, which comes with its traceback."

@@ -78,12 +78,12 @@ class Mamba2Config:
     ) -> Mamba2Config:
         "The sizes behind the weights of a `mamba_ssm.Mamba2`; a `ValueError` names the weight that this mixer does not have."
         if type(ngroups) is not int or ngroups < 1: raise ValueError(f"ngroups is {ngroups!r}: give a whole number, at least 1")
-        due = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight", "out_proj.weight")
-        for name in due:
+        expected = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight", "out_proj.weight")
+        for name in expected:
             if name not in weights: raise ValueError(f"the weights hold no {name!r}: give the state_dict of one mamba_ssm.Mamba2")
         for name in weights:
-            if name not in due: raise ValueError(f"the weights hold {name!r}, which this mixer does not have")
-        for name in due:
+            if name not in expected: raise ValueError(f"the weights hold {name!r}, which this mixer does not have")
+        for name in expected:
             axes = {"in_proj.weight": 2, "conv1d.weight": 3, "out_proj.weight": 2}.get(name, 1)
             if weights[name].dim() != axes:
                 raise ValueError(f"{name} has shape {tuple(weights[name].shape)}: this mixer expects {axes} axes")
@@ -139,9 +139,9 @@ class FusedRMSNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         scale = FusedRMSNorm.scale(x, ctx.eps)
         unit = x * scale
-        along = grad_output * unit
-        less = (along * weight).mean(-1, keepdim=True) * scale
-        return (grad_output * weight).mul_(scale).addcmul_(unit, less, value=-1), along.flatten(0, -3).sum(0), None
+        grad_weight = grad_output * unit
+        radial = (grad_weight * weight).mean(-1, keepdim=True) * scale  # the part of the gradient along x itself
+        return (grad_output * weight).mul_(scale).addcmul_(unit, radial, value=-1), grad_weight.flatten(0, -3).sum(0), None
 
 # %% ../nbs/03_mamba2_block.ipynb #f914f29a
 class RMSNorm(nn.Module):
@@ -162,10 +162,10 @@ class RMSNorm(nn.Module):
         z: Tensor | None = None,  # gate (..., d); None: no gate
     ) -> Tensor:
         "The normalised x, in its dtype."
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        if z is not None: wide = wide * F.silu(z.to(wide.dtype))
+        x_acc = x.to(torch.promote_types(x.dtype, torch.float32))
+        if z is not None: x_acc = x_acc * F.silu(z.to(x_acc.dtype))
         split = lambda v: v.unflatten(-1, (self.groups, -1))
-        return FusedRMSNorm.apply(split(wide), split(self.weight.to(wide.dtype)), self.eps).flatten(-2).to(x.dtype)
+        return FusedRMSNorm.apply(split(x_acc), split(self.weight.to(x_acc.dtype)), self.eps).flatten(-2).to(x.dtype)
 
 # %% ../nbs/03_mamba2_block.ipynb #4c3e328a
 def check_conv(
@@ -178,19 +178,20 @@ def check_conv(
     check_tensors(x=x, weight=weight, bias=bias, past=past)
     if x.dim() != 3 or weight.dim() != 3: raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} need three axes")
     (b, _, c), width = x.shape, weight.shape[2]
-    for name, value, due in (("weight", weight, (c, 1, width)), ("bias", bias, (c,)), ("past", past, (b, c, width - 1))):
-        if value.shape != due: raise ValueError(f"{name} has shape {tuple(value.shape)}; with x {tuple(x.shape)} expected {due}")
+    for name, value, expected in (("weight", weight, (c, 1, width)), ("bias", bias, (c,)), ("past", past, (b, c, width - 1))):
+        if value.shape != expected:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; with x {tuple(x.shape)} expected {expected}")
     check_finite("x", x)
 
 # %% ../nbs/03_mamba2_block.ipynb #83d1e5cb
 class DepthwiseConv(torch.autograd.Function):
-    "Depthwise convolution of (b, width - 1 + t, channels) as a product a tap, summed in place, both ways."
+    "Depthwise convolution of (b, width - 1 + t, channels) as one multiply-add per tap, in place, forward and backward."
 
     @staticmethod
     def forward(
         ctx: Any,  # keeps what `backward` needs
         joined: Tensor,  # inputs after those of the past (b, width - 1 + t, channels)
-        weight: Tensor,  # one filter a channel (channels, 1, width)
+        weight: Tensor,  # one filter per channel (channels, 1, width)
         bias: Tensor,  # (channels,)
     ) -> Tensor:
         "Outputs (b, t, channels)."
@@ -215,7 +216,7 @@ class DepthwiseConv(torch.autograd.Function):
 # %% ../nbs/03_mamba2_block.ipynb #db5be136
 def causal_conv(
     x: Tensor,  # inputs (b, t, channels)
-    weight: Tensor,  # one filter a channel (channels, 1, width)
+    weight: Tensor,  # one filter per channel (channels, 1, width)
     bias: Tensor,  # (channels,)
     past: Tensor,  # the width - 1 inputs before the first (b, channels, width - 1)
     reset: Tensor | None = None,  # True: nothing before this step is seen (b, t)
@@ -225,14 +226,14 @@ def causal_conv(
     check_reset(reset, x, "x")
     joined, t = torch.cat([past.transpose(1, 2).to(x.dtype), x], dim=1), x.shape[1]  # (b, width - 1 + t, channels)
     with torch.autocast(x.device.type, enabled=False):  # summed in the weights' type
-        if reset is None: y, left = DepthwiseConv.apply(joined, weight, bias), joined[:, t:]
-        else: y, left = conv_with_resets(joined, weight, bias, reset)
-    return y.to(x.dtype), left.transpose(1, 2).clone()  # a view would keep all of `joined` alive
+        if reset is None: y, new_past = DepthwiseConv.apply(joined, weight, bias), joined[:, t:]
+        else: y, new_past = conv_with_resets(joined, weight, bias, reset)
+    return y.to(x.dtype), new_past.transpose(1, 2).clone()  # a view would keep all of `joined` alive
 
 # %% ../nbs/03_mamba2_block.ipynb #51b65688
 def conv_with_resets(
     joined: Tensor,  # inputs after those of the past (b, width - 1 + t, channels)
-    weight: Tensor,  # one filter a channel (channels, 1, width)
+    weight: Tensor,  # one filter per channel (channels, 1, width)
     bias: Tensor,  # (channels,)
     reset: Tensor,  # True: nothing before this step is seen (b, t)
 ) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from .labels import FORECAST_COLUMNS, HEADS, SCHEMA
 from .leakage import Fold
 from .multitask import ModelConfig, MultitaskModel, read_preset
 from .scores import dm_test, loss_table
-from .storage import FitFolder, flatten_keys, read_jsonl, remove_orphans, require_same_run, write_atomic
+from .storage import FitFolder, RunFolder, flatten_keys, read_jsonl, remove_orphans, require_same_run, write_atomic
 from .streams import FoldData, LabelRows, fold_data, warm_forecast
 from .tbptt_trainer import (Run, TrainConfig, TrainSettings, best_epoch, check_device, deterministic,
                                          keep_weights_only, precision, resolved, train)
@@ -410,30 +409,26 @@ def shrink_trainings(
     for training in fit.trainings():
         place = training.checkpoints
         if not checkpoints(place): continue
-        trial = training.path.name.startswith("choice-")
-        if whole and not trial: prune(place, 1)
+        if whole and not training.is_choice: prune(place, 1)
         elif whole and choice["best_epoch"]: keep_weights_only(training.path, choice["best_epoch"])
-        elif trial or not choice["epochs"]:
+        elif training.is_choice or not choice["epochs"]:
             for one in checkpoints(place): remove(one)
         else: keep_weights_only(training.path)
 
 def training_summary(
-    folder: Path,  # `network/` of a run folder
+    folder: RunFolder,  # of a walk-forward
 ) -> list[dict]:
-    "A record a fold and training (the newest choice, then each seed): what was chosen, speed, peak memory, curve of losses."
+    "One record per fold and training (the newest choice, then each seed): what was chosen, speed, peak memory, curve of losses."
     records = []
-    for place in sorted(path.parent for path in folder.glob("*/choice.json")):
-        fit = FitFolder(place)
-        choice = json.loads(fit.choice.read_text())
-        number = lambda training: int(training.path.name.split("-")[1])
-        named = {kind: sorted((t for t in fit.trainings() if re.fullmatch(rf"{kind}-\d+", t.path.name)), key=number)
-                 for kind in ("choice", "seed")}
-        for training in (*named["choice"][-1:], *named["seed"]):
+    for fit in folder.fits():
+        choice, trainings = json.loads(fit.choice.read_text()), fit.trainings()
+        choices = [t for t in trainings if t.is_choice]
+        for training in (*choices[-1:], *trainings[len(choices):]):
             timings, curve = read_jsonl(training.timings), read_jsonl(training.metrics)
             speed = float(np.median([t["tokens_per_s"] for t in timings])) if timings else None
             memory = {kind: max((t[kind] for t in timings if kind in t), default=None)
                       for kind in ("peak_rss", "peak_allocated", "peak_reserved")}
             reduced = next((t["plan"] for t in timings if t.get("plan")), "")
-            head = dict(fold=place.name, training=training.path.name, reduced=reduced, **choice)
+            head = dict(fold=fit.path.name, training=training.path.name, reduced=reduced, **choice)
             records.append(dict(**head, tokens_per_s=speed, **memory, curve=curve[::max(1, len(curve) // 60)]))
     return records

@@ -36,8 +36,9 @@ from .sources import price_gaps
 from .tbptt_trainer import TrainSettings
 
 # %% auto #0
-__all__ = ['FORECASTERS', 'Truth', 'EvaluateConfig', 'load_config', 'load_object', 'source_hash', 'Own', 'find_own', 'takes',
-           'own_name', 'make_forecaster', 'run_features', 'default_first_test', 'make_folds', 'lost_origins']
+__all__ = ['FORECASTERS', 'Truth', 'EvaluateConfig', 'load_config', 'load_object', 'source_hash', 'UserCode', 'load_user_code',
+           'check_signature', 'display_name', 'make_forecaster', 'run_features', 'default_first_test', 'make_folds',
+           'lost_origins']
 
 # %% ../nbs/05f_protocol.ipynb #ecf389e7
 class Truth:
@@ -258,8 +259,8 @@ def source_hash(
         except (TypeError, OSError): content = repr(getattr(definition, "__qualname__", definition)).encode()
     return hashlib.sha256(content).hexdigest()
 
-class Own(NamedTuple):
-    "Forecasters and feature functions that are not the package's, by the names that a configuration has for them."
+class UserCode(NamedTuple):
+    "Forecasters and the user's feature functions, by the names that a configuration has for them."
     models: dict[str, Any]  # classes, or objects that are copied before each fit
     features: dict[str, Callable[[pd.DataFrame], Any]]  # from the hourly panel to a frame or series
 
@@ -267,38 +268,39 @@ class Own(NamedTuple):
         "By name, the hash of the code behind it."
         return {name: source_hash(thing) for part in self for name, thing in part.items()}
 
-def find_own(
+def load_user_code(
     config: EvaluateConfig,  # its `models` and `features` name what is needed
     models: Sequence[Any] = (),  # forecasters passed as objects; each is named by its attribute `name`, or its class
     features: Sequence[Callable] = (),  # feature functions passed as objects; each is named by its `__name__`
-) -> Own:
-    "What is yours in a run; a `ConfigError` names what cannot be found or has the wrong methods."
-    given = {own_name(m): m for m in models}
-    own = Own({}, {})
+) -> UserCode:
+    "The user's code in a run; a `ConfigError` names what cannot be found or has the wrong methods."
+    given = {display_name(m): m for m in models}
+    user_code = UserCode({}, {})
     for name in config.models:
         if name in FORECASTERS: continue
         if name not in given and ":" not in name:
             raise ConfigError(f"key 'models': unknown model {name!r}; known are {', '.join(FORECASTERS)}, or give my.py:Name")
-        found = own.models[name] = given[name] if name in given else load_object(name)
+        found = user_code.models[name] = given[name] if name in given else load_object(name)
         for method, taken in dict(fit=("panel", "X", "y", "fold", "seed"), predict=("panel", "X", "rows")).items():
             due = f"give it {method}({', '.join(taken)})"
             if not callable(getattr(found, method, None)): raise ConfigError(f"model {name} has no method {method!r}: {due}")
-            takes(getattr(found, method), (None,) * (len(taken) + isinstance(found, type)), f"model {name}: {method}", due)
-    functions = {own_name(f): f for f in features}
+            arguments = (None,) * (len(taken) + isinstance(found, type))  # a class's method takes itself too
+            check_signature(getattr(found, method), arguments, f"model {name}: {method}", due)
+    functions = {display_name(f): f for f in features}
     for name in config.features:
-        found = own.features[name] = functions[name] if name in functions else load_object(name)
+        found = user_code.features[name] = functions[name] if name in functions else load_object(name)
         if not callable(found): raise ConfigError(f"feature {name} is {type(found).__name__}: give a function of the panel")
-        takes(found, (None,), f"feature {name}", "give a function of the panel alone")
-    return own
+        check_signature(found, (None,), f"feature {name}", "give a function of the panel alone")
+    return user_code
 
-def takes(function: Callable, arguments: tuple, what: str, remedy: str) -> None:
+def check_signature(function: Callable, arguments: tuple, what: str, remedy: str) -> None:
     "A `ConfigError` where a function cannot be called with so many arguments."
     try: signature = inspect.signature(function)
     except (TypeError, ValueError): return  # compiled code has none
     try: signature.bind(*arguments)
     except TypeError as error: raise ConfigError(f"{what}{signature} does not fit ({error}): {remedy}") from None
 
-def own_name(
+def display_name(
     thing: Any,  # a forecaster or feature function that was passed as an object
 ) -> str:
     "How it is named: by its attribute `name` if that is a text, by `__name__`, or by its class."
@@ -308,12 +310,12 @@ def own_name(
 def make_forecaster(
     name: str,  # of the model
     config: EvaluateConfig,  # whose settings it is given, as far as its constructor takes them
-    own: Own,  # as from `find_own`
+    user_code: UserCode,  # as from `load_user_code`
     **more: Any,  # where it keeps its training, and who follows it
 ) -> ForecastModel:
     "A new forecaster."
-    if name in own.models:
-        model = own.models[name]
+    if name in user_code.models:
+        model = user_code.models[name]
         return model() if isinstance(model, type) else copy.deepcopy(model)
     taken = inspect.signature(FORECASTERS[name]).parameters
     known = {field: getattr(config, field) for field in EvaluateConfig.model_fields} | more
@@ -322,11 +324,11 @@ def make_forecaster(
 def run_features(
     panel: pd.DataFrame,  # hourly panel
     config: EvaluateConfig,  # models of the run
-    own: Own,  # as from `find_own`
+    user_code: UserCode,  # as from `load_user_code`
 ) -> pd.DataFrame | None:
     "The features of a run, your own among them; None where only baselines are run, which need none."
-    needed = own.features or any(m not in BASELINES and m != "truth" for m in config.models)
-    return build_features(panel, extra=list(own.features.values())) if needed else None
+    needed = user_code.features or any(m not in BASELINES and m != "truth" for m in config.models)
+    return build_features(panel, extra=list(user_code.features.values())) if needed else None
 
 # %% ../nbs/05f_protocol.ipynb #6a3a4012
 def default_first_test(

@@ -193,7 +193,7 @@ def network_sentence(
     scores: dict,  # content of `scores.json`
 ) -> str:
     "In how many folds the network takes part, and in which heads; empty for a run without network."
-    folds = {r["fold"]: r["heads"] for r in scores.get("training", []) if r["fold"] != "newest"}
+    folds = {r["fold"]: r["heads"] for r in scores["training"] if r["fold"] != "newest"}
     if not folds: return ""
     moved = [f"{head} in {sum(head in h for h in folds.values())}" for head in HEADS]
     same = sum(not h for h in folds.values())
@@ -209,7 +209,7 @@ def figure_training(
     weights = {"log_var_cls": "log-variance, direction", "log_var_reg": "log-variance, regressions"}
     columns = {1: TASKS, 2: weights, 3: {"lr": "learning rate"}}
     kinds = [(key, name, column) for column, names in columns.items() for key, name in names.items()]
-    curves = [(r["curve"], "dot" if r["training"].startswith("choice") else "solid") for r in scores.get("training", [])]
+    curves = [(r["curve"], "dot" if r["training"].startswith("choice") else "solid") for r in scores["training"]]
     curves = [(curve, dash) for curve, dash in curves if curve]
     for k, (key, name, column) in enumerate(kinds):
         for j, (curve, dash) in enumerate(curves):
@@ -223,9 +223,9 @@ def figure_training(
 def training_table(
     scores: dict,  # content of `scores.json`
 ) -> pd.DataFrame:
-    "A row a training: what was chosen, each head's validation loss less its baseline's with its p-value, speed, peak memory."
+    "One row per training: what was chosen, each head's validation loss less its baseline's with its p-value, speed, peak memory."
     rows = []
-    for r in scores.get("training", []):
+    for r in scores["training"]:
         epochs = r["best_epoch" if r["training"].startswith("choice") else "epochs"]
         speed = "-" if r["tokens_per_s"] is None else f"{r['tokens_per_s']:,.0f}"
         row = {"fold": r["fold"], "training": r["training"], "epochs": epochs, "tokens/s": speed}
@@ -309,11 +309,11 @@ def leak_sentence(
     unsure = [k for k, a in audits.items() if not a["ok"] and k not in with_leak]
     look = [f"{f['column']} ({k})" for k, a in audits.items() for f in a.get("findings", []) if f.get("severity") == "suspect"]
     clean = [k for k in audits if k not in with_leak + unsure]
-    told = [f"Leaks were found in: {', '.join(with_leak)}."] if with_leak else []
-    if clean and not with_leak: told.append(f"The audits of {', '.join(clean)} found no leak.")
-    if unsure: told.append(f"Too little could be tested in: {', '.join(unsure)}.")
-    if look: told.append(f"Worth a look, as an honest feature can look the same: {', '.join(look)}.")
-    return " ".join(told)
+    sentences = [f"Leaks were found in: {', '.join(with_leak)}."] if with_leak else []
+    if clean and not with_leak: sentences.append(f"The audits of {', '.join(clean)} found no leak.")
+    if unsure: sentences.append(f"Too little could be tested in: {', '.join(unsure)}.")
+    if look: sentences.append(f"Worth a look, as an honest feature can look the same: {', '.join(look)}.")
+    return " ".join(sentences)
 
 def severities(
     audit: Mapping,  # of a certificate: `ok`, `findings`
@@ -337,7 +337,7 @@ def better_models(
 # %% ../nbs/06_results.ipynb #ba965bf4
 def repeats_baseline(scores: dict, head: str) -> list[str]:
     "The network's name, where this head of it always repeats its baseline, whose claim is not the network's."
-    folds = [r["heads"] for r in scores.get("training", []) if r["fold"] != "newest"]
+    folds = [r["heads"] for r in scores["training"] if r["fold"] != "newest"]
     return ["mamba2"] if folds and not any(head in heads for heads in folds) else []
 
 # %% ../nbs/06_results.ipynb #e2d5da8d
@@ -408,13 +408,13 @@ def head_sentences(
     heads: Mapping[str, dict],  # by model, what `describe_heads` returns
 ) -> list[str]:
     "One sentence a model: on which heads the network takes part in a forecast, and which repeat their baseline."
-    told = []
+    sentences = []
     for model, parts in heads.items():
         on = [f"{head} (with {p['baseline']})" for head, p in parts.items() if p["network"]]
         off = [f"{head} repeats {p['baseline']}" for head, p in parts.items() if not p["network"]]
         both = [f"the network takes part in {', '.join(on)}"] * bool(on) + [", ".join(off)] * bool(off)
-        told.append(f"{model}: {'; '.join(both)}.")
-    return told
+        sentences.append(f"{model}: {'; '.join(both)}.")
+    return sentences
 
 # %% ../nbs/06_results.ipynb #12e1c47e
 def fold_dates(folds: list[dict]) -> pd.DataFrame:
@@ -477,7 +477,7 @@ def report_sections(run: Evaluation) -> list[tuple[str, list]]:
     return [("What it shows", [("list", [*finding_sentences(scores), *missing_prices(scores)])]),
             ("Scores", [("text", text), *tables]),
             (f"Against {models[0]}", [("figure", figure_skill(scores)), ("details", every)]),
-            *(training if any(r["curve"] for r in scores.get("training", [])) else []),
+            *(training if any(r["curve"] for r in scores["training"]) else []),
             ("Calibration", [("figure", figure_reliability(scores)), ("figure", figure_coverage(scores))]),
             ("Forecasts on the price", [("figure", figure_fan(run.predictions, run.realised, fan, horizon))]),
             (f"Newest forecast{made}", now),

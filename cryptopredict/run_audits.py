@@ -22,12 +22,12 @@ from .labels import HEADS, make_labels
 from .leakage import Fold, LeakReport, audit, audit_availability, audit_folds, walk_forward
 from .multitask import MultitaskModel
 from .network import Network
-from .protocol import EvaluateConfig, Own, make_folds, make_forecaster
+from .protocol import EvaluateConfig, UserCode, make_folds, make_forecaster
 from .storage import write_atomic
 
 # %% auto #0
 __all__ = ['SHORT', 'AUDITED_HOURS', 'audit_inputs', 'short_fold', 'split_frame', 'fitted_network', 'audit_forecaster',
-           'audit_own', 'audit_network']
+           'audit_user_code', 'audit_network']
 
 # %% ../nbs/05g_run_audits.ipynb #75195982
 def labels_when_known(frame: pd.DataFrame, config: EvaluateConfig) -> pd.DataFrame:
@@ -53,7 +53,7 @@ def audit_inputs(
     provenance: pd.DataFrame | None = None,  # row of its table behind each daily cell
     max_age: Mapping | None = None,  # oldest value allowed by column
     n_cuts: int = 32,  # cuts of the features' audit
-    own: Own = Own({}, {}),  # feature functions that are not the package's; `audit_own` audits them
+    user_code: UserCode = UserCode({}, {}),  # the user's feature functions; `audit_user_code` audits them
     on_audit: Callable[[str], None] = lambda name: None,  # called with the name of each audit before it begins
 ) -> dict[str, LeakReport]:
     "Reports on `features`, `labels`, `disguise`, `folds` and, where tables are given, `availability`."
@@ -64,7 +64,7 @@ def audit_inputs(
     ends = pd.DataFrame({name: labels["sigma_end" if name == "sigma" else "label_end"] for name in learned})
     folds = make_folds(config, labels)  # says first where the history is too short
     known, cuts = lambda frame: labels_when_known(frame, config), max(n_cuts // 6, 1)
-    everything = lambda: build_features(panel, extra=list(own.features.values()))
+    everything = lambda: build_features(panel, extra=list(user_code.features.values()))
     audits = {
         "features": lambda: audit(build_features, panel, n_cuts=n_cuts, seed=config.seed),
         "labels": lambda: join_reports([audit(known, s[["close"]], n_cuts=cuts, seed=config.seed) for s in stretches]),
@@ -86,7 +86,7 @@ AUDITED_HOURS = 24 * 220  # of the panel's end that the audited fold is made of
 def short_fold(
     panel: pd.DataFrame,  # hourly panel
     config: EvaluateConfig,  # threshold and embargo
-    own: Own,  # feature functions that are not the package's
+    user_code: UserCode,  # the user's feature functions
 ) -> tuple[pd.DataFrame, pd.DataFrame, Fold]:
     """Panel, features (`f:`) and labels (`y:`) as one frame over the last hours without a gap, the ends of its labels, and one
     fold of it. A `ValueError` where there are no such hours."""
@@ -98,7 +98,7 @@ def short_fold(
     at = slice(whole[-1], whole[-1] + AUDITED_HOURS)
     short = panel.iloc[at]
     labels = make_labels(short["close"], **SHORT, threshold=config.threshold)
-    features = build_features(panel, extra=list(own.features.values())).iloc[at]
+    features = build_features(panel, extra=list(user_code.features.values())).iloc[at]
     ends = labels[["label_end", "sigma_end"]]
     first = str(short.index[0].ceil("D") + pd.Timedelta("170D"))
     folds = walk_forward(short.index, ends, first_test=first, step="10D", validation="30D", embargo=config.embargo)
@@ -137,31 +137,32 @@ def audit_forecaster(
     predict: Callable[..., pd.DataFrame],  # from (fitted, panel, X, rows) to forecasts
     panel: pd.DataFrame,  # hourly panel; its last 220 days are used
     config: EvaluateConfig,  # seed, threshold and embargo
-    own: Own = Own({}, {}),  # feature functions that are not the package's
+    user_code: UserCode = UserCode({}, {}),  # the user's feature functions
 ) -> LeakReport:
     "Is a forecaster fitted, or does it forecast, from what had not happened or matured? On one short fold."
-    frame, ends, fold = short_fold(panel, config, own)
+    frame, ends, fold = short_fold(panel, config, user_code)
     named = [c for c in frame if c.startswith("y:")]
     matured = ends[["sigma_end" if c == "y:sigma" else "label_end" for c in named]].set_axis(named, axis=1)
     forecast = lambda fitted, given, rows: predict(fitted, *split_frame(given)[:2], rows)
     return audit_pipeline(lambda given, fold: fit(given, fold, ends), forecast, frame, [fold], labels=named, label_end=matured,
                           n_cuts=1, seed=config.seed)
 
-def audit_own(
+def audit_user_code(
     panel: pd.DataFrame,  # hourly panel; of a forecaster's audit the last 220 days, without which it is not made
     config: EvaluateConfig,  # seed, threshold and embargo
-    own: Own,  # what is audited
+    user_code: UserCode,  # what is audited
     n_cuts: int = 24,  # cuts of each feature's audit
     on_audit: Callable[[str], None] = lambda name: None,  # called with the name of each audit before it begins
 ) -> dict[str, LeakReport]:
     "Reports on feature functions and forecasters of your own, by name; a `ValueError` names the one that does not run."
     def fit(name: str, frame: pd.DataFrame, fold: Fold, ends: pd.DataFrame) -> Any:
         given, X, y = split_frame(frame)
-        return make_forecaster(name, config, own).fit(given, X, y.join(ends), fold, config.seed)
+        return make_forecaster(name, config, user_code).fit(given, X, y.join(ends), fold, config.seed)
     forecast = lambda model, given, X, rows: model.predict(given, X, rows)
-    audits = {name: partial(audit, fn, panel, n_cuts=n_cuts, seed=config.seed) for name, fn in own.features.items()}
+    audits = {name: partial(audit, fn, panel, n_cuts=n_cuts, seed=config.seed) for name, fn in user_code.features.items()}
     if len(panel) >= AUDITED_HOURS:
-        audits |= {name: partial(audit_forecaster, partial(fit, name), forecast, panel, config, own) for name in own.models}
+        audits |= {name: partial(audit_forecaster, partial(fit, name), forecast, panel, config, user_code)
+                   for name in user_code.models}
     reports = {}
     for name, make in audits.items():
         on_audit(name)
@@ -172,13 +173,13 @@ def audit_own(
 def audit_network(
     panel: pd.DataFrame,  # hourly panel; its last 220 days are used
     config: EvaluateConfig,  # the network, seed, threshold and embargo
-    own: Own = Own({}, {}),  # feature functions that are not the package's
+    user_code: UserCode = UserCode({}, {}),  # the user's feature functions
     on_audit: Callable[[str], None] = lambda name: None,  # called with the name of each audit before it begins
 ) -> dict[str, LeakReport]:
     "Reports on the fitted `pipeline` and on the `model`."
     on_audit("pipeline")
     fit = lambda frame, fold, ends: fitted_network(frame, fold, ends, config)
-    report = audit_forecaster(fit, lambda fitted, *given: fitted["predict"](*given), panel, config, own)
+    report = audit_forecaster(fit, lambda fitted, *given: fitted["predict"](*given), panel, config, user_code)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model, x = MultitaskModel(replace(config.model, n_features=8)), torch.randn(2, 48, 8)

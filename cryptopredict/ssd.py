@@ -141,27 +141,27 @@ class IntraChunkOutput(torch.autograd.Function):
 
 # %% ../nbs/02b_ssd.ipynb #7bf66421
 class ScaledInputs(torch.autograd.Function):
-    """x (b, c, q, h, p) at two weights (b, c, q, h): the first product as (b, c, h, q, p), the second in the order of x; sums of
-    the gradient are made in the dtype of the weights."""
+    """Inputs weighted for the intra-chunk product, x * to_chunk as (b, c, h, q, p), and for the chunk states, x * to_state in the
+    order of x (b, c, q, h, p); weights (b, c, q, h). The gradient is summed in the dtype of the weights."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, inside: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, inside, after)
-        own = x.new_empty(x.transpose(2, 3).shape)
-        torch.mul(x.transpose(2, 3), inside.transpose(2, 3)[..., None], out=own)
-        return own, (x * after[..., None]).to(x.dtype)
+    def forward(ctx, x: Tensor, to_chunk: Tensor, to_state: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, to_chunk, to_state)
+        x_intra = x.new_empty(x.transpose(2, 3).shape)
+        torch.mul(x.transpose(2, 3), to_chunk.transpose(2, 3)[..., None], out=x_intra)
+        return x_intra, (x * to_state[..., None]).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad_own: Tensor, grad_after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, inside, after = ctx.saved_tensors
-        grad_own, grad_after = grad_own.transpose(2, 3).to(inside.dtype), grad_after.to(inside.dtype)
-        grad_x = (grad_own * inside[..., None]).addcmul_(grad_after, after[..., None])
-        return grad_x.to(x.dtype), (grad_own * x).sum(-1), (grad_after * x).sum(-1)
+    def backward(ctx, grad_intra: Tensor, grad_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, to_chunk, to_state = ctx.saved_tensors
+        grad_intra, grad_state = grad_intra.transpose(2, 3).to(to_chunk.dtype), grad_state.to(to_chunk.dtype)
+        grad_x = (grad_intra * to_chunk[..., None]).addcmul_(grad_state, to_state[..., None])
+        return grad_x.to(x.dtype), (grad_intra * x).sum(-1), (grad_state * x).sum(-1)
 
 # %% ../nbs/02b_ssd.ipynb #b49e6566
 def inter_chunk_recurrence(
     chunk_states: Tensor,  # what each chunk adds to the state (b, c, h, p, n)
-    chunk_decay: Tensor,  # what each chunk leaves of the state before it (b, c, h)
+    chunk_decay: Tensor,  # decay of the incoming state over each chunk (b, c, h)
     initial_state: Tensor,  # (b, h, p, n)
 ) -> tuple[Tensor, Tensor]:
     "The state before each chunk (b, c, h, p, n) and after the last (b, h, p, n)."
@@ -184,11 +184,11 @@ def scan_chunks(
     B, C = (rearrange(m, "b (c q) g n -> b c g q n", q=q) for m in (B, C))
     reset = None if reset is None else rearrange(reset, "b (c q) -> b c q", q=q)
     d = chunk_decays((dt * A.to(acc_dtype)).transpose(2, 3), reset)
-    own, left = ScaledInputs.apply(x, *(dt * weight.transpose(2, 3) for weight in (d.col_residual, d.to_end)))
+    x_intra, x_state = ScaledInputs.apply(x, *(dt * weight.transpose(2, 3) for weight in (d.col_residual, d.to_end)))
     # 1. Outputs of each chunk from its own inputs
-    y_own = IntraChunkOutput.apply(own, (C @ B.transpose(-1, -2)).to(acc_dtype), d.log, d.L)  # (b, c, h, q, p)
+    y_intra = IntraChunkOutput.apply(x_intra, (C @ B.transpose(-1, -2)).to(acc_dtype), d.log, d.L)  # (b, c, h, q, p)
     # 2. What each chunk adds to the state
-    added = rearrange(left, "b c q (g r) p -> b c g (r p) q", g=g) @ B
+    added = rearrange(x_state, "b c q (g r) p -> b c g (r p) q", g=g) @ B
     added = rearrange(added, "b c g (r p) n -> b c (g r) p n", p=p).to(acc_dtype)
     # 3. The state before each chunk
     before, state = inter_chunk_recurrence(added, d.from_start[..., -1], state)
@@ -196,7 +196,7 @@ def scan_chunks(
     y_state = C @ rearrange(before.to(dtype), "b c (g r) p n -> b c g n (r p)", g=g)
     by_step = lambda v: v.transpose(2, 3)[..., None]  # (b, c, h, q) as a factor of (b, c, q, h, p)
     y_state = rearrange(y_state, "b c g q (r p) -> b c q (g r) p", p=p).to(acc_dtype) * by_step(d.from_start)
-    y = y_state.addcmul_(y_own.transpose(2, 3).to(acc_dtype), by_step(d.row_residual))
+    y = y_state.addcmul_(y_intra.transpose(2, 3).to(acc_dtype), by_step(d.row_residual))
     return rearrange(y.to(dtype), "b c q h p -> b (c q) h p"), state
 
 # %% ../nbs/02b_ssd.ipynb #0e036703

@@ -116,13 +116,13 @@ def load_state(
     except FileNotFoundError: raise ValueError(f"{path}: there is no such file") from None
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"{path} holds no state: {error}") from None
-    due = {keystr(p) or "state": v for p, v in tree_flatten_with_path(like)[0]}
-    if due.keys() != tensors.keys():
-        raise ValueError(f"{path} holds another state: its parts are {', '.join(tensors)}; expected {', '.join(due)}")
-    for name, v in due.items():
+    expected = {keystr(p) or "state": v for p, v in tree_flatten_with_path(like)[0]}
+    if expected.keys() != tensors.keys():
+        raise ValueError(f"{path} holds another state: its parts are {', '.join(tensors)}; expected {', '.join(expected)}")
+    for name, v in expected.items():
         if tensors[name].shape[1:] != v.shape[1:]:
             raise ValueError(f"{path}: {name} has shape {tuple(tensors[name].shape)}; expected (batch, *{tuple(v.shape[1:])})")
-    try: return tree_unflatten([tensors[name].to(device) for name in due], tree_structure(like))
+    try: return tree_unflatten([tensors[name].to(device) for name in expected], tree_structure(like))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{path} cannot be loaded to device {str(device)!r} ({error}): give 'cpu'") from None
 
@@ -171,22 +171,23 @@ def check_reset(
 # %% ../nbs/02a_states.ipynb #d6a23f4b
 def check_like(
     given: Any,  # state that was passed
-    due: Any,  # state of the structure, shapes, dtypes and devices that it must have
+    expected: Any,  # state of the structure, shapes, dtypes and devices that it must have
     name: str,  # of the argument in the message
     u: Tensor,  # input that it goes with, for the message
 ) -> Any:
     "`given`, if it is like `due`; else a `ValueError` that names the part and both shapes."
-    if type(given) is not type(due): raise ValueError(f"{name} is {type(given).__name__}; expected {type(due).__name__}")
-    if isinstance(due, tuple):
-        if len(given) != len(due): raise ValueError(f"{name} has {len(given)} parts; expected {len(due)}")
-        for field, one, two in zip(getattr(due, "_fields", range(len(due))), given, due):
+    if type(given) is not type(expected):
+        raise ValueError(f"{name} is {type(given).__name__}; expected {type(expected).__name__}")
+    if isinstance(expected, tuple):
+        if len(given) != len(expected): raise ValueError(f"{name} has {len(given)} parts; expected {len(expected)}")
+        for field, one, two in zip(getattr(expected, "_fields", range(len(expected))), given, expected):
             check_like(one, two, f"{name}.{field}", u)
         return given
-    if given.shape != due.shape:
-        raise ValueError(f"{name} has shape {tuple(given.shape)}; for u {tuple(u.shape)} expected {tuple(due.shape)}")
-    if given.dtype != due.dtype: raise ValueError(f"{name} is {given.dtype}; expected {due.dtype}")
-    if given.device != due.device:
-        raise ValueError(f"{name} is on {given.device}, the model on {due.device}: move_state moves it")
+    if given.shape != expected.shape:
+        raise ValueError(f"{name} has shape {tuple(given.shape)}; for u {tuple(u.shape)} expected {tuple(expected.shape)}")
+    if given.dtype != expected.dtype: raise ValueError(f"{name} is {given.dtype}; expected {expected.dtype}")
+    if given.device != expected.device:
+        raise ValueError(f"{name} is on {given.device}, the model on {expected.device}: move_state moves it")
     check_finite(name, given)
     return given
 

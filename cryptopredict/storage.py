@@ -24,10 +24,10 @@ from types import FrameType
 from typing import Any
 
 # %% auto #0
-__all__ = ['ORPHAN', 'LOCK', 'write_atomic', 'remove_orphans', 'append_jsonl', 'read_jsonl', 'to_toml', 'new_folder',
-           'exclusive_lock', 'is_locked', 'DeferredSignals', 'Terminated', 'sigterm_raises', 'TrainingFolder',
-           'FitFolder', 'RunFolder', 'flatten_keys', 'require_same_run', 'code_commit', 'code_hash',
-           'warn_code_changed']
+__all__ = ['ORPHAN', 'LOCK', 'TRAINING', 'NEWEST', 'write_atomic', 'remove_orphans', 'append_jsonl', 'read_jsonl', 'to_toml',
+           'new_folder', 'exclusive_lock', 'is_locked', 'DeferredSignals', 'Terminated', 'sigterm_raises',
+           'TrainingFolder', 'FitFolder', 'RunFolder', 'find_trainings', 'flatten_keys', 'require_same_run',
+           'code_commit', 'code_hash', 'warn_code_changed']
 
 # %% ../nbs/00i_storage.ipynb #ff9a2026
 def write_flushed(path: Path, data: bytes) -> dict[str, int | str]:
@@ -121,7 +121,8 @@ def new_folder(
 def exclusive_lock(
     folder: str | Path,  # of a run, or the folder of its checkpoints
 ) -> Iterator[None]:
-    "Within it no other process works in the folder under this lock; a `ValueError` where one already does."
+    """Within it no other process works in the folder under this lock; a `ValueError` where one already does. A folder that may not be
+    written to is not locked."""
     from filelock import FileLock, Timeout
     folder = Path(folder)
     run = folder.parent if folder.name == "checkpoints" else folder
@@ -197,6 +198,9 @@ def sigterm_raises() -> Iterator[None]:
     finally: signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/00i_storage.ipynb #00df1cb7
+TRAINING = re.compile(r"(choice|seed)-(\d+)")  # folder of a training among those of a fold
+NEWEST = "newest"  # the fold of the newest forecast
+
 class TrainingFolder:
     "Where the files of one training stand."
     HISTORIES = ("metrics.jsonl", "validation.jsonl", "events.jsonl")  # a checkpoint records how long they were
@@ -209,6 +213,11 @@ class TrainingFolder:
         self.config, self.checkpoints = self.path / "config.toml", self.path / "checkpoints"
         self.metrics, self.validation, self.events = (self.path / name for name in self.HISTORIES)
         self.timings = self.path / "timings.jsonl"  # speed and memory: not reproducible, so no checkpoint knows of it
+
+    @property
+    def is_choice(self) -> bool:
+        "Whether the training judges a choice and its model does not forecast."
+        return self.path.name.startswith("choice-")
 
     @property
     def histories(self) -> tuple[Path, Path, Path]:
@@ -241,8 +250,15 @@ class FitFolder:
         return self.path / f"seed-{seed}"
 
     def trainings(self) -> list[TrainingFolder]:
-        "All trainings that have checkpoints or histories, trials first."
-        return [TrainingFolder(p) for p in sorted(self.path.glob("*-*")) if p.is_dir()]
+        "Its trainings by number, choices before seeds."
+        found = [(m[1], int(m[2]), p) for p in self.path.glob("*-*") if (m := TRAINING.fullmatch(p.name)) and p.is_dir()]
+        return [TrainingFolder(p) for *_, p in sorted(found)]
+
+    def is_foreign(self) -> bool:
+        "Whether it holds something, and nothing of trainings."
+        names = [p.name for p in self.path.iterdir()] if self.path.exists() else []
+        known = (self.choice.name, self.config.name, LOCK)
+        return bool(names) and not any(n in known or n.endswith(".tmp") or TRAINING.fullmatch(n) for n in names)
 
 class RunFolder:
     "Where the files of a walk-forward stand."
@@ -272,7 +288,22 @@ class RunFolder:
         fold: int | None,  # number of the fold, from 0; None: the newest forecast
     ) -> FitFolder:
         "The network's trainings for a fold."
-        return FitFolder(self.network / ("newest" if fold is None else f"fold-{fold:02d}"))
+        return FitFolder(self.network / (NEWEST if fold is None else f"fold-{fold:02d}"))
+
+    def fits(self) -> list[FitFolder]:
+        "The folds whose choice is made, in order of time, the newest forecast last."
+        return [FitFolder(path.parent) for path in sorted(self.network.glob("*/choice.json"))]
+
+    def is_foreign(self) -> bool:
+        "Whether it holds something that is no beginning of a run."
+        temporary = re.compile(re.escape(self.run.name) + r"\.\d+\.\d+\.tmp")
+        return self.path.is_dir() and any(not temporary.fullmatch(p.name) for p in self.path.iterdir())
+
+def find_trainings(
+    folder: str | Path,  # of a training, of the trainings of a fold, or of a run
+) -> list[TrainingFolder]:
+    "The trainings below a folder that have checkpoints."
+    return [TrainingFolder(path.parent) for path in Path(folder).glob("**/checkpoints")]
 
 # %% ../nbs/00i_storage.ipynb #74df95ff
 def flatten_keys(

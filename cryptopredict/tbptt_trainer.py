@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from . import __version__
-from .bptt import (MicroBatch, MicroBatcher, bptt_chunks, exact_backward, has_loss, rng_state,
+from .bptt import (MicroBatch, MicroBatcher, bptt_chunks, span_backward, has_loss, rng_state,
                                 set_rng_state)
 from .checkpoint import checkpoints, load, load_latest, prune, remove, save, step_of
 from .config import ConfigError, settings
@@ -67,7 +67,8 @@ class TrainSettings:
     target: Literal["terminal", "path"] = "terminal"  # quantiles of the return, or of its path
     allocator_warmup_len: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 0  # hours of a first pass, no update; 0: none
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; fp16 with a gradient scaler; auto: bf16 on a GPU
-    spike: Annotated[float, Field(ge=0., le=1e9, strict=True)] = 20.  # interquartile ranges above others: taken back; 0: never
+    # a loss so many interquartile ranges above the recent ones rewinds the training; 0: never
+    spike: Annotated[float, Field(ge=0., le=1e9, strict=True)] = 20.
     save_every: Annotated[int, Field(ge=0, le=1_000_000_000, strict=True)] = 500  # updates between checkpoints; 0: ends of epochs
     keep: Annotated[int, Field(ge=0, le=10_000, strict=True)] = 0  # last ends of epochs that are kept, beside the best; 0: all
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where it is trained; auto: on a GPU where there is one
@@ -474,13 +475,13 @@ class Run:
         "Append a line to `events.jsonl`."
         append_jsonl(self.folder.events, dict(step=self.step, epoch=self.epoch, event=event, **more))
 
-    def unverified(self) -> list[Path]:
+    def suspect_checkpoints(self) -> list[Path]:
         "Checkpoints that hold the last update but one, whose loss is known only now."
         return [path for path in checkpoints(self.folder.checkpoints) if step_of(path) >= self.step - 1]
 
     def can_rewind(self) -> bool:
         "Whether there is a checkpoint from before the update that a leap of the loss is blamed on."
-        return len(checkpoints(self.folder.checkpoints)) > len(self.unverified())
+        return len(checkpoints(self.folder.checkpoints)) > len(self.suspect_checkpoints())
 
     def rewind(
         self,
@@ -488,7 +489,7 @@ class Run:
     ) -> None:
         "Back to the last checkpoint before the update that led to this loss, with half the learning rate."
         at, rewinds, lr_scale = self.step, self.guard.rewinds + 1, self.guard.lr_scale / 2
-        for path in self.unverified(): remove(path)
+        for path in self.suspect_checkpoints(): remove(path)
         found = load_latest(self.folder.checkpoints)
         if found is None: raise ValueError(f"{self.out} holds no checkpoint that verifies: train it again with another --out")
         self.load_state_dict(found[0])
@@ -607,7 +608,7 @@ def train_step(
     while True:
         optimiser.zero_grad()
         try:
-            ends = [exact_backward(lambda piece, state: run.forward(piece.x, state), loss, pieces, start, device)
+            ends = [span_backward(lambda piece, state: run.forward(piece.x, state), loss, pieces, start, device)
                     for pieces, start in run.micro_batcher.split(span, state)]
             break
         except torch.OutOfMemoryError: parts.clear()  # what it holds is free only after this

@@ -69,7 +69,7 @@ class Tracker:
     `put(step, values)` and `end()`."""
 
     def __init__(self) -> None:
-        self.run: Callable[[], Run | None] = lambda: None  # weak: a model that is done with must not stay in memory
+        self.run: Callable[[], Run | None] = lambda: None  # weak: a finished model must not stay in memory
         self.out: Path | None = None
         self.step, self.epoch, self.failed = 0, 0, False
         self.held: set[int] = set()  # updates that a resumed training makes again, and that are held already
@@ -143,7 +143,7 @@ class Tracker:
     def take_validations(self) -> None:
         "Take the validations that are not held yet."
         assert self.out is not None
-        for line in read_jsonl(self.out / "validation.jsonl"):
+        for line in read_jsonl(TrainingFolder(self.out).validation):
             if line["step"] in self.validated: continue
             self.put(line["step"], validation_scalars(line))
             self.validated.add(line["step"])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -25,12 +24,12 @@ from .config import ConfigError
 from .labels import FORECAST_COLUMNS, SCHEMA, make_labels
 from .leakage import Fold, LeakageError, LeakReport, live_fold
 from .network import Network, check_network, choice_folds, shrink_trainings, training_summary
-from .protocol import (FORECASTERS, EvaluateConfig, Own, find_own, load_config, lost_origins, make_folds,
-                                    make_forecaster, own_name, run_features)
-from .run_audits import audit_own
+from .protocol import (FORECASTERS, EvaluateConfig, UserCode, load_user_code, load_config, lost_origins, make_folds,
+                                    make_forecaster, display_name, run_features)
+from .run_audits import audit_user_code
 from .scores import check_predictions, compare, loss_table, seed_spread, summarise
 from .sources import inventory_json, price_gaps
-from .storage import (FitFolder, RunFolder, code_commit, code_hash, exclusive_lock, flatten_keys, new_folder,
+from .storage import (LOCK, FitFolder, RunFolder, code_commit, code_hash, exclusive_lock, flatten_keys, new_folder,
                                    remove_orphans, require_same_run, to_toml, warn_code_changed, write_atomic)
 from .tbptt_trainer import Run, resolved
 from .vram import estimate
@@ -51,7 +50,7 @@ def fit_predict(
     fold: Fold,  # rows for choices, fit and test
     config: EvaluateConfig,  # settings that the forecaster is given
     seed: int,  # of the forecaster
-    own: Own = Own({}, {}),  # forecasters that are not the package's
+    user_code: UserCode = UserCode({}, {}),  # forecasters that are not the package's
     folder: Path | None = None,  # where a forecaster that trains keeps its history
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of one that trains
 ) -> pd.DataFrame:
@@ -60,10 +59,10 @@ def fit_predict(
     if not len(rows):
         raise ValueError(f"the fold tested from {panel.index[fold.test[0]]} holds no 00:00 UTC with a price known for {HISTORY} "
                          "before it: make step longer, or bring the missing bars")
-    forecaster = make_forecaster(model, config, own, folder=folder, on_update=on_update)
+    forecaster = make_forecaster(model, config, user_code, folder=folder, on_update=on_update)
     try: made = forecaster.fit(panel, X, y, fold, seed).predict(panel, X, rows)
     except Exception as error:
-        if model not in own.models: raise
+        if model not in user_code.models: raise
         raise ValueError(f"model {model} raised {type(error).__name__}: {error}") from error
     if not isinstance(made, pd.DataFrame) or not made.index.equals(panel.index[rows]):
         raise ValueError(f"model {model}: predict returned other rows than panel.index[rows]: return a frame with that index")
@@ -90,18 +89,18 @@ class Step(NamedTuple):
 
 def is_stochastic(
     model: str,  # name of a forecaster
-    own: Own,  # forecasters that are not the package's
+    user_code: UserCode,  # forecasters that are not the package's
 ) -> bool:
     "Whether a forecaster makes use of a seed."
-    return bool(getattr(own.models.get(model, FORECASTERS.get(model)), "stochastic", False))
+    return bool(getattr(user_code.models.get(model, FORECASTERS.get(model)), "stochastic", False))
 
 def run_parts(
     config: EvaluateConfig,  # models and seeds
     n_folds: int,  # number of folds
-    own: Own,  # forecasters that are not the package's
+    user_code: UserCode,  # forecasters that are not the package's
 ) -> list[tuple[int, str, int]]:
     "All (fold, model, seed) of a run."
-    seeds = lambda m: range(config.seed, config.seed + (config.seeds if is_stochastic(m, own) else 1))
+    seeds = lambda m: range(config.seed, config.seed + (config.seeds if is_stochastic(m, user_code) else 1))
     return [(k, m, s) for k in range(n_folds) for m in config.models for s in seeds(m)]
 
 def run_steps(
@@ -109,12 +108,12 @@ def run_steps(
     y: pd.DataFrame,  # labels by decision time
     folds: Sequence[Fold],  # walk-forward folds
     names: Sequence[str],  # of the folds, in words
-    own: Own,  # forecasters that are not the package's
+    user_code: UserCode,  # forecasters that are not the package's
     there: Callable[[int, str, int], bool],  # whether the part of a fold, model and seed exists
 ) -> list[Step]:
     "All parts of a run, with the work that each still is."
     steps = []
-    for k, model, seed in run_parts(config, len(folds), own):
+    for k, model, seed in run_parts(config, len(folds), user_code):
         first, work = model == "mamba2" and seed == config.seed, len(folds[k].refit)
         if first: work += sum(len(f.train) for f in choice_folds(y, folds[k], config.validation_spans))
         kind = f"{model}, first seed" if first else model
@@ -127,20 +126,21 @@ def predict_folds(
     y: pd.DataFrame,  # its labels
     folds: Sequence[Fold],  # walk-forward folds
     out: Path,  # run folder; finished parts are kept in `parts/`
-    own: Own = Own({}, {}),  # forecasters and features that are not the package's
+    user_code: UserCode = UserCode({}, {}),  # the user's forecasters and features
     on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with parts done, all, and the next
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
 ) -> pd.DataFrame:
     """Predictions of all parts, those of an earlier start included. Of the trainings of a fold that is done, only weights and
     histories are kept."""
-    place, todo = RunFolder(out), run_parts(config, len(folds), own)
+    place, todo = RunFolder(out), run_parts(config, len(folds), user_code)
     names = [f"fold {k + 1} of {len(folds)}" for k in range(len(folds))]
-    steps, X = run_steps(config, y, folds, names, own, lambda *part: place.part(*part).exists()), run_features(panel, config, own)
+    steps = run_steps(config, y, folds, names, user_code, lambda *part: place.part(*part).exists())
+    X = run_features(panel, config, user_code)
     for done, (k, model, seed) in enumerate(todo):
         on_part(done, len(todo), steps[done]._replace(rest=tuple(steps[done + 1:])))
         path, fit = place.part(k, model, seed), place.fit(k)
         if not path.exists():
-            made = fit_predict(model, panel, X, y, folds[k], config, seed, own, fit.path, on_update).assign(fold=k)
+            made = fit_predict(model, panel, X, y, folds[k], config, seed, user_code, fit.path, on_update).assign(fold=k)
             write_atomic(path, made[SCHEMA].to_parquet(None, index=False))
         if model == "mamba2" and seed == config.seed + config.seeds - 1 and fit.choice.exists(): shrink_trainings(fit.path)
     on_part(len(todo), len(todo), "predictions done")
@@ -227,11 +227,11 @@ def open_run(
     out: str | Path,  # run folder, new or of the same run
     config: EvaluateConfig,  # of the run
     provenance: dict,  # as from `provenance_of`
-    own: Own = Own({}, {}),  # code that is not the package's
+    user_code: UserCode = UserCode({}, {}),  # code that is not the package's
 ) -> RunFolder:
     "The run folder, made where absent; a `ValueError` names what differs from the run that it holds, and changes nothing."
     folder = RunFolder(out)
-    mine = {"config": config.plain(), "data_sha256": provenance["data_sha256"], "own": own.identity()}
+    mine = {"config": config.plain(), "data_sha256": provenance["data_sha256"], "own": user_code.identity()}
     if folder.path.exists() and not folder.path.is_dir(): raise ValueError(f"{out} is a file: choose another --out")
     if folder.run.exists():
         try:
@@ -242,7 +242,7 @@ def open_run(
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder.run} is damaged ({error}): choose another --out") from error
         require_same_run(out, there, here)
-    elif folder.path.is_dir() and any(p for p in folder.path.iterdir() if not re.fullmatch(r"run\.json\.\d+\.\d+\.tmp", p.name)):
+    elif folder.is_foreign():
         raise ValueError(f"{out} is not empty and holds no run: choose another --out")
     folder.path.mkdir(parents=True, exist_ok=True)
     if not folder.run.exists():
@@ -270,7 +270,7 @@ def newest_forecast(
     config: EvaluateConfig,  # models and label settings
     panel: pd.DataFrame,  # hourly panel; the forecast is made at its last row
     folder: Path | None = None,  # where a forecaster that trains keeps its history
-    own: Own = Own({}, {}),  # forecasters and features that are not the package's
+    user_code: UserCode = UserCode({}, {}),  # the user's forecasters and features
     on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with models done, all, the next
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
 ) -> pd.DataFrame:
@@ -283,12 +283,12 @@ def newest_forecast(
                          f"and models look back {HISTORY}; add the missing bars")
     y = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     fold = live_fold(panel.index, y[["label_end", "sigma_end"]], validation=config.validation, embargo=config.embargo)
-    X, made, heads = run_features(panel, config, own), [], {}
-    steps = run_steps(config, y, [fold], ["newest forecast"], own, lambda *part: False)
+    X, made, heads = run_features(panel, config, user_code), [], {}
+    steps = run_steps(config, y, [fold], ["newest forecast"], user_code, lambda *part: False)
     with tempfile.TemporaryDirectory() as nowhere:
-        for done, (_, model, seed) in enumerate(run_parts(config, 1, own)):
+        for done, (_, model, seed) in enumerate(run_parts(config, 1, user_code)):
             on_part(done, len(steps), steps[done]._replace(rest=tuple(steps[done + 1:])))
-            one = fit_predict(model, panel, X, y, fold, config, seed, own, folder or Path(nowhere), on_update)
+            one = fit_predict(model, panel, X, y, fold, config, seed, user_code, folder or Path(nowhere), on_update)
             if "heads" in one.attrs: heads[model] = one.attrs["heads"]
             made.append(one.assign(fold=-1)[SCHEMA])
     on_part(len(steps), len(steps), "newest forecast done")
@@ -302,7 +302,7 @@ def train_newest(
     panel: pd.DataFrame,  # hourly panel
     out: str | Path,  # folder of the trainings: new, or one to be resumed
     source: str = "panel",  # what the panel is
-    own: Own = Own({}, {}),  # features that are not the package's
+    user_code: UserCode = UserCode({}, {}),  # features that are not the package's
     on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with models done, all, the next
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
     inventory: pd.DataFrame | None = None,  # as from `sources.inventory`, kept as `inventory.json`
@@ -311,40 +311,38 @@ def train_newest(
     fit, config = FitFolder(out), config.model_copy(update=dict(models=("mamba2",)))
     check_config(out, config)
     check_network(config.model, config.train)
-    there = [path.name for path in fit.path.iterdir()] if fit.path.exists() else []
-    if there and not any(re.fullmatch(r"config\.toml|choice\.json|\.lock|(choice|seed)-\d+|.*\.tmp", name) for name in there):
-        raise ValueError(f"{out} is not empty and holds no training: choose another --out")
+    if fit.is_foreign(): raise ValueError(f"{out} is not empty and holds no training: choose another --out")
     new = not fit.path.exists()
 
-    def begin() -> None:
+    def write_files() -> None:
         write_config(out, config, source)
         if inventory is not None and not fit.inventory.exists(): write_atomic(fit.inventory, inventory_json(inventory))
 
-    def begun(run: Run, record: dict) -> None:
-        if not fit.config.exists(): begin()  # the folder was found to be free, or of this
+    def watch(run: Run, record: dict) -> None:
+        if not fit.config.exists(): write_files()  # the folder was found to be free, or of this
         on_update(run, record)
     fit.path.mkdir(parents=True, exist_ok=True)
     try:
-        with exclusive_lock(out): made = newest_forecast(config, panel, fit.path, own, on_part, begun)
-        begin()
+        with exclusive_lock(out): made = newest_forecast(config, panel, fit.path, user_code, on_part, watch)
+        write_files()
     finally:
-        if new and {path.name for path in fit.path.iterdir()} <= {".lock"}:
-            (fit.path / ".lock").unlink(missing_ok=True)
+        if new and {path.name for path in fit.path.iterdir()} <= {LOCK}:
+            (fit.path / LOCK).unlink(missing_ok=True)
             fit.path.rmdir()
     return made
 
 def expected_trainings(
     config: EvaluateConfig,  # as for `newest_forecast`
     panel: pd.DataFrame,  # hourly panel
-    own: Own = Own({}, {}),  # features that are not the package's
+    user_code: UserCode = UserCode({}, {}),  # features that are not the package's
 ) -> pd.DataFrame:
     "The trainings behind a newest forecast, before any: spans, hours, and what `estimate` expects of them."
     y = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     fold = live_fold(panel.index, y[["label_end", "sigma_end"]], validation=config.validation, embargo=config.embargo)
     check_network(config.model, config.train)
-    network = make_forecaster("mamba2", config, own)
+    network = make_forecaster("mamba2", config, user_code)
     assert isinstance(network, Network)
-    X = run_features(panel, config.model_copy(update=dict(models=("mamba2",))), own)
+    X = run_features(panel, config.model_copy(update=dict(models=("mamba2",))), user_code)
     choices = enumerate(choice_folds(y, fold, config.validation_spans))
     parts = [(f"choice-{k}", f, "train") for k, f in choices] + [("seed", fold, "refit")]
     made, span = [], lambda rows: f"{panel.index[rows[0]]:%Y-%m-%d} to {panel.index[rows[-1]]:%Y-%m-%d}"
@@ -459,7 +457,7 @@ def walk_forward_run(
     out: str | Path,  # run folder; one of the same run is resumed, of another is refused
     source: str = "panel",  # what the panel is, for the provenance
     audits: dict[str, LeakReport] | None = None,  # reports for `certificate.json`; None: those of an earlier start, if any
-    own: Own = Own({}, {}),  # forecasters and features that are not the package's, as from `find_own`
+    user_code: UserCode = UserCode({}, {}),  # the user's forecasters and features, as from `load_user_code`
     on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with parts done, all, and the next
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
     inventory: pd.DataFrame | None = None,  # as from `sources.inventory`, kept as `inventory.json`
@@ -467,16 +465,16 @@ def walk_forward_run(
     "Loop folds x models x seeds; writes `predictions.parquet`, `scores.json` and what the report needs into the run folder."
     y = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     # Before the folder: a run that cannot start leaves nothing behind.
-    spoiled = lambda rows: len(origins(panel.index, rows)) and not len(forecast_rows(panel, rows))
-    folds = [fold for fold in make_folds(config, y) if not spoiled(fold.test)]
+    without_price = lambda rows: len(origins(panel.index, rows)) and not len(forecast_rows(panel, rows))
+    folds = [fold for fold in make_folds(config, y) if not without_price(fold.test)]
     if not folds: raise ValueError(f"no origin has a price known for {HISTORY} before it: bring the missing bars")
     made_by = provenance_of(panel, source)
     if "mamba2" in config.models:
         check_network(config.model, config.train)
         settings = resolved(config.train)
         made_by |= dict(device=settings.device, amp=settings.amp)
-    if identity := own.identity(): made_by["own_sha256"] = identity
-    folder = open_run(out, config, made_by, own)
+    if identity := user_code.identity(): made_by["own_sha256"] = identity
+    folder = open_run(out, config, made_by, user_code)
     with exclusive_lock(folder.path):
         made_by |= note_code(folder, made_by)
         write_config(out, config, made_by["source"])
@@ -485,30 +483,30 @@ def walk_forward_run(
         if has_history(panel)[-1]:
             ends, spans = y[["label_end", "sigma_end"]], dict(validation=config.validation, embargo=config.embargo)
             fold = live_fold(panel.index, ends, **spans)
-            live = run_steps(config, y, [fold], ["newest forecast"], own, lambda *part: False)
-        count = len(run_parts(config, len(folds), own))
+            live = run_steps(config, y, [fold], ["newest forecast"], user_code, lambda *part: False)
+        count = len(run_parts(config, len(folds), user_code))
 
         def forward(done: int, total: int, what: Step | str) -> None:
             if isinstance(what, Step): what = what._replace(rest=(*what.rest, *live))
             on_part(done, count + len(live), what)
-        predictions = predict_folds(config, panel, y, folds, folder.path, own, forward, on_update)
+        predictions = predict_folds(config, panel, y, folds, folder.path, user_code, forward, on_update)
         write_atomic(folder.predictions, predictions.to_parquet(None, index=False))
         write_atomic(folder.origins, origin_table(panel, y).to_parquet(None, index=False))
         if live:
             onward = lambda done, total, what: on_part(count + done, count + len(live), what)
             fit = folder.fit(None)
-            newest = newest_forecast(config, panel, fit.path, own, onward, on_update)
+            newest = newest_forecast(config, panel, fit.path, user_code, onward, on_update)
             if fit.choice.exists(): shrink_trainings(fit.path, whole=True)
         else: newest = predictions.iloc[:0]  # no model can forecast there
         heads = newest.attrs.pop("heads", {})
         write_atomic(folder.forecast, newest.to_parquet(None, index=False))
-        paper = kept_certificate(folder) if audits is None else certificate(audits, made_by)
-        write_atomic(folder.certificate, json.dumps(paper := paper or certificate({}, made_by), indent=1))
+        leak_certificate = kept_certificate(folder) if audits is None else certificate(audits, made_by)
+        write_atomic(folder.certificate, json.dumps(leak_certificate := leak_certificate or certificate({}, made_by), indent=1))
         head = dict(provenance=made_by, config=config.plain(), folds=fold_table(panel.index, folds))
         head["lost_origins"] = lost_origins(config, panel, y)
         head["newest"] = dict(close=None if np.isnan(close := float(panel["close"].iloc[-1])) else close, heads=heads)
-        audited = dict(audits=paper["audits"], untested=paper["untested"])
-        scores = dict(**head, **audited, training=training_summary(folder.network), **score_run(config, predictions, y))
+        audited = dict(audits=leak_certificate["audits"], untested=leak_certificate["untested"])
+        scores = dict(**head, **audited, training=training_summary(folder), **score_run(config, predictions, y))
         write_atomic(folder.scores, json.dumps(scores, indent=1))
     return Evaluation(out)
 
@@ -536,12 +534,13 @@ def evaluate(
     """Walk-forward evaluation of forecasters on a panel: the result is an `Evaluation`, kept in a folder. Your own forecasters
     and features are audited first. A `ConfigError` names a setting that cannot be used, a `LeakageError` what sees the future, a
     `ValueError` data that do not suffice."""
-    named = None if models is None else tuple(m if isinstance(m, str) else own_name(m) for m in models)
-    feature_names = tuple(f if isinstance(f, str) else own_name(f) for f in features) or None
+    named = None if models is None else tuple(m if isinstance(m, str) else display_name(m) for m in models)
+    feature_names = tuple(f if isinstance(f, str) else display_name(f) for f in features) or None
     complete = load_config(config, models=named, features=feature_names, **settings)
-    own = find_own(complete, [m for m in models or () if not isinstance(m, str)], [f for f in features if not isinstance(f, str)])
-    reports = audit_own(panel, complete, own)
+    objects = ([thing for thing in things or () if not isinstance(thing, str)] for things in (models, features))
+    user_code = load_user_code(complete, *objects)
+    reports = audit_user_code(panel, complete, user_code)
     for name, report in reports.items():
         try: report.raise_if_leaky()
         except LeakageError as error: raise LeakageError(f"{name}: {error}") from None
-    return walk_forward_run(complete, panel, out or new_folder("run"), source, reports or None, own, on_part, on_update)
+    return walk_forward_run(complete, panel, out or new_folder("run"), source, reports or None, user_code, on_part, on_update)

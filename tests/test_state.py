@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cryptopredict.bptt import bptt_chunks, exact_backward
+from cryptopredict.bptt import bptt_chunks, span_backward
 from cryptopredict.mamba2_block import Mamba2, Mamba2Config, Mamba2State
 from cryptopredict.mhsa import MHSA, HybridState, KVCache, MHSAConfig
 from cryptopredict.multitask import MeanState, ModelConfig, ModelState, MultitaskModel
@@ -536,9 +536,9 @@ def _full(model: nn.Module, parts: list[Part], state, through: int):
 
 
 def _exact(model: nn.Module, parts: list[Part], state, through: int):
-    "`exact_backward` over groups of so many chunks, each from the last state of the group before."
+    "`span_backward` over groups of so many chunks, each from the last state of the group before."
     for k in range(0, len(parts), through):
-        state = exact_backward(lambda part, state: model(part.x, state), _loss, parts[k:k + through], state)
+        state = span_backward(lambda part, state: model(part.x, state), _loss, parts[k:k + through], state)
         assert not any(v.requires_grad for v in _tensors(state))
     return state
 
@@ -546,7 +546,7 @@ def _exact(model: nn.Module, parts: list[Part], state, through: int):
 @EVERY_KIND
 @_examples(14)
 @given(data=st.data(), through=st.one_of(st.none(), st.integers(1, 5)))
-def test_exact_backward_is_the_gradient_of_the_full_graph(kind, data, through):
+def test_span_backward_is_the_gradient_of_the_full_graph(kind, data, through):
     model, parts, seed, state = data.draw(_trainings(kind))
     before = None if state is None else map_state(lambda v: v.clone().requires_grad_(v.is_floating_point()), state)
     through = through or len(parts)
@@ -554,7 +554,7 @@ def test_exact_backward_is_the_gradient_of_the_full_graph(kind, data, through):
     due = _gradients(model, lambda: _full(model, parts, state, through), seed)
     _same(got[0], due[0])
     _same(got[1], due[1])
-    assert torch.equal(got[2], due[2]), "the random generator stands where it would without `exact_backward`"
+    assert torch.equal(got[2], due[2]), "the random generator stands where it would without `span_backward`"
     if before is not None: assert all(v.grad is None for v in _tensors(before)), "no gradient flows into the first state"
 
 
