@@ -466,7 +466,8 @@ def audit_pipeline(
         try:
             fitted = pipe.fitted(frame)
             pipe.forecasts(fitted, frame, pipe.fold.test)
-        except Exception as error: raise AuditError(f"{pipe.where} raised {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise AuditError(f"{pipe.where} raised {type(error).__name__}: {error}") from error
         found = audit_fit(pipe, frame, fitted, list(labels), ends, rng)
         if not any(f["kind"] == "not deterministic" for f in found):  # fitted anew: a fit may have left its state in an object
             found += audit_predict(pipe, frame, pipe.fitted(frame), list(labels), ends, n_cuts, rng)

@@ -337,24 +337,42 @@ def walk_forward(
     matured = {name: MaturedRows(ends) for name, ends in every.items()}
     return [make_fold(index, matured, test, validation, embargo) for test in tests if test not in empty]
 
+# %% ../nbs/00_leakage.ipynb #13270683
+def as_fold(fold, number: int) -> Fold:
+    "A fold of four parts; a pair (train, test) as scikit-learn's splitters give it is one without validation."
+    if not isinstance(fold, (tuple, list)):
+        if all(hasattr(fold, name) for name in ("train", "valid", "test", "refit")): found = fold
+        else: raise ValueError(f"fold {number} is {type(fold).__name__}: give a Fold or a pair (train, test)")
+    elif len(fold) == 2: found = Fold(np.asarray(fold[0]), np.array([], int), np.asarray(fold[1]), np.asarray(fold[0]))
+    else: raise ValueError(f"fold {number} has {len(fold)} parts: give (train, test), or a Fold of train, valid, test, refit")
+    for name in ("train", "test", "refit"):
+        if not len(getattr(found, name)): raise ValueError(f"fold {number}: '{name}' is empty: there is nothing to judge")
+    return found
+
 # %% ../nbs/00_leakage.ipynb #a2e05255
 class FoldSplit:
-    "Walk-forward folds as a cross-validation splitter of scikit-learn: `cross_val_score(model, X, y, cv=FoldSplit(folds))`."
+    """Walk-forward folds as a cross-validation splitter of scikit-learn: `cross_val_score(model, X, y, cv=FoldSplit(folds))`.
+    Positions are those of the index that the folds were made on: X and y have all of its rows."""
 
     def __init__(
         self,
         folds: Sequence[Fold],  # as from `walk_forward`
     ):
-        self.folds = list(folds)
+        if not isinstance(folds, (list, tuple)): raise TypeError(f"folds is {type(folds).__name__}: give a list of folds")
+        self.folds = [as_fold(fold, number) for number, fold in enumerate(folds)]
 
     def split(
         self,
         X: Any = None,  # not used
-        y: Any = None,  # label of each row (n,); None: all are known
+        y: Any = None,  # label or labels of each row, (n,) or (n, k); None: all are known
         groups: Any = None,  # not used
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        "Positions to fit on and to test on, a pair a fold; rows whose `y` is missing are left out of both."
-        known = None if y is None else pd.notna(pd.Series(np.asarray(y).ravel())).to_numpy()
+        "Positions to fit on and to test on, one pair per fold; rows whose `y` is missing are left out of both."
+        known = None if y is None else pd.DataFrame(np.asarray(y)).notna().all(axis=1).to_numpy()
+        for name, rows in (("X", X), ("y", y)):
+            last = max((int(fold.test[-1]) for fold in self.folds), default=-1)
+            if rows is not None and len(rows) <= last:
+                raise ValueError(f"{name} has {len(rows)} rows, the folds reach to {last}: give all rows they were made on")
         for fold in self.folds:
             pair = fold.refit, fold.test
             yield pair if known is None else tuple(rows[known[rows]] for rows in pair)
@@ -420,18 +438,6 @@ def audit_pair(index: pd.DatetimeIndex, ends: pd.DatetimeIndex, parts: dict, whe
         magnitude = float(wrong.sum()) if size is None else size[wrong].max() / day
         found.append(dict(severity=severity, column=name, kind=kind, time=index[rows[wrong]].min(), magnitude=magnitude,
                           detail=f"{fold}: {wrong.sum()} rows of '{name}' {detail}"))
-    return found
-
-# %% ../nbs/00_leakage.ipynb #13270683
-def as_fold(fold, number: int) -> Fold:
-    "A fold of four parts; a pair (train, test) as scikit-learn's splitters give it is one without validation."
-    if not isinstance(fold, (tuple, list)):
-        if all(hasattr(fold, name) for name in ("train", "valid", "test", "refit")): found = fold
-        else: raise ValueError(f"fold {number} is {type(fold).__name__}: give a Fold or a pair (train, test)")
-    elif len(fold) == 2: found = Fold(np.asarray(fold[0]), np.array([], int), np.asarray(fold[1]), np.asarray(fold[0]))
-    else: raise ValueError(f"fold {number} has {len(fold)} parts: give (train, test), or a Fold of train, valid, test, refit")
-    for name in ("train", "test", "refit"):
-        if not len(getattr(found, name)): raise ValueError(f"fold {number}: '{name}' is empty: there is nothing to judge")
     return found
 
 # %% ../nbs/00_leakage.ipynb #fc54942a

@@ -89,10 +89,11 @@ class Mamba2Config:
                 raise ValueError(f"{name} has shape {tuple(weights[name].shape)}: this mixer expects {axes} axes")
         (_, d_model), (channels, _, d_conv) = weights["in_proj.weight"].shape, weights["conv1d.weight"].shape
         inner, heads = weights["norm.weight"].shape[0], weights["A_log"].shape[0]
-        if inner % d_model or inner % heads or (channels - inner) % (2 * ngroups):
+        if not heads or inner % d_model or inner % heads or (channels - inner) % (2 * ngroups):
             shapes = f"norm.weight ({inner},), A_log ({heads},), conv1d.weight ({channels}, ..)"
             raise ValueError(f"{shapes} do not fit {ngroups} groups")
-        fits = {"in_proj.weight": (inner + channels + heads, d_model), "D": (heads,), "out_proj.weight": (d_model, inner)}
+        fits = {"in_proj.weight": (inner + channels + heads, d_model), "out_proj.weight": (d_model, inner), "D": (heads,),
+                "dt_bias": (heads,), "conv1d.bias": (channels,)}
         for name, shape in fits.items():
             if (found := tuple(weights[name].shape)) == shape: continue
             raise ValueError(f"{name} has shape {found}; this mixer, of {inner} inner channels, expects {shape}")

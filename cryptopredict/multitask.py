@@ -313,9 +313,12 @@ class MultitaskModel(nn.Module):
         self,
         folder: str | Path,  # made where absent
     ) -> None:
-        "Write sizes and weights to `config.toml` and `model.safetensors` in a folder."
-        folder = Path(folder)
+        "Write sizes and weights to `config.toml` and `model.safetensors` in a folder that holds nothing else, or an `OSError`."
+        folder, files = Path(folder), {"config.toml", "model.safetensors"}
         folder.mkdir(parents=True, exist_ok=True)
+        there = {path.name for path in folder.iterdir()}
+        if there - files or "config.toml" in there and there != files:
+            raise ValueError(f"{folder} holds {sorted(there)[0]}, which is no saved model: choose another folder")
         weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         write_atomic(folder / "model.safetensors", save_tensors(weights))
         write_atomic(folder / "config.toml", to_toml(asdict(self.cfg)))

@@ -17,13 +17,16 @@ import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from .audits import fitted_parts
 from .baselines import BASELINES, HISTORY, ForecastModel, has_history, origins
 from .config import ConfigError, explain
 from .features import build_features
@@ -36,9 +39,9 @@ from .sources import price_gaps
 from .tbptt_trainer import TrainSettings
 
 # %% auto #0
-__all__ = ['FORECASTERS', 'Truth', 'EvaluateConfig', 'load_config', 'load_object', 'source_hash', 'UserCode', 'load_user_code',
-           'check_signature', 'display_name', 'make_forecaster', 'run_features', 'default_first_test', 'make_folds',
-           'lost_origins']
+__all__ = ['FORECASTERS', 'Truth', 'EvaluateConfig', 'load_config', 'load_object', 'code_bytes', 'source_hash', 'UserCode',
+           'load_user_code', 'check_signature', 'display_name', 'make_forecaster', 'run_features', 'default_first_test',
+           'make_folds', 'lost_origins']
 
 # %% ../nbs/05f_protocol.ipynb #ecf389e7
 class Truth:
@@ -248,16 +251,35 @@ def load_object(
     if not hasattr(module, name): raise ConfigError(f"{where}: {place} has no {name!r}; name what it defines")
     return getattr(module, name)
 
+def code_bytes(thing: Any) -> bytes:
+    "Compiled code of a function, or of the methods of a class, for what has no file."
+    if inspect.isclass(thing):
+        return b"".join(name.encode() + code_bytes(f) for name, f in sorted(vars(thing).items()) if callable(f))
+    code = getattr(thing, "__code__", None)
+    if code is None: return repr(getattr(thing, "__qualname__", type(thing).__qualname__)).encode()
+    constants = [code_bytes(c) if inspect.iscode(c) else repr(c).encode() for c in code.co_consts]
+    return code.co_code + repr(code.co_names).encode() + b"".join(constants)
+
 def source_hash(
     thing: Any,  # a function, class or object
 ) -> str:
-    "sha256 of the file that a function or class stands in; of its source or name where it has none, as in a notebook."
+    """sha256 of what decides its results: the file that a function or class stands in (its compiled code where there is none, as
+    in a notebook), the values of an object, and what a function has in its defaults and in the variables around it."""
+    if isinstance(thing, partial):
+        return source_hash(thing.func) + source_hash(SimpleNamespace(args=thing.args, words=thing.keywords))
     definition = thing if inspect.isroutine(thing) or inspect.isclass(thing) else type(thing)
     try: content = Path(inspect.getsourcefile(definition)).read_bytes()  # type: ignore[arg-type]  # None is a TypeError
-    except (TypeError, OSError):
-        try: content = inspect.getsource(definition).encode()
-        except (TypeError, OSError): content = repr(getattr(definition, "__qualname__", definition)).encode()
-    return hashlib.sha256(content).hexdigest()
+    except (TypeError, OSError): content = code_bytes(definition)
+    sha = hashlib.sha256(content)
+    around = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
+    values = thing if definition is not thing else dict(defaults=getattr(thing, "__defaults__", None), around=around)
+    try: parts = fitted_parts(values)
+    except TypeError as error:
+        raise ConfigError(f"{display_name(thing)} holds what cannot be copied ({error}): make it in fit") from error
+    for path, value in parts.items():
+        sha.update(path.encode() + (value if isinstance(value, str) else f"{value.dtype}{value.shape}").encode())
+        if not isinstance(value, str): sha.update(value.tobytes())
+    return sha.hexdigest()
 
 class UserCode(NamedTuple):
     "Forecasters and the user's feature functions, by the names that a configuration has for them."
@@ -277,6 +299,8 @@ def load_user_code(
     given = {display_name(m): m for m in models}
     user_code = UserCode({}, {})
     for name in config.models:
+        if name in FORECASTERS and name in given:
+            raise ConfigError(f"key 'models': {name!r} is a forecaster of the package: give yours another `name`")
         if name in FORECASTERS: continue
         if name not in given and ":" not in name:
             raise ConfigError(f"key 'models': unknown model {name!r}; known are {', '.join(FORECASTERS)}, or give my.py:Name")

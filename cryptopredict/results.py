@@ -15,7 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from fastcore.basics import patch
 from jinja2 import Environment
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
@@ -193,7 +193,7 @@ def network_sentence(
     scores: dict,  # content of `scores.json`
 ) -> str:
     "In how many folds the network takes part, and in which heads; empty for a run without network."
-    folds = {r["fold"]: r["heads"] for r in scores["training"] if r["fold"] != "newest"}
+    folds = {r["fold"]: r["heads"] for r in scores.get("training", []) if r["fold"] != "newest"}
     if not folds: return ""
     moved = [f"{head} in {sum(head in h for h in folds.values())}" for head in HEADS]
     same = sum(not h for h in folds.values())
@@ -209,7 +209,7 @@ def figure_training(
     weights = {"log_var_cls": "log-variance, direction", "log_var_reg": "log-variance, regressions"}
     columns = {1: TASKS, 2: weights, 3: {"lr": "learning rate"}}
     kinds = [(key, name, column) for column, names in columns.items() for key, name in names.items()]
-    curves = [(r["curve"], "dot" if r["training"].startswith("choice") else "solid") for r in scores["training"]]
+    curves = [(r["curve"], "dot" if r["training"].startswith("choice") else "solid") for r in scores.get("training", [])]
     curves = [(curve, dash) for curve, dash in curves if curve]
     for k, (key, name, column) in enumerate(kinds):
         for j, (curve, dash) in enumerate(curves):
@@ -225,7 +225,7 @@ def training_table(
 ) -> pd.DataFrame:
     "One row per training: what was chosen, each head's validation loss less its baseline's with its p-value, speed, peak memory."
     rows = []
-    for r in scores["training"]:
+    for r in scores.get("training", []):
         epochs = r["best_epoch" if r["training"].startswith("choice") else "epochs"]
         speed = "-" if r["tokens_per_s"] is None else f"{r['tokens_per_s']:,.0f}"
         row = {"fold": r["fold"], "training": r["training"], "epochs": epochs, "tokens/s": speed}
@@ -337,7 +337,7 @@ def better_models(
 # %% ../nbs/06_results.ipynb #ba965bf4
 def repeats_baseline(scores: dict, head: str) -> list[str]:
     "The network's name, where this head of it always repeats its baseline, whose claim is not the network's."
-    folds = [r["heads"] for r in scores["training"] if r["fold"] != "newest"]
+    folds = [r["heads"] for r in scores.get("training", []) if r["fold"] != "newest"]
     return ["mamba2"] if folds and not any(head in heads for heads in folds) else []
 
 # %% ../nbs/06_results.ipynb #e2d5da8d
@@ -477,7 +477,7 @@ def report_sections(run: Evaluation) -> list[tuple[str, list]]:
     return [("What it shows", [("list", [*finding_sentences(scores), *missing_prices(scores)])]),
             ("Scores", [("text", text), *tables]),
             (f"Against {models[0]}", [("figure", figure_skill(scores)), ("details", every)]),
-            *(training if any(r["curve"] for r in scores["training"]) else []),
+            *(training if any(r["curve"] for r in scores.get("training", [])) else []),
             ("Calibration", [("figure", figure_reliability(scores)), ("figure", figure_coverage(scores))]),
             ("Forecasts on the price", [("figure", figure_fan(run.predictions, run.realised, fan, horizon))]),
             (f"Newest forecast{made}", now),
@@ -499,6 +499,11 @@ def write_report(
     write_atomic(run.folder.report, page)
     return run.folder.report
 
+# %% ../nbs/06_results.ipynb #ea001bfa
+def known_model(run: Evaluation, model: str) -> None:
+    "A `ValueError` where a run has no such model."
+    if model not in run.models: raise ValueError(f"there is no model {model!r}: name one of {', '.join(run.models)}")
+
 # %% ../nbs/06_results.ipynb #9065133a
 @patch
 def plot_skill(self: Evaluation) -> go.Figure:
@@ -511,6 +516,7 @@ def plot_reliability(
     shown: Sequence[str] | None = None,  # models drawn at first, others at a click; None: the first and the last two
 ) -> go.Figure:
     "Observed frequency against forecast probability, a panel per class."
+    for model in shown or (): known_model(self, model)
     return figure_reliability(self.record, shown)
 
 @patch
@@ -524,6 +530,7 @@ def plot_fan(
     model: str,  # whose band
 ) -> go.Figure:
     "Price and the band that a model forecast for it one horizon before."
+    known_model(self, model)
     return figure_fan(self.predictions, self.realised, model, self.record["config"]["horizon"])
 
 @patch
@@ -553,4 +560,4 @@ def report(self: Evaluation) -> Path:
 
 @patch
 def _repr_html_(self: Evaluation) -> str:
-    return f"<p><b>{self!r}</b></p>{table_of_scores(self.record).to_html()}"
+    return f"<p><b>{escape(repr(self))}</b></p>{table_of_scores(self.record).to_html()}"

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from .audits import audit_labels, audit_model, audit_pipeline
-from .features import build_features
+from .features import build_features, own_columns
 from .labels import HEADS, make_labels
 from .leakage import Fold, LeakReport, audit, audit_availability, audit_folds, walk_forward
 from .multitask import MultitaskModel
@@ -45,6 +45,12 @@ def join_reports(reports: list[LeakReport]) -> LeakReport:
     found = [r.findings for r in reports if len(r.findings)]
     return LeakReport(pd.concat(found, ignore_index=True) if found else reports[0].findings, tested)
 
+def learned_labels(panel: pd.DataFrame, config: EvaluateConfig) -> tuple[list[str], pd.DataFrame, pd.DataFrame]:
+    "Names of the labels that are learned from, all labels, and the end of each of these."
+    labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
+    learned = ["r90", "direction", "sigma", "p90_path", "p10_path"]
+    return learned, labels, pd.DataFrame({name: labels["sigma_end" if name == "sigma" else "label_end"] for name in learned})
+
 # %% ../nbs/05g_run_audits.ipynb #eb15db58
 def audit_inputs(
     panel: pd.DataFrame,  # hourly panel
@@ -59,9 +65,7 @@ def audit_inputs(
     "Reports on `features`, `labels`, `disguise`, `folds` and, where tables are given, `availability`."
     hours = min(len(panel), 6000)
     stretches = [panel.iloc[:hours]] + ([panel.iloc[-hours:]] if len(panel) > hours else [])
-    labels = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
-    learned = ["r90", "direction", "sigma", "p90_path", "p10_path"]
-    ends = pd.DataFrame({name: labels["sigma_end" if name == "sigma" else "label_end"] for name in learned})
+    learned, labels, ends = learned_labels(panel, config)
     folds = make_folds(config, labels)  # says first where the history is too short
     known, cuts = lambda frame: labels_when_known(frame, config), max(n_cuts // 6, 1)
     everything = lambda: build_features(panel, extra=list(user_code.features.values()))
@@ -148,7 +152,7 @@ def audit_forecaster(
                           n_cuts=1, seed=config.seed)
 
 def audit_user_code(
-    panel: pd.DataFrame,  # hourly panel; of a forecaster's audit the last 220 days, without which it is not made
+    panel: pd.DataFrame,  # hourly panel; forecasters are audited on the last 220 days without a gap
     config: EvaluateConfig,  # seed, threshold and embargo
     user_code: UserCode,  # what is audited
     n_cuts: int = 24,  # cuts of each feature's audit
@@ -159,10 +163,15 @@ def audit_user_code(
         given, X, y = split_frame(frame)
         return make_forecaster(name, config, user_code).fit(given, X, y.join(ends), fold, config.seed)
     forecast = lambda model, given, X, rows: model.predict(given, X, rows)
-    audits = {name: partial(audit, fn, panel, n_cuts=n_cuts, seed=config.seed) for name, fn in user_code.features.items()}
-    if len(panel) >= AUDITED_HOURS:
-        audits |= {name: partial(audit_forecaster, partial(fit, name), forecast, panel, config, user_code)
-                   for name in user_code.models}
+    def audit_feature(fn: Callable) -> LeakReport:
+        learned, labels, ends = learned_labels(panel, config)
+        causal = audit(fn, panel, n_cuts=n_cuts, seed=config.seed)
+        # What a function looks up elsewhere ignores the frame: only its values show that it is a label.
+        return join_reports([causal, audit_labels(own_columns(fn, panel), labels[learned].astype(float), ends, n_perm=99,
+                                                  seed=config.seed)])
+    audits: dict[str, Callable[[], LeakReport]] = {name: partial(audit_feature, fn) for name, fn in user_code.features.items()}
+    audits |= {name: partial(audit_forecaster, partial(fit, name), forecast, panel, config, user_code)
+               for name in user_code.models}
     reports = {}
     for name, make in audits.items():
         on_audit(name)

@@ -121,8 +121,8 @@ def new_folder(
 def exclusive_lock(
     folder: str | Path,  # of a run, or the folder of its checkpoints
 ) -> Iterator[None]:
-    """Within it no other process works in the folder under this lock; a `ValueError` where one already does. A folder that may not be
-    written to is not locked."""
+    """Within it no other process works in the folder under this lock; a `ValueError` where one already does. A folder that
+    may not be written to is not locked."""
     from filelock import FileLock, Timeout
     folder = Path(folder)
     run = folder.parent if folder.name == "checkpoints" else folder
@@ -281,7 +281,9 @@ class RunFolder:
         seed: int,  # that it was fitted with
     ) -> Path:
         "The predictions of one fold, model and seed."
-        return self.parts / f"fold-{fold:02d}-{re.sub(r'[^0-9A-Za-z_.-]', '-', model)}-{seed}.parquet"
+        plain = re.sub(r"[^0-9A-Za-z_.-]", "-", model)[:60]
+        if plain != model: plain += "-" + hashlib.sha256(model.encode()).hexdigest()[:8]  # two names must not share a file
+        return self.parts / f"fold-{fold:02d}-{plain}-{seed}.parquet"
 
     def fit(
         self,

@@ -59,17 +59,22 @@ def fit_predict(
     if not len(rows):
         raise ValueError(f"the fold tested from {panel.index[fold.test[0]]} holds no 00:00 UTC with a price known for {HISTORY} "
                          "before it: make step longer, or bring the missing bars")
-    forecaster = make_forecaster(model, config, user_code, folder=folder, on_update=on_update)
-    try: made = forecaster.fit(panel, X, y, fold, seed).predict(panel, X, rows)
-    except Exception as error:
-        if model not in user_code.models: raise
+    mine = model in user_code.models
+    given = lambda frame: frame.copy() if mine and frame is not None else frame  # what a user's code writes there stays there
+    try:
+        forecaster = make_forecaster(model, config, user_code, folder=folder, on_update=on_update)
+        made = forecaster.fit(given(panel), given(X), given(y), fold, seed).predict(given(panel), given(X), rows)
+    except (Exception, SystemExit) as error:
+        if not mine: raise
         raise ValueError(f"model {model} raised {type(error).__name__}: {error}") from error
     if not isinstance(made, pd.DataFrame) or not made.index.equals(panel.index[rows]):
         raise ValueError(f"model {model}: predict returned other rows than panel.index[rows]: return a frame with that index")
     if lacks := [c for c in FORECAST_COLUMNS if c not in made]:
         raise ValueError(f"model {model}: predict lacks column {lacks[0]!r}: return {', '.join(FORECAST_COLUMNS)}")
-    if texts := [c for c in FORECAST_COLUMNS if not pd.api.types.is_numeric_dtype(made[c].dtype)]:
-        raise ValueError(f"model {model}: column {texts[0]} is {made[texts[0]].dtype}: return numbers")
+    if not made.columns.is_unique: raise ValueError(f"model {model}: predict returned a column twice: return each once")
+    real = lambda kind: pd.api.types.is_numeric_dtype(kind) and not pd.api.types.is_complex_dtype(kind)
+    if odd := [c for c in FORECAST_COLUMNS if not real(made[c].dtype)]:
+        raise ValueError(f"model {model}: column {odd[0]} is {made[odd[0]].dtype}: return real numbers")
     made = made[FORECAST_COLUMNS].rename_axis("time").reset_index().assign(seed=seed, model=model)
     check_predictions(made.assign(fold=0))
     if hasattr(forecaster, "describe_heads"): made.attrs["heads"] = forecaster.describe_heads()
@@ -450,6 +455,17 @@ class Evaluation:
         def report(self) -> Path: ...
         def _repr_html_(self) -> str: ...
 
+# %% ../nbs/05h_walkforward.ipynb #7e833b5e
+def check_panel(panel: pd.DataFrame) -> None:
+    "A `ValueError` of one line where a run could not use the panel."
+    if not isinstance(panel, pd.DataFrame) or panel.empty:
+        raise ValueError("panel is no frame with rows: give one as from load_panel")
+    if not isinstance(panel.index, pd.DatetimeIndex): raise ValueError("panel has no times as index: give one as from load_panel")
+    if not panel.columns.is_unique or not all(isinstance(c, str) for c in panel.columns):
+        raise ValueError("panel has a column twice, or one whose name is no text: rename it")
+    if "close" not in panel or not pd.api.types.is_numeric_dtype(panel["close"]):
+        raise ValueError("panel has no column 'close' of numbers: give one as from load_panel")
+
 # %% ../nbs/05h_walkforward.ipynb #f1eab41a
 def walk_forward_run(
     config: EvaluateConfig,  # what is evaluated, and how
@@ -463,8 +479,10 @@ def walk_forward_run(
     inventory: pd.DataFrame | None = None,  # as from `sources.inventory`, kept as `inventory.json`
 ) -> Evaluation:
     "Loop folds x models x seeds; writes `predictions.parquet`, `scores.json` and what the report needs into the run folder."
+    check_panel(panel)
     y = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     # Before the folder: a run that cannot start leaves nothing behind.
+    if user_code.features: run_features(panel, config, user_code)
     without_price = lambda rows: len(origins(panel.index, rows)) and not len(forecast_rows(panel, rows))
     folds = [fold for fold in make_folds(config, y) if not without_price(fold.test)]
     if not folds: raise ValueError(f"no origin has a price known for {HISTORY} before it: bring the missing bars")
@@ -534,11 +552,15 @@ def evaluate(
     """Walk-forward evaluation of forecasters on a panel: the result is an `Evaluation`, kept in a folder. Your own forecasters
     and features are audited first. A `ConfigError` names a setting that cannot be used, a `LeakageError` what sees the future, a
     `ValueError` data that do not suffice."""
+    for key, given in (("models", models), ("features", features)):
+        if given is not None and not isinstance(given, (list, tuple)):
+            raise ConfigError(f"key '{key}' is {type(given).__name__}: give a list, [{key[:-1]}] for one")
     named = None if models is None else tuple(m if isinstance(m, str) else display_name(m) for m in models)
     feature_names = tuple(f if isinstance(f, str) else display_name(f) for f in features) or None
     complete = load_config(config, models=named, features=feature_names, **settings)
     objects = ([thing for thing in things or () if not isinstance(thing, str)] for things in (models, features))
     user_code = load_user_code(complete, *objects)
+    check_panel(panel)
     reports = audit_user_code(panel, complete, user_code)
     for name, report in reports.items():
         try: report.raise_if_leaky()
