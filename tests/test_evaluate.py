@@ -1,0 +1,134 @@
+"`cp.evaluate` with forecasters and features of the user's own: nothing they do changes what others see, or what is scored."
+import threading
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import cryptopredict as cp
+
+SETTINGS = dict(horizon="10D", vol_window="5D", first_test="2016-05-30", step="60D", validation="30D", n_boot=100)
+
+
+class Constant:
+    "Forecasts the same always."
+
+    def __init__(self, p_down=.3): self.p_down = p_down
+    def fit(self, panel, X, y, fold, seed=0): return self
+
+    def predict(self, panel, X, rows):
+        law = dict(p_down=self.p_down, p_flat=.1, p_up=.9 - self.p_down, p10=-.1, p90=.1, sigma=.5)
+        return pd.DataFrame(law, index=panel.index[rows])
+
+
+class WritesInto(Constant):
+    "Overwrites everything that it is given."
+
+    def fit(self, panel, X, y, fold, seed=0):
+        y["r90"], y["direction"], X["target"] = 0., 1., y["r90"]
+        panel["close"] = 1.
+        return self
+
+
+class Leaves(Constant):
+    def fit(self, panel, X, y, fold, seed=0): raise SystemExit(0)
+
+
+@pytest.fixture(scope="module")
+def panel():
+    return cp.simulate_market(24 * 260, seed=0)[0]
+
+
+def test_what_a_forecaster_writes_into_its_frames_reaches_nobody_else(panel, tmp_path):
+    before = panel.copy()
+    alone = cp.evaluate(panel, ["climatology", Constant()], tmp_path / "alone", **SETTINGS)
+    beside = cp.evaluate(panel, ["climatology", WritesInto(), Constant()], tmp_path / "beside", **SETTINGS)
+    pd.testing.assert_frame_equal(panel, before)
+    for model in ("climatology", "Constant"):
+        one, two = (scores[scores["model"] == model].reset_index(drop=True) for scores in (alone.scores, beside.scores))
+        pd.testing.assert_frame_equal(one, two)
+
+
+def test_a_run_is_not_resumed_with_other_values_of_a_forecaster_or_feature(panel, tmp_path):
+    first = cp.evaluate(panel, ["climatology", Constant(.3)], tmp_path / "a", **SETTINGS)
+    assert set(first.predictions.query("model == 'Constant'")["p_down"]) == {.3}
+    with pytest.raises(ValueError, match="another run"):
+        cp.evaluate(panel, ["climatology", Constant(.8)], tmp_path / "a", **SETTINGS)
+
+    def over(days):
+        def change(frame): return frame["close"].pct_change(24 * days).rename("change")
+        return change
+    cp.evaluate(panel, ["climatology"], tmp_path / "b", features=[over(3)], **SETTINGS)
+    with pytest.raises(ValueError, match="another run"):
+        cp.evaluate(panel, ["climatology"], tmp_path / "b", features=[over(5)], **SETTINGS)
+
+
+def test_a_label_looked_up_elsewhere_is_found_in_a_feature(panel, tmp_path):
+    ahead = np.log(panel["close"].shift(-240) / panel["close"])
+    def remembered(frame): return ahead.reindex(frame.index).rename("remembered")
+    with pytest.raises(cp.LeakageError, match="remembered"):
+        cp.evaluate(panel, ["climatology"], tmp_path / "a", features=[remembered], **SETTINGS)
+    assert not (tmp_path / "a").exists()
+
+
+def test_too_little_data_for_the_audit_of_a_forecaster_is_an_error(panel, tmp_path):
+    short = SETTINGS | dict(first_test="2016-07-15")
+    with pytest.raises(ValueError, match="Constant: .*this audit needs"):
+        cp.evaluate(panel.iloc[-24 * 190:], ["climatology", Constant()], tmp_path / "a", **short)
+
+
+def _locked():
+    made = Constant()
+    made.lock = threading.Lock()
+    return made
+
+
+def _called(name):
+    made = Constant()
+    made.name = name
+    return made
+
+
+def _taken(frame): return frame["close"].pct_change().rename("ret_1h")
+
+
+@pytest.mark.parametrize("models, more, words", [
+    (["climatology", Leaves()], {}, "Leaves SystemExit"),
+    (["climatology", _called("ewma")], {}, "ewma package name"),
+    (["climatology", _locked()], {}, "Constant lock"),
+    (Constant(), {}, "models Constant list"),
+    ("climatology", {}, "models str list"),
+    (["climatology"], dict(features=len), "features list"),
+    (["climatology"], dict(features=[_taken]), "ret_1h twice"),
+])
+def test_code_that_cannot_be_run_gets_one_line_and_no_folder(panel, tmp_path, models, more, words):
+    with pytest.raises(ValueError) as error: cp.evaluate(panel, models, tmp_path / "a", **more, **SETTINGS)
+    assert all(word in str(error.value) for word in words.split()) and "\n" not in str(error.value)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda p: p.drop(columns="close"), "close"),
+    (lambda p: p.iloc[:0], "rows"),
+    (lambda p: p.reset_index(drop=True), "times"),
+    (lambda p: p.rename(columns={"volume": 7}), "text"),
+    (lambda p: p.assign(close=p["close"].astype(str)), "close numbers"),
+    (lambda p: [1, 2], "frame"),
+])
+def test_a_wrong_panel_gets_one_line(panel, tmp_path, change, words):
+    with pytest.raises(ValueError) as error: cp.evaluate(change(panel), ["climatology"], tmp_path / "a", **SETTINGS)
+    assert all(word in str(error.value) for word in words.split()) and "\n" not in str(error.value)
+
+
+def test_names_that_differ_in_one_sign_do_not_share_a_file(panel, tmp_path):
+    made = cp.evaluate(panel, [_called("a b"), _called("a-b")], tmp_path / "a", **SETTINGS)
+    assert set(made.predictions["model"]) == {"a b", "a-b"} == set(made.scores["model"])
+
+
+def test_a_model_is_not_saved_over_a_run(panel, tmp_path):
+    run = cp.evaluate(panel, ["climatology"], tmp_path / "a", **SETTINGS)
+    before = (tmp_path / "a" / "config.toml").read_bytes()
+    with pytest.raises(ValueError, match="choose another folder"):
+        cp.MultitaskModel(cp.ModelConfig(n_features=8, d_model=32, headdim=16)).save(run.out)
+    assert (tmp_path / "a" / "config.toml").read_bytes() == before
+    with pytest.raises(ValueError, match="there is no model 'nope'"): run.plot_fan("nope")
