@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .multitask import ModelConfig, MultitaskModel, preset
     from .network import Network
     from .protocol import EvaluateConfig, load_config
-    from .results import write_report
+    from .results import Evaluation, evaluate, write_report
     from .run_audits import audit_inputs, audit_network
     from .simulate import simulate_market
     from .sources import inventory, load_panel, read
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from .states import detach, load_state, save_state
     from .tbptt_trainer import TrainConfig, train, train_preset
     from .track import CallbackList, LiveLoss, MLflow, TensorBoard
-    from .walkforward import Evaluation, evaluate
 
 NAMES = {  # module -> what it gives to the package
     "audits": "audit_labels audit_model audit_pipeline certificate",
@@ -43,7 +42,7 @@ NAMES = {  # module -> what it gives to the package
     "multitask": "ModelConfig MultitaskModel preset",
     "network": "Network",
     "protocol": "EvaluateConfig load_config",
-    "results": "write_report",
+    "results": "Evaluation evaluate write_report",  # where the figures and the report are added
     "run_audits": "audit_inputs audit_network",
     "simulate": "simulate_market",
     "sources": "inventory load_panel read",
@@ -51,18 +50,24 @@ NAMES = {  # module -> what it gives to the package
     "states": "detach load_state save_state",
     "tbptt_trainer": "TrainConfig train train_preset",
     "track": "CallbackList LiveLoss MLflow TensorBoard",
-    "walkforward": "Evaluation evaluate",
 }
 MODULE_OF = {name: module for module, names in NAMES.items() for name in names.split()}
-__all__ = ["__version__", *sorted(MODULE_OF)]
+__all__ = [  # in full, for type checkers
+    "__version__", "CallbackList", "ConfigError", "EvaluateConfig", "Evaluation", "Feature", "FeatureState", "Fold",
+    "FoldSplit", "ForecastModel", "LeakReport", "LeakageError", "LiveLoss", "MHSA", "MHSAConfig", "MLflow", "Mamba2",
+    "Mamba2Block", "Mamba2Config", "Mamba2State", "ModelConfig", "MultitaskModel", "Network", "TensorBoard",
+    "TrainConfig", "audit", "audit_availability", "audit_folds", "audit_inputs", "audit_labels", "audit_model",
+    "audit_network", "audit_pipeline", "build_features", "certificate", "detach", "evaluate", "inventory", "lint",
+    "live_fold", "load_config", "load_panel", "load_state", "make_labels", "point_in_time", "preset", "read",
+    "save_state", "simulate_market", "ssd_scan", "train", "train_preset", "walk_forward", "write_report",
+]
 
 
 def __getattr__(name: str) -> Any:
     "The name, from its module, which is loaded now (PEP 562)."
     if name not in MODULE_OF: raise AttributeError(f"module 'cryptopredict' has no attribute {name!r}")
-    if name in ("Evaluation", "evaluate"): import_module(f"{__name__}.results")  # adds figures and the report
     value = globals()[name] = getattr(import_module(f"{__name__}.{MODULE_OF[name]}"), name)
     return value
 
 
-def __dir__() -> list[str]: return sorted({*globals(), *MODULE_OF})
+def __dir__() -> list[str]: return sorted(__all__)

@@ -20,7 +20,7 @@ from .leakage import (MODES, AuditError, Fold, LeakReport, as_fold, as_frame, ch
                                    merge_findings, replace_rows)
 
 # %% auto #0
-__all__ = ['RAISED', 'AUDITS', 'audit_model', 'audit_pipeline', 'audit_labels', 'certificate']
+__all__ = ['AUDITS', 'audit_model', 'audit_pipeline', 'audit_labels', 'certificate']
 
 # %% ../nbs/00a_audits.ipynb #888c54f8
 def named_tensors(tree, lead: tuple[int, ...], name: str = "") -> dict:

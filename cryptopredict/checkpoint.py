@@ -27,8 +27,7 @@ from .storage import flush_folder, write_flushed
 
 # %% auto #0
 __all__ = ['STEP_NAME', 'VERSION', 'FILES', 'flatten', 'unflatten', 'CheckpointError', 'NewerVersion', 'step_of', 'checkpoints',
-           'manifest_of', 'next_free_path', 'save', 'read_bounded', 'read_manifest', 'verify', 'load', 'load_latest',
-           'remove', 'is_whole', 'verify_unchanged', 'prune']
+           'manifest_of', 'save', 'verify', 'load', 'load_latest', 'remove', 'prune']
 
 # %% ../nbs/04c_checkpoint.ipynb #f7eccf81
 def flatten(

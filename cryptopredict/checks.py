@@ -17,10 +17,10 @@ import pandera.pandas as pa
 from .files import RawTable, SourceError, shorten
 
 # %% auto #0
-__all__ = ['USD', 'MONEY', 'QUOTES', 'COINS', 'WORDS', 'NAMES', 'PLAIN', 'SYMBOL_COLUMNS', 'DROP', 'TIME_RULES', 'HOUR', 'SPIKE',
-           'WICK', 'BAR_COLUMNS', 'LEVEL', 'TRADED', 'PRICES', 'BARS', 'OTHER_BARS', 'INDEX_QUOTES', 'OTHER_QUOTES',
-           'Asset', 'asset_in', 'asset_of', 'deviation', 'largest_step', 'check_steps', 'level_problem', 'daily_rules',
-           'find_faults', 'repair', 'utc_now', 'drop_unfinished']
+__all__ = ['USD', 'MONEY', 'QUOTES', 'COINS', 'WORDS', 'NAMES', 'PLAIN', 'HOUR', 'SPIKE', 'WICK', 'BAR_COLUMNS', 'LEVEL',
+           'TRADED', 'PRICES', 'BARS', 'OTHER_BARS', 'INDEX_QUOTES', 'OTHER_QUOTES', 'Asset', 'asset_in', 'asset_of',
+           'deviation', 'largest_step', 'check_steps', 'level_problem', 'daily_rules', 'find_faults', 'repair',
+           'utc_now', 'drop_unfinished']
 
 # %% ../nbs/00e_checks.ipynb #c65fa890
 USD = ("USDT", "USDC", "BUSD", "FDUSD", "TUSD", "USDP", "DAI", "USD")  # a dollar, or a coin that stands for one

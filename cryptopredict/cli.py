@@ -28,11 +28,10 @@ from .storage import (DeferredSignals, FitFolder, RunFolder, Terminated, Trainin
                                    new_folder, read_jsonl, sigterm_raises, write_atomic)
 
 # %% auto #0
-__all__ = ['COMMANDS', 'OVERVIEW', 'LoadedPanel', 'Command', 'SourceArgs', 'evaluate_config', 'WalkForwardArgs', 'TrackingArgs',
-           'RunFolderArgs', 'default_settings', 'run_audits', 'user_code_audits', 'judge_reports', 'say_leak',
-           'say_device', 'Evaluate', 'Run', 'Audit', 'Prepare', 'Forecast', 'Train', 'Runs', 'read_json_file',
-           'describe_run', 'describe_trainings', 'is_trained', 'last_change', 'Fetch', 'Plan', 'parse_command',
-           'describe_flags', 'setting_error', 'main']
+__all__ = ['COMMANDS', 'OVERVIEW', 'evaluate_config', 'WalkForwardArgs', 'TrackingArgs', 'RunFolderArgs', 'default_settings',
+           'audit_all', 'user_code_audits', 'judge_reports', 'say_leak', 'say_device', 'EvaluateCommand', 'RunCommand',
+           'AuditCommand', 'PrepareCommand', 'ForecastCommand', 'TrainCommand', 'FetchCommand', 'PlanCommand',
+           'parse_command', 'describe_flags', 'setting_error', 'main']
 
 # %% ../nbs/06a_cli.ipynb #630c0e2b
 class LoadedPanel(NamedTuple):
@@ -143,7 +142,7 @@ def default_settings(
     return config, named or "models" in config.model_fields_set
 
 # %% ../nbs/06a_cli.ipynb #69927f50
-def run_audits(
+def audit_all(
     loaded: LoadedPanel,  # panel and tables
     config: Any,  # `EvaluateConfig` of the run
     user_code: Any,  # `protocol.UserCode`: the user's forecasters and features
@@ -209,7 +208,7 @@ def say_device(
     say(f"network: preset {config.preset} on {settings.device}, mixed precision {settings.amp}")
 
 @dataclass
-class Evaluate(RunFolderArgs):
+class EvaluateCommand(RunFolderArgs):
     "Walk-forward only: folds x models x seeds to predictions.parquet and scores.json."
 
     def __call__(self) -> int:
@@ -244,7 +243,7 @@ class Evaluate(RunFolderArgs):
             return walk_forward_run(config, panel, out, loaded.name, audits, user_code, progress.on_part, watch, loaded.inventory)
 
 @dataclass
-class Run(Evaluate):
+class RunCommand(EvaluateCommand):
     "The main job: panel, audit, features and labels, walk-forward, baselines, report.html."
     n_cuts: int = 24  # Cuts in the audit of the features; all audits together take under a fifth of a run.
 
@@ -256,7 +255,7 @@ class Run(Evaluate):
         say("panel ...")
         loaded = self.load(config.seed)
         say("audit ...")
-        audits = run_audits(loaded, config, user_code, self.n_cuts)
+        audits = audit_all(loaded, config, user_code, self.n_cuts)
         if judge_reports(audits): return say_leak("the walk-forward")
         say("walk-forward ...")
         done = self.walk(config, user_code, loaded, audits)
@@ -267,7 +266,7 @@ class Run(Evaluate):
 
 # %% ../nbs/06a_cli.ipynb #1db01529
 @dataclass
-class Audit(WalkForwardArgs):
+class AuditCommand(WalkForwardArgs):
     """Leak audits: of this project's features, labels, folds, sources, fitted network and model, or of a function of your own.
     Exit 1 when a leak is found."""
     # MODULE:NAME or FILE.py:NAME of a function from the hourly panel to a frame or series, audited instead.
@@ -287,7 +286,7 @@ class Audit(WalkForwardArgs):
         if self.out and self.out.exists(): raise ValueError(f"{self.out} exists: choose another --out")
         loaded = self.load(config.seed)
         reports = {name: self.audit_function(function, name, loaded.panel, config.seed)} if name else \
-            run_audits(loaded, config, user_code, self.n_cuts)
+            audit_all(loaded, config, user_code, self.n_cuts)
         if self.out:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             made_by = provenance_of(loaded.panel, loaded.name)
@@ -314,7 +313,7 @@ class Audit(WalkForwardArgs):
 
 # %% ../nbs/06a_cli.ipynb #1141f53f
 @dataclass
-class Prepare(SourceArgs):
+class PrepareCommand(SourceArgs):
     "Panel, features and labels as parquet files, to look at or to train on elsewhere."
     seed: int = 0  # Seed of the built-in market.
     # Folder for panel.parquet, features.parquet, labels.parquet; files there are never overwritten. Default: new under runs/.
@@ -339,7 +338,7 @@ class Prepare(SourceArgs):
         return 0
 
 @dataclass
-class Forecast(WalkForwardArgs):
+class ForecastCommand(WalkForwardArgs):
     "The newest forecast of every model, fitted on all labels that have matured."
     out: Path | None = None  # JSON file for the forecasts; an existing one is never overwritten. Default: none.
 
@@ -378,7 +377,7 @@ class Forecast(WalkForwardArgs):
 
 # %% ../nbs/06a_cli.ipynb #685b0c1e
 @dataclass
-class Train(WalkForwardArgs, TrackingArgs):
+class TrainCommand(WalkForwardArgs, TrackingArgs):
     "Fit the network on all labels that have matured; checkpoints and curves in a folder."
     out: Path | None = None  # Folder of the training; an existing one is resumed. Default: a new folder under runs/.
     # Only print what would be trained: data, trainings, parameters, updates, and the time and memory that are expected.
@@ -429,7 +428,7 @@ class Train(WalkForwardArgs, TrackingArgs):
 
 # %% ../nbs/06a_cli.ipynb #d1e6b4b6
 @dataclass
-class Runs(Command):
+class RunsCommand(Command):
     "The runs and trainings in a folder: state, best score, age, and how to resume those that stopped."
     folder: tyro.conf.Positional[Path] = Path("runs")  # Folder that holds run folders, or one of them.
 
@@ -518,19 +517,20 @@ def last_change(
 
 # %% ../nbs/06a_cli.ipynb #f7f3af5d
 @dataclass
-class Fetch(Command):
+class FetchCommand(Command):
     "Not there yet: download source files."
 
     def __call__(self) -> int: raise ValueError("'fetch' is not there yet; run `cryptopredict --help` for what is")
 
 @dataclass
-class Plan(Command):
+class PlanCommand(Command):
     "Not there yet: plan a run for a memory budget."
 
     def __call__(self) -> int: raise ValueError("'plan' is not there yet; run `cryptopredict --help` for what is")
 
-COMMANDS: dict[str, type[Command]] = dict(run=Run, prepare=Prepare, audit=Audit, evaluate=Evaluate, forecast=Forecast,
-                                          train=Train, runs=Runs, fetch=Fetch, plan=Plan)
+COMMANDS: dict[str, type[Command]] = dict(
+    run=RunCommand, prepare=PrepareCommand, audit=AuditCommand, evaluate=EvaluateCommand, forecast=ForecastCommand,
+    train=TrainCommand, runs=RunsCommand, fetch=FetchCommand, plan=PlanCommand)
 OVERVIEW = """usage: cryptopredict COMMAND [OPTIONS]
 
 Long-horizon Bitcoin forecasting that can be believed.

@@ -21,8 +21,8 @@ from .labels import TASKS
 if TYPE_CHECKING: from rich.progress import TaskID
 
 # %% auto #0
-__all__ = ['lost', 'say', 'warn', 'say_wrapped', 'duration_text', 'takes_utf8', 'say_scores', 'say_inventory', 'TimeLeft',
-           'training_line', 'Progress']
+__all__ = ['lost', 'say', 'warn', 'say_wrapped', 'duration_text', 'takes_utf8', 'say_scores', 'say_inventory', 'training_line',
+           'Progress']
 
 # %% ../nbs/05j_console.ipynb #7fa0a76b
 lost: list[OSError] = []  # why standard output could not be written, if it could not

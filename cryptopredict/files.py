@@ -20,10 +20,9 @@ import numpy as np
 import pandas as pd
 
 # %% auto #0
-__all__ = ['MAX_BYTES', 'MAX_ROWS', 'MAX_LINE', 'MAX_COLUMNS', 'MAX_FILES', 'NOT_DATA', 'DATA_SUFFIXES', 'REMEDIES', 'EARLIEST',
-           'LATEST', 'REPAIRS', 'shorten', 'SourceError', 'read_bytes', 'check_is_data', 'text_lines', 'check_lines',
-           'RawTable', 'is_number', 'read_table', 'Listing', 'list_files', 'to_number', 'epoch_times', 'known_repairs',
-           'iso_times', 'utc_times', 'utc_dates']
+__all__ = ['MAX_BYTES', 'MAX_ROWS', 'MAX_LINE', 'MAX_COLUMNS', 'MAX_FILES', 'EARLIEST', 'LATEST', 'REPAIRS', 'shorten',
+           'SourceError', 'read_bytes', 'check_lines', 'RawTable', 'is_number', 'read_table', 'list_files', 'to_number',
+           'epoch_times', 'known_repairs', 'iso_times', 'utc_times', 'utc_dates']
 
 # %% ../nbs/00d_files.ipynb #15dcb9ef
 def shorten(

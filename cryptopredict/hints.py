@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 # %% auto #0
-__all__ = ['HINT_COLUMNS', 'lint']
+__all__ = ['lint']
 
 # %% ../nbs/00b_hints.ipynb #058eea73
 HINT_COLUMNS = ["file", "cell", "line", "hint", "code"]

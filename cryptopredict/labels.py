@@ -15,7 +15,7 @@ from .leakage import check_times
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'HEADS', 'FORECAST_COLUMNS', 'SCHEMA', 'TASKS', 'QUANTILE_WEIGHT', 'Head', 'regression_loss',
-           'total_loss', 'hours_in', 'check_hourly', 'check_labels', 'make_labels']
+           'total_loss', 'hours_in', 'check_labels', 'make_labels']
 
 # %% ../nbs/02_labels.ipynb #7bbcb2c1
 DIRECTIONS = ("down", "flat", "up")  # the classes 0, 1, 2

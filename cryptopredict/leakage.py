@@ -15,8 +15,8 @@ import pandas as pd
 from pandas.tseries.holiday import USFederalHolidayCalendar
 
 # %% auto #0
-__all__ = ['FINDING_COLUMNS', 'TOLERANCE', 'MODES', 'LeakageError', 'LeakReport', 'check_times', 'point_in_time', 'Fold',
-           'live_fold', 'walk_forward', 'FoldSplit', 'audit_folds', 'AuditError', 'audit', 'audit_availability']
+__all__ = ['FINDING_COLUMNS', 'MODES', 'LeakageError', 'LeakReport', 'check_times', 'point_in_time', 'Fold', 'live_fold',
+           'walk_forward', 'FoldSplit', 'audit_folds', 'AuditError', 'audit', 'audit_availability']
 
 # %% ../nbs/00_leakage.ipynb #e98250f3
 FINDING_COLUMNS = ["column", "kind", "severity", "time", "magnitude", "detail"]

@@ -22,9 +22,8 @@ from .states import (check_finite, check_input, check_reset, check_state, check_
                                   register_state)
 
 # %% auto #0
-__all__ = ['Mamba2State', 'Mamba2Config', 'no_weight_decay', 'FusedRMSNorm', 'RMSNorm', 'check_conv', 'DepthwiseConv',
-           'causal_conv', 'conv_with_resets', 'causal_conv1d_kernel', 'causal_conv_silu', 'initial_dt_bias', 'Mamba2',
-           'GatedMLP', 'Mamba2Block']
+__all__ = ['Mamba2State', 'Mamba2Config', 'no_weight_decay', 'FusedRMSNorm', 'RMSNorm', 'causal_conv', 'causal_conv1d_kernel',
+           'Mamba2', 'GatedMLP', 'Mamba2Block']
 
 # %% ../nbs/03_mamba2_block.ipynb #cea9aab7
 @register_state(ssm=torch.float32)

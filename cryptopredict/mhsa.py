@@ -20,7 +20,7 @@ from .mamba2_block import Mamba2Block, Mamba2Config, Mamba2State, RMSNorm, no_we
 from .states import check_input, check_like, check_state, check_step, register_state
 
 # %% auto #0
-__all__ = ['KERNELS', 'rotate', 'KVCache', 'window_mask', 'MHSAConfig', 'MHSA', 'HybridState', 'HybridBlock']
+__all__ = ['KERNELS', 'KVCache', 'MHSAConfig', 'MHSA', 'HybridState', 'HybridBlock']
 
 # %% ../nbs/04_mhsa.ipynb #191617af
 def rotate(

@@ -31,9 +31,8 @@ from .states import (AUTOCAST, check_finite, check_like, check_reset, check_step
 from .storage import to_toml, write_atomic
 
 # %% auto #0
-__all__ = ['DERIVED', 'PRESET_FOLDER', 'PRESETS', 'MAX_LOG_VAR', 'ModelConfig', 'read_preset', 'preset', 'MeanState',
-           'running_mean', 'Pooling', 'Forecast', 'inverse_softplus', 'Heads', 'ModelState', 'MultitaskModel',
-           'Targets', 'pinball', 'masked_mean', 'task_losses', 'multitask_loss']
+__all__ = ['DERIVED', 'PRESET_FOLDER', 'PRESETS', 'MAX_LOG_VAR', 'ModelConfig', 'read_preset', 'preset', 'MeanState', 'Pooling',
+           'Forecast', 'Heads', 'ModelState', 'MultitaskModel', 'Targets', 'pinball', 'task_losses', 'multitask_loss']
 
 # %% ../nbs/04a_multitask.ipynb #3a19ce85
 DERIVED = ("n_features", "anchored")  # sizes of a model that follow from the data: no setting of a user's

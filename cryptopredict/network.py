@@ -31,8 +31,9 @@ from .tbptt_trainer import (Run, TrainConfig, TrainSettings, best_epoch, check_d
                                          keep_weights_only, precision, resolved, train)
 
 # %% auto #0
-__all__ = ['YEARS', 'LEVEL', 'Baselines', 'fit_on', 'fit_climatology', 'as_predictions', 'choose_climatologies', 'choice_folds',
-           'combine', 'head_evidence', 'FitInputs', 'Network', 'check_network', 'shrink_trainings', 'training_summary']
+__all__ = ['YEARS', 'ENABLE_LEVEL', 'Baselines', 'fit_on', 'fit_climatology', 'as_predictions', 'choose_climatologies',
+           'choice_folds', 'combine', 'head_evidence', 'FitInputs', 'Network', 'check_network', 'shrink_trainings',
+           'training_summary']
 
 # %% ../nbs/05e_network.ipynb #25a884b4
 YEARS = (4, None, 8)  # of climatology, the candidates; None: all of the past. The first wins a tie
@@ -133,7 +134,7 @@ def choice_folds(
     return pairs[::-1]
 
 # %% ../nbs/05e_network.ipynb #251a46b8
-LEVEL = .2  # of the two-sided test that a head must pass on validation before it is enabled
+ENABLE_LEVEL = .2  # of the two-sided test that a head must pass on validation before it is enabled
 
 def combine(
     baseline: pd.DataFrame,  # the baselines' forecasts
@@ -163,7 +164,7 @@ def head_evidence(
         d = (one[losses] - two[losses]).sum(axis=1, skipna=False).dropna().to_numpy()
         mean, p = (float(d.mean()), float(dm_test(d, overlaps[name])[1])) if len(d) else (0., np.nan)
         p = p if np.isfinite(p) else 1.  # too few windows for a test
-        found[name] = dict(difference=mean, p=p, origins=len(d), helps=bool(mean < 0 and p < LEVEL))
+        found[name] = dict(difference=mean, p=p, origins=len(d), helps=bool(mean < 0 and p < ENABLE_LEVEL))
     return found
 
 # %% ../nbs/05e_network.ipynb #fa1f5dd2

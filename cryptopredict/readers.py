@@ -20,11 +20,9 @@ from .files import (RawTable, SourceError, epoch_times, is_number, known_repairs
                                  to_number, utc_dates, utc_times)
 
 # %% auto #0
-__all__ = ['KLINE_COLUMNS', 'OPEN_NAMES', 'MAX_VOLUME', 'RELEASES', 'CHAIN_COLUMNS', 'CHARTS', 'COINMETRICS_MARKS',
-           'CHAIN_LIMITS', 'READERS', 'interval_in', 'check_hourly_bars', 'read_bars', 'read_kraken', 'read_binance',
-           'check_daily_rows', 'next_business_day', 'next_release_monday', 'same_evening', 'day_end', 'fred_series',
-           'read_fred', 'read_yahoo', 'chart_of', 'read_blockchaincom', 'read_coinmetrics', 'read_panel', 'sniff',
-           'read']
+__all__ = ['RELEASES', 'CHAIN_COLUMNS', 'CHARTS', 'COINMETRICS_MARKS', 'CHAIN_LIMITS', 'READERS', 'interval_in',
+           'check_hourly_bars', 'read_kraken', 'read_binance', 'fred_series', 'read_fred', 'read_yahoo', 'chart_of',
+           'read_blockchaincom', 'read_coinmetrics', 'read_panel', 'sniff', 'read']
 
 # %% ../nbs/00f_readers.ipynb #0cc2bebd
 GRIDS = [pd.Timedelta(hours=h) for h in (168, 72, 24, 12, 8, 6, 4, 3, 2)]

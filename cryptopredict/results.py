@@ -22,14 +22,11 @@ from plotly.subplots import make_subplots
 from .figures import BLACK, GREY, PALETTE, colours, house_style
 from .labels import DIRECTIONS, HEADS, TASKS
 from .storage import write_atomic
-from .walkforward import Evaluation
+from .walkforward import Evaluation, evaluate  # noqa: F401  # both with what is added here
 
 # %% auto #0
-__all__ = ['SCORE_NAMES', 'REPORTED', 'SIZE_OF_TEST', 'STYLE', 'TEMPLATE', 'table_of_scores', 'percent_text', 'claims',
-           'figure_skill', 'interval_points', 'figure_reliability', 'figure_coverage', 'figure_fan', 'figure_newest',
-           'network_sentence', 'figure_training', 'training_table', 'figure_vram', 'leak_sentence', 'severities',
-           'better_models', 'distance_to_truth', 'finding_sentences', 'newest_table', 'seed_table', 'head_sentences',
-           'missing_prices', 'write_report']
+__all__ = ['REPORTED', 'table_of_scores', 'claims', 'figure_vram', 'leak_sentence', 'severities', 'finding_sentences',
+           'newest_table', 'seed_table', 'head_sentences', 'missing_prices', 'write_report']
 
 # %% ../nbs/06_results.ipynb #28620946
 SCORE_NAMES = {"log_loss": "log loss", "brier": "Brier", "pinball10": "pinball p10", "pinball90": "pinball p90",

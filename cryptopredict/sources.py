@@ -25,9 +25,8 @@ _all_ = ["REPAIRS", "SourceError", "READERS", "BAR_COLUMNS", "CHAIN_COLUMNS", "C
          "read_blockchaincom", "read_coinmetrics", "read_fred", "read_kraken", "read_panel", "read_yahoo"]
 
 # %% auto #0
-__all__ = ['MACRO_COLUMNS', 'METRICS', 'MAX_AGE', 'SPLICE', 'FLAGS', 'FILL_LIMIT', 'VENUES', 'INVENTORY', 'Sources',
-           'read_folder', 'load_tables', 'join_panel', 'price_gaps', 'build_panel', 'inventory', 'input_ages',
-           'inventory_json', 'load_panel']
+__all__ = ['MACRO_COLUMNS', 'METRICS', 'MAX_AGE', 'SPLICE', 'FLAGS', 'FILL_LIMIT', 'read_folder', 'load_tables', 'join_panel',
+           'price_gaps', 'build_panel', 'inventory', 'input_ages', 'inventory_json', 'load_panel']
 
 # %% ../nbs/00g_sources.ipynb #685e1d84
 MACRO_COLUMNS = {"DTWEXBGS": "dtwexbgs", "DGS10": "dgs10", "DGS2": "dgs2"}  # FRED's names -> the panel's

@@ -40,9 +40,9 @@ from .streams import Chunk, FoldData, plan_streams, stream_chunks, warm_forecast
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'TrainSettings', 'TrainConfig', 'train_preset', 'resolved', 'check_device', 'precision', 'deterministic',
-           'peak_bytes', 'lr_factor', 'decay_groups', 'Optimiser', 'Histories', 'Spike', 'Guard', 'Run',
-           'validation_loss', 'train_step', 'train_epoch', 'chunks_of', 'group_spans', 'reduced_plan',
-           'steps_per_epoch', 'data_fingerprint', 'open_run', 'train', 'best_epoch', 'keep_weights_only']
+           'peak_bytes', 'Optimiser', 'Histories', 'Spike', 'Guard', 'Run', 'validation_loss', 'train_step',
+           'train_epoch', 'chunks_of', 'group_spans', 'reduced_plan', 'steps_per_epoch', 'data_fingerprint',
+           'open_training', 'train', 'best_epoch', 'keep_weights_only']
 
 # %% ../nbs/05_tbptt_trainer.ipynb #b5ff9b14
 def valid_bptt(bptt: str) -> str:
@@ -701,7 +701,7 @@ def data_fingerprint(
     for tensor in (data.x, *data.fit, *(data.valid or ()), *start): digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return dict(sha256=digest.hexdigest(), scaler=None if data.scaler is None else json.loads(json.dumps(asdict(data.scaler))))
 
-def open_run(
+def open_training(
     config: TrainConfig,  # of the training
     data: FoldData,  # tensors of its fold
     out: str | Path,  # its folder
@@ -755,7 +755,7 @@ def train(
         raise ValueError(f"{out} holds the history of a training without its checkpoints: choose another --out")
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(folder.checkpoints), deterministic(config.deterministic):
-        run, kept = open_run(config, data, out, climatology, last)
+        run, kept = open_training(config, data, out, climatology, last)
         if kept is not None and run.epoch < last and warn_code_changed(run.out, kept):
             run.record_event("other code", there=kept["commit"], here=code_commit())
         run.warm_up_allocator(data)

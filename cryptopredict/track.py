@@ -97,8 +97,20 @@ class Tracker:
     def abandon(self) -> None: "Give up what waits to be written, after a failure."
 
     def __call__(self, run: Run, record: dict) -> None:
-        "As `on_update` of `train`."
-        self.guarded(lambda: self.follow(run, record))
+        "As `on_update` of `train`; first, where another training begins or this one has gone back, what belongs before it."
+        def follow() -> None:
+            if self.run() is not run or run.step <= self.step:
+                self.leave()
+                self.run, self.out = weakref.ref(run), run.out.resolve()
+                self.held, self.validated = self.open(Training(TrainingFolder(self.out), run.step, run.guard.rewinds,
+                                                               asdict(run.config), run.data.get("sha256")))
+                for line in read_jsonl(run.folder.metrics):
+                    if line["step"] < run.step and line["step"] not in self.held: self.put(line["step"], scalars(line))
+                self.take_validations()
+            elif run.epoch != self.epoch: self.take_validations()
+            if run.step not in self.held: self.put(run.step, scalars(record))
+            self.step, self.epoch = run.step, run.epoch
+        self.guarded(follow)
 
     def close(self) -> None:
         "Write what is not written yet."
@@ -121,24 +133,6 @@ class Tracker:
             text = f"{type(self).__name__} failed and follows no further, the training continues: {problem}"
             try: warnings.warn(text, stacklevel=3)
             except UserWarning: logging.getLogger(__name__).warning(text)  # warnings are errors here; this must be none
-
-    def follow(
-        self,
-        run: Run,  # in training
-        record: Mapping[str, Any],  # of the update, as `train_epoch` passes it on
-    ) -> None:
-        "Take an update; first, where another training begins or this one has gone back, what belongs before it."
-        if self.run() is not run or run.step <= self.step:
-            self.leave()
-            self.run, self.out = weakref.ref(run), run.out.resolve()
-            self.held, self.validated = self.open(Training(TrainingFolder(self.out), run.step, run.guard.rewinds,
-                                                           asdict(run.config), run.data.get("sha256")))
-            for line in read_jsonl(run.folder.metrics):
-                if line["step"] < run.step and line["step"] not in self.held: self.put(line["step"], scalars(line))
-            self.take_validations()
-        elif run.epoch != self.epoch: self.take_validations()
-        if run.step not in self.held: self.put(run.step, scalars(record))
-        self.step, self.epoch = run.step, run.epoch
 
     def take_validations(self) -> None:
         "Take the validations that are not held yet."

@@ -86,7 +86,7 @@ def test_public_names_are_where_the_package_says():
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     block = next(n for n in tree.body if isinstance(n, ast.If))  # what a type checker reads
     assert {a.name: n.module for n in block.body for a in n.names} == cp.MODULE_OF
-    assert set(cp.__all__) == {*cp.MODULE_OF, "__version__"} <= set(dir(cp))
+    assert set(cp.__all__) == {*cp.MODULE_OF, "__version__"} == set(dir(cp))
     for name, module in cp.MODULE_OF.items():
         assert getattr(cp, name) is getattr(importlib.import_module(f"cryptopredict.{module}"), name)
     with pytest.raises(AttributeError, match="has no attribute 'forecast'"): cp.forecast  # noqa: B018
