@@ -29,9 +29,9 @@ from .storage import (DeferredSignals, FitFolder, RunFolder, Terminated, Trainin
 
 # %% auto #0
 __all__ = ['COMMANDS', 'OVERVIEW', 'evaluate_config', 'WalkForwardArgs', 'TrackingArgs', 'RunFolderArgs', 'default_settings',
-           'audit_all', 'user_code_audits', 'judge_reports', 'say_leak', 'say_device', 'EvaluateCommand', 'RunCommand',
-           'AuditCommand', 'PrepareCommand', 'ForecastCommand', 'TrainCommand', 'FetchCommand', 'PlanCommand',
-           'parse_command', 'describe_flags', 'setting_error', 'main']
+           'shown_audits', 'audit_all', 'user_code_audits', 'judge_reports', 'say_leak', 'say_device',
+           'EvaluateCommand', 'RunCommand', 'AuditCommand', 'PrepareCommand', 'ForecastCommand', 'TrainCommand',
+           'FetchCommand', 'PlanCommand', 'parse_command', 'describe_flags', 'setting_error', 'main']
 
 # %% ../nbs/06a_cli.ipynb #630c0e2b
 class LoadedPanel(NamedTuple):
@@ -106,7 +106,7 @@ class WalkForwardArgs(SourceArgs):
         self,
         config: Any,  # as from `configured`
     ) -> Any:
-        "`protocol.UserCode`: the the user's forecasters and features."
+        "`protocol.UserCode`: the user's forecasters and features; a `ConfigError` names the flags or the file that name them."
         from cryptopredict.config import ConfigError
         from cryptopredict.protocol import load_user_code
         try: return load_user_code(config)
@@ -142,6 +142,20 @@ def default_settings(
     return config, named or "models" in config.model_fields_set
 
 # %% ../nbs/06a_cli.ipynb #69927f50
+def shown_audits(
+    total: int,  # how many audits there are
+    make: Callable[[Callable[[str], None]], dict],  # from a function, to be called with each audit's name, to reports by name
+) -> dict:
+    "The reports, with a bar while they are made; they are printed too."
+    started: list[str] = []
+    with Progress() as progress:
+        def begin(name: str) -> None:
+            progress.on_part(len(started), total, f"audit of {name}")
+            started.append(name)
+        reports = make(begin)
+    for name, report in reports.items(): say(f"  audit of {name}: {report!r}")
+    return reports
+
 def audit_all(
     loaded: LoadedPanel,  # panel and tables
     config: Any,  # `EvaluateConfig` of the run
@@ -152,36 +166,25 @@ def audit_all(
     from cryptopredict.run_audits import AUDITED_HOURS, audit_inputs, audit_network, audit_user_code
     from cryptopredict.sources import MAX_AGE
     panel, tables = loaded.panel, loaded.tables
-    fitted = len(panel) >= AUDITED_HOURS
-    network, models = "mamba2" in config.models and fitted, list(user_code.models) if fitted else []
-    total, started = 4 + bool(tables) + 2 * network + len(user_code.features) + len(models), []
-    with Progress() as progress:
-        def begin(name: str) -> None:
-            progress.on_part(len(started), total, f"audit of {name}")
-            started.append(name)
+    network = "mamba2" in config.models and len(panel) >= AUDITED_HOURS
+
+    def make(begin: Callable[[str], None]) -> dict:
         reports = audit_inputs(panel, config, tables, loaded.provenance, MAX_AGE, n_cuts, user_code, begin)
         reports |= audit_user_code(panel, config, user_code, n_cuts, begin)
-        if network: reports |= audit_network(panel, config, user_code, begin)
-    for name, report in reports.items(): say(f"  audit of {name}: {report!r}")
-    return reports
+        return reports | audit_network(panel, config, user_code, begin) if network else reports
+    return shown_audits(4 + bool(tables) + 2 * network + len(user_code.features) + len(user_code.models), make)
 
 def user_code_audits(
     loaded: LoadedPanel,  # panel
     config: Any,  # `EvaluateConfig` of the run
     user_code: Any,  # `protocol.UserCode`: the user's forecasters and features
 ) -> dict:
-    "Reports by name on forecasters and features of your own, printed; none where there are none."
+    "Reports by name on the user's forecasters and features; they are printed too. None where there are none."
     from cryptopredict.run_audits import audit_user_code
     if not (user_code.models or user_code.features): return {}
     say("audit of your own code ...")
-    started: list[str] = []
-    with Progress() as progress:
-        def begin(name: str) -> None:
-            progress.on_part(len(started), len(user_code.models) + len(user_code.features), f"audit of {name}")
-            started.append(name)
-        reports = audit_user_code(loaded.panel, config, user_code, on_audit=begin)
-    for name, report in reports.items(): say(f"  audit of {name}: {report!r}")
-    return reports
+    return shown_audits(len(user_code.models) + len(user_code.features),
+                        lambda begin: audit_user_code(loaded.panel, config, user_code, on_audit=begin))
 
 def judge_reports(
     reports: Mapping[str, Any],  # `LeakReport` by name
@@ -408,7 +411,7 @@ class TrainCommand(WalkForwardArgs, TrackingArgs):
         self,
         config: Any,  # `EvaluateConfig` of the training
         panel: Any,  # DataFrame, hourly
-        user_code: Any,  # `protocol.UserCode`: features that are not the package's
+        user_code: Any,  # `protocol.UserCode`: the user's features
     ) -> int:
         "Print what the trainings of a newest forecast would take; returns the exit code."
         from cryptopredict.tbptt_trainer import resolved
@@ -620,8 +623,8 @@ def is_users_mistake(error: BaseException) -> bool:
     assert at is not None  # it was raised
     while at.tb_next: at = at.tb_next
     code, module = at.tb_frame.f_code.co_code, str(at.tb_frame.f_globals.get("__name__")).partition(".")[0]
-    user_code = module in ("cryptopredict", __name__.partition(".")[0])
-    return module in PARSERS or user_code and dis.opname[code[at.tb_lasti]] == "RAISE_VARARGS"
+    ours = module in ("cryptopredict", __name__.partition(".")[0])
+    return module in PARSERS or ours and dis.opname[code[at.tb_lasti]] == "RAISE_VARARGS"
 
 def report_error(error: Exception, verbose: bool) -> int:
     "Print an error; the exit code is 2 for a mistake of the user's, 3 for a bug, which comes with its traceback."

@@ -11,12 +11,13 @@ from typing import Any
 import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'SKY', 'BLACK', 'GREY', 'PALETTE', 'notebook_renderer', 'house_style',
-           'colours']
+__all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'SKY', 'BLACK', 'GREY', 'DARK', 'PALETTE', 'notebook_renderer',
+           'house_style', 'colours', 'faint']
 
 # %% ../nbs/00j_figures.ipynb #9f632910
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#999999"
+DARK = "#555555"  # lines that are no data
 PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, GREY)
 
 def notebook_renderer() -> None:
@@ -39,3 +40,11 @@ def colours(
 ) -> dict[str, str]:
     "One colour a name, the same in every figure that draws these names."
     return {name: PALETTE[k % len(PALETTE)] for k, name in enumerate(names)}
+
+def faint(
+    colour: str,  # as "#0072B2"
+    opacity: float = .35,  # 0 to 1
+) -> str:
+    "The colour for an area that others are drawn over."
+    red, green, blue = (int(colour[k:k + 2], 16) for k in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity:g})"

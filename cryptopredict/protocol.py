@@ -39,9 +39,9 @@ from .sources import price_gaps
 from .tbptt_trainer import TrainSettings
 
 # %% auto #0
-__all__ = ['FORECASTERS', 'Truth', 'EvaluateConfig', 'load_config', 'load_object', 'code_bytes', 'source_hash', 'UserCode',
-           'load_user_code', 'check_signature', 'display_name', 'make_forecaster', 'run_features', 'default_first_test',
-           'make_folds', 'lost_origins']
+__all__ = ['FORECASTERS', 'DATA', 'Truth', 'EvaluateConfig', 'load_config', 'load_object', 'code_bytes', 'used_globals',
+           'source_hash', 'UserCode', 'load_user_code', 'check_signature', 'display_name', 'make_forecaster',
+           'run_features', 'default_first_test', 'make_folds', 'lost_origins']
 
 # %% ../nbs/05f_protocol.ipynb #ecf389e7
 class Truth:
@@ -260,20 +260,39 @@ def code_bytes(thing: Any) -> bytes:
     constants = [code_bytes(c) if inspect.iscode(c) else repr(c).encode() for c in code.co_consts]
     return code.co_code + repr(code.co_names).encode() + b"".join(constants)
 
+DATA = (bool, int, float, complex, str, list, tuple, dict, np.ndarray, pd.Series, pd.DataFrame, pd.Timedelta, pd.Timestamp)
+
+def used_globals(thing: Any) -> dict[str, Any]:
+    "Data, and compiled code of functions and classes, that a function or the methods of a class take from their module."
+    methods = [f for f in vars(thing).values() if inspect.isfunction(f)] if inspect.isclass(thing) else [thing]
+    found, todo = {}, [f for f in methods if hasattr(f, "__code__")]
+    while todo:
+        function = todo.pop()
+        for name in function.__code__.co_names:
+            value = function.__globals__.get(name)
+            if name in found or value is None: continue
+            defined = inspect.isfunction(value) or inspect.isclass(value)
+            if isinstance(value, DATA): found[name] = value
+            elif defined and value.__module__ == function.__module__:
+                found[name] = code_bytes(value)
+                if inspect.isfunction(value): todo.append(value)
+    return found
+
 def source_hash(
     thing: Any,  # a function, class or object
 ) -> str:
-    """sha256 of what decides its results: the file that a function or class stands in (its compiled code where there is none, as
-    in a notebook), the values of an object, and what a function has in its defaults and in the variables around it."""
+    """sha256 of what decides its results: the file that a function or class stands in, the values of an object, what a function
+    has in its defaults and closure. Where there is no file, as in a notebook, the compiled code and what it takes from there."""
     if isinstance(thing, partial):
         return source_hash(thing.func) + source_hash(SimpleNamespace(args=thing.args, words=thing.keywords))
     definition = thing if inspect.isroutine(thing) or inspect.isclass(thing) else type(thing)
+    around: dict[str, Any] = {}
     try: content = Path(inspect.getsourcefile(definition)).read_bytes()  # type: ignore[arg-type]  # None is a TypeError
-    except (TypeError, OSError): content = code_bytes(definition)
+    except (TypeError, OSError): content, around = code_bytes(definition), used_globals(definition)
     sha = hashlib.sha256(content)
-    around = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
-    values = thing if definition is not thing else dict(defaults=getattr(thing, "__defaults__", None), around=around)
-    try: parts = fitted_parts(values)
+    closure = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
+    made = thing if definition is not thing else dict(defaults=getattr(thing, "__defaults__", None), closure=closure)
+    try: parts = fitted_parts(dict(made=made, around=around))
     except TypeError as error:
         raise ConfigError(f"{display_name(thing)} holds what cannot be copied ({error}): make it in fit") from error
     for path, value in parts.items():
@@ -282,7 +301,7 @@ def source_hash(
     return sha.hexdigest()
 
 class UserCode(NamedTuple):
-    "Forecasters and the user's feature functions, by the names that a configuration has for them."
+    "The user's forecasters and feature functions, by the names that a configuration has for them."
     models: dict[str, Any]  # classes, or objects that are copied before each fit
     features: dict[str, Callable[[pd.DataFrame], Any]]  # from the hourly panel to a frame or series
 

@@ -5,7 +5,6 @@
 # %% ../nbs/06_results.ipynb #c2b8f61d
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from .figures import BLACK, GREY, PALETTE, colours, house_style
+from .figures import BLACK, DARK, GREY, PALETTE, SKY, colours, faint, house_style
 from .labels import DIRECTIONS, HEADS, TASKS
 from .storage import write_atomic
 from .walkforward import Evaluation, evaluate  # noqa: F401  # both with what is added here
@@ -86,7 +85,7 @@ def figure_skill(
         at, lo, hi = (100 * part[c].astype(float) for c in ("relative", "rel_lo", "rel_hi"))
         error = dict(type="data", symmetric=False, array=(hi - at).round(2), arrayminus=(at - lo).round(2), thickness=1.2)
         fig.add_scatter(x=at.round(2), y=rows, mode="markers", name=model, marker=dict(color=colour, size=8), error_x=error)
-    fig.add_vline(x=0, line=dict(color="#555555", width=1), opacity=1)
+    fig.add_vline(x=0, line=dict(color=DARK, width=1), opacity=1)
     fig.update_yaxes(tickvals=list(range(len(order))), ticktext=[SCORE_NAMES[s] for s in order], autorange="reversed")
     fig.update_xaxes(title=f"difference to {reference} (%), 90 % interval")
     return house_style(fig, f"Loss relative to {reference}: left of zero is better", 460)
@@ -139,7 +138,7 @@ def figure_coverage(
         part = table[(table["model"] == model) & table["mean"].notna()]
         at = [labels.index(x) + .6 * (k / max(len(models) - 1, 1) - .5) for x in part["label"]]
         fig.add_trace(interval_points(part.assign(at=at), "at", "mean", model, colour))
-    fig.add_hline(y=.8, line=dict(color="#555555", width=1), opacity=1)
+    fig.add_hline(y=.8, line=dict(color=DARK, width=1), opacity=1)
     fig.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, title="year of the forecast")
     fig.update_yaxes(title="share inside the band", range=[0, 1.02])
     return house_style(fig, "Coverage of the 80 % band by year; 90 % intervals from 8 windows on")
@@ -160,7 +159,7 @@ def figure_fan(
     fig = go.Figure()
     fig.add_scatter(x=when, y=high, line=dict(width=0), showlegend=False, hoverinfo="skip")
     name = f"{model}: 80 % band made {pd.Timedelta(horizon).days} days before"
-    fig.add_scatter(x=when, y=low, fill="tonexty", fillcolor="rgba(86,180,233,.35)", line=dict(width=0), name=name)
+    fig.add_scatter(x=when, y=low, fill="tonexty", fillcolor=faint(SKY), line=dict(width=0), name=name)
     fig.add_scatter(x=shown.index, y=shown, name="price", line=dict(color=BLACK, width=1.3))
     fig.update_yaxes(type="log", title="USD").update_xaxes(title="day (UTC)")
     return house_style(fig, "Price against the band forecast for it")
@@ -343,36 +342,36 @@ def distance_to_truth(
 ) -> list[str]:
     "How much of what the truth gains over the reference each model gains, on log loss and QLIKE."
     mean = {(r["model"], r["score"]): r["mean"] for r in scores["summary"]}
-    reference, said = scores["config"]["models"][0], []
+    reference, sentences = scores["config"]["models"][0], []
     for score in ("log_loss", "qlike"):
         whole = mean[reference, score] - mean["truth", score]
         others = [m for m in scores["config"]["models"][1:] if m != "truth"]
         share = {m: (mean[reference, score] - mean[m, score]) / whole for m in others}
         shares = ", ".join(f"{m} {v:.0%}" for m, v in share.items())
-        if whole > 0: said.append(f"Of the truth's gain over {reference} in {SCORE_NAMES[score]}: {shares}.")
-    return said
+        if whole > 0: sentences.append(f"Of the truth's gain over {reference} in {SCORE_NAMES[score]}: {shares}.")
+    return sentences
 
 # %% ../nbs/06_results.ipynb #d5581bea
 def finding_sentences(
     scores: dict,  # content of `scores.json`
 ) -> list[str]:
     "What the run shows, in sentences made from its numbers: leaks, direction, band, volatility."
-    config, said = scores["config"], [leak_sentence(scores["audits"])]
+    config, sentences = scores["config"], [leak_sentence(scores["audits"])]
     reference = config["models"][0]
     for name, head in HEADS.items():
         who = better_models(scores["comparison"], head.scores, ("truth", *repeats_baseline(scores, name)))
         nobody = f"no model is shown to be better than {reference}"
         shown = f"better than {reference} at Holm-adjusted p < .05: {who}" if who else nobody
-        said.append(f"On the {head.title.lower()}, {shown}.")
-    if network_sentence(scores): said.append(network_sentence(scores))
-    if "truth" in config["models"]: said += distance_to_truth(scores)
+        sentences.append(f"On the {head.title.lower()}, {shown}.")
+    if network_sentence(scores): sentences.append(network_sentence(scores))
+    if "truth" in config["models"]: sentences += distance_to_truth(scores)
     count = pd.DataFrame(scores["summary"]).groupby("score")["n_windows"].max().astype(int)
     returns, volatility = (f"{count[s]} of {config[span]}" for s, span in (("log_loss", "horizon"), ("qlike", "vol_window")))
     names = dict(r90="return", sigma="volatility")
     origins = [f"{s['origins']} daily origins for the {names[k]}, {s['begin'][:10]} to {s['end'][:10]}"
                for k, s in scores["origins_by_label"].items()]
     windows = f"{returns} for the return, {volatility} for volatility"
-    return [*said, f"Independent windows behind it: {windows} ({'; '.join(origins)})."]
+    return [*sentences, f"Independent windows behind it: {windows} ({'; '.join(origins)})."]
 
 # %% ../nbs/06_results.ipynb #cf8f6ad1
 def newest_table(

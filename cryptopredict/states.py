@@ -175,7 +175,7 @@ def check_like(
     name: str,  # of the argument in the message
     u: Tensor,  # input that it goes with, for the message
 ) -> Any:
-    "`given`, if it is like `due`; else a `ValueError` that names the part and both shapes."
+    "`given`, if it is like `expected`; else a `ValueError` that names the part and both shapes."
     if type(given) is not type(expected):
         raise ValueError(f"{name} is {type(given).__name__}; expected {type(expected).__name__}")
     if isinstance(expected, tuple):

@@ -452,7 +452,7 @@ class Run:
         self,
         epoch: int,  # from 0, before any update; its end must be kept
     ) -> Run:
-        "The same run as it was after that epoch."
+        "Load the end of that epoch into this run; returns itself."
         self.load_state_dict(load(self.end_of_epoch(epoch)))
         return self
 
@@ -476,7 +476,7 @@ class Run:
         append_jsonl(self.folder.events, dict(step=self.step, epoch=self.epoch, event=event, **more))
 
     def suspect_checkpoints(self) -> list[Path]:
-        "Checkpoints that hold the last update but one, whose loss is known only now."
+        "Checkpoints at `step - 1` or later: they hold the update that a spike is blamed on."
         return [path for path in checkpoints(self.folder.checkpoints) if step_of(path) >= self.step - 1]
 
     def can_rewind(self) -> bool:
@@ -516,8 +516,8 @@ class Run:
         parts = task_losses(forecast, targets, self.config.target)
         if piece.share is None: return dict(loss=multitask_loss(parts, model.log_var_cls, model.log_var_reg), **parts)
         parts = {name: value * share for (name, value), share in zip(parts.items(), piece.share)}
-        grown = {name: value / piece.part for name, value in parts.items()}  # the log-variances enter once a chunk
-        return dict(loss=multitask_loss(grown, model.log_var_cls, model.log_var_reg) * piece.part, **parts)
+        scaled = {name: value / piece.part for name, value in parts.items()}  # the log-variances enter once per chunk
+        return dict(loss=multitask_loss(scaled, model.log_var_cls, model.log_var_reg) * piece.part, **parts)
 
     def halve_micro_batch(
         self,
@@ -695,7 +695,7 @@ def data_fingerprint(
     data: FoldData,  # tensors of a fold
     climatology: tuple[Tensor, Tensor, float] | None,  # what the heads start from
 ) -> dict:
-    "`sha256` of all that a training learns from, and the `scaler` of its features: what tells trainings on other data apart."
+    "`sha256` of all that a training learns from, and the `scaler` of its features: they identify the data."
     digest = hashlib.sha256(repr((data.start, data.stop)).encode())
     start = [torch.as_tensor(v) for v in climatology or ()]
     for tensor in (data.x, *data.fit, *(data.valid or ()), *start): digest.update(tensor.detach().cpu().contiguous().numpy().data)
@@ -776,8 +776,8 @@ def best_epoch(
     for out in outs:
         for record in read_jsonl(TrainingFolder(out).validation): totals.setdefault(record["epoch"], []).append(record["total"])
     if not totals: raise ValueError(f"{', '.join(map(str, outs))}: no validation was made, nothing to choose by")
-    mean = {epoch: sum(values) for epoch, values in totals.items() if len(values) == len(outs)}
-    return min(mean, key=lambda epoch: mean[epoch] if math.isfinite(mean[epoch]) else math.inf)
+    sums = {epoch: sum(values) for epoch, values in totals.items() if len(values) == len(outs)}
+    return min(sums, key=lambda epoch: sums[epoch] if math.isfinite(sums[epoch]) else math.inf)
 
 def keep_weights_only(
     out: str | Path,  # folder of a finished training

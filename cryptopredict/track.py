@@ -383,7 +383,7 @@ class MLflow(Tracker):
         self,
         training: Training,  # one to follow
     ) -> str:
-        "What tells a training from others: its folder, configuration and data."
+        "sha256 of what identifies a training: its folder, configuration and data."
         parts = [str(training.folder.path), training.config, training.data]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

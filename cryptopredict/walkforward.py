@@ -5,6 +5,7 @@
 # %% ../nbs/05h_walkforward.ipynb #684d4a07
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import tempfile
@@ -50,7 +51,7 @@ def fit_predict(
     fold: Fold,  # rows for choices, fit and test
     config: EvaluateConfig,  # settings that the forecaster is given
     seed: int,  # of the forecaster
-    user_code: UserCode = UserCode({}, {}),  # forecasters that are not the package's
+    user_code: UserCode = UserCode({}, {}),  # the user's forecasters
     folder: Path | None = None,  # where a forecaster that trains keeps its history
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of one that trains
 ) -> pd.DataFrame:
@@ -94,7 +95,7 @@ class Step(NamedTuple):
 
 def is_stochastic(
     model: str,  # name of a forecaster
-    user_code: UserCode,  # forecasters that are not the package's
+    user_code: UserCode,  # the user's forecasters
 ) -> bool:
     "Whether a forecaster makes use of a seed."
     return bool(getattr(user_code.models.get(model, FORECASTERS.get(model)), "stochastic", False))
@@ -102,7 +103,7 @@ def is_stochastic(
 def run_parts(
     config: EvaluateConfig,  # models and seeds
     n_folds: int,  # number of folds
-    user_code: UserCode,  # forecasters that are not the package's
+    user_code: UserCode,  # the user's forecasters
 ) -> list[tuple[int, str, int]]:
     "All (fold, model, seed) of a run."
     seeds = lambda m: range(config.seed, config.seed + (config.seeds if is_stochastic(m, user_code) else 1))
@@ -113,7 +114,7 @@ def run_steps(
     y: pd.DataFrame,  # labels by decision time
     folds: Sequence[Fold],  # walk-forward folds
     names: Sequence[str],  # of the folds, in words
-    user_code: UserCode,  # forecasters that are not the package's
+    user_code: UserCode,  # the user's forecasters
     there: Callable[[int, str, int], bool],  # whether the part of a fold, model and seed exists
 ) -> list[Step]:
     "All parts of a run, with the work that each still is."
@@ -185,7 +186,6 @@ def panel_hash(
     panel: pd.DataFrame,  # hourly panel
 ) -> str:
     "sha256 of the panel's times, columns and values."
-    import hashlib
     plain = panel.set_axis(panel.index.as_unit("ns"))
     digest = hashlib.sha256(",".join(panel.columns).encode())
     digest.update(pd.util.hash_pandas_object(plain, index=True).to_numpy().tobytes())
@@ -232,7 +232,7 @@ def open_run(
     out: str | Path,  # run folder, new or of the same run
     config: EvaluateConfig,  # of the run
     provenance: dict,  # as from `provenance_of`
-    user_code: UserCode = UserCode({}, {}),  # code that is not the package's
+    user_code: UserCode = UserCode({}, {}),  # the user's forecasters and features
 ) -> RunFolder:
     "The run folder, made where absent; a `ValueError` names what differs from the run that it holds, and changes nothing."
     folder = RunFolder(out)
@@ -307,7 +307,7 @@ def train_newest(
     panel: pd.DataFrame,  # hourly panel
     out: str | Path,  # folder of the trainings: new, or one to be resumed
     source: str = "panel",  # what the panel is
-    user_code: UserCode = UserCode({}, {}),  # features that are not the package's
+    user_code: UserCode = UserCode({}, {}),  # the user's features
     on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with models done, all, the next
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
     inventory: pd.DataFrame | None = None,  # as from `sources.inventory`, kept as `inventory.json`
@@ -339,7 +339,7 @@ def train_newest(
 def expected_trainings(
     config: EvaluateConfig,  # as for `newest_forecast`
     panel: pd.DataFrame,  # hourly panel
-    user_code: UserCode = UserCode({}, {}),  # features that are not the package's
+    user_code: UserCode = UserCode({}, {}),  # the user's features
 ) -> pd.DataFrame:
     "The trainings behind a newest forecast, before any: spans, hours, and what `estimate` expects of them."
     y = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 import cryptopredict as cp
+from cryptopredict.protocol import source_hash
 
 SETTINGS = dict(horizon="10D", vol_window="5D", first_test="2016-05-30", step="60D", validation="30D", n_boot=100)
 
@@ -61,6 +62,28 @@ def test_a_run_is_not_resumed_with_other_values_of_a_forecaster_or_feature(panel
     cp.evaluate(panel, ["climatology"], tmp_path / "b", features=[over(3)], **SETTINGS)
     with pytest.raises(ValueError, match="another run"):
         cp.evaluate(panel, ["climatology"], tmp_path / "b", features=[over(5)], **SETTINGS)
+
+
+NOTEBOOK = """import pandas as pd
+span = 3
+def scale(): return 1.
+def change(panel): return scale() * panel["close"].pct_change(24 * span)
+class Mine:
+    def fit(self, panel, X, y, fold, seed=0): return self
+    def predict(self, panel, X, rows): return scale() * span
+"""
+
+
+@pytest.mark.parametrize("name", ["change", "Mine"])
+@pytest.mark.parametrize("old, new, same", [("span = 3", "span = 4", False), ("return 1.", "return 2.", False),
+                                            ("import pandas", "other = 1\nimport pandas", True)])
+def test_code_of_a_notebook_is_known_by_what_it_uses(name, old, new, same):
+    def in_a_notebook(source):  # code without a file
+        cell = {"__name__": "cell"}
+        exec(source, cell)
+        return cell[name]
+    one, two = (source_hash(in_a_notebook(source)) for source in (NOTEBOOK, NOTEBOOK.replace(old, new)))
+    assert (one == two) == same
 
 
 def test_a_label_looked_up_elsewhere_is_found_in_a_feature(panel, tmp_path):
