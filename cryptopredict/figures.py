@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from textwrap import wrap
 from typing import Any
 
 import plotly.graph_objects as go
@@ -21,9 +22,9 @@ DARK = "#555555"  # lines that are no data
 PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, GREY)
 
 def notebook_renderer() -> None:
-    "Let figures show themselves in JupyterLab and on the site, at a small size: plotly's script is loaded once a page."
+    "Make notebooks store figures as data alone: JupyterLab draws them with its own plotly, the site with one shared script."
     import plotly.io as pio
-    pio.renderers.default = "plotly_mimetype+notebook_connected"
+    pio.renderers.default = "plotly_mimetype"
 
 def house_style(
     fig: go.Figure,  # any figure
@@ -31,9 +32,10 @@ def house_style(
     height: int = 380,  # pixels
     **layout: Any,  # further arguments of `update_layout`
 ) -> go.Figure:
-    "The figure with a title, in the house's look: plain axes, the legend in a row below."
-    return fig.update_layout(title=title, height=height, template="simple_white", margin=dict(t=85, b=45, l=60, r=20),
-                             legend=dict(orientation="h", y=-.25), **layout)
+    "The figure in the house style: title in lines short enough for a phone, plain axes, the legend in a row below."
+    text = "<br>".join(wrap(title, 48))
+    return fig.update_layout(title=dict(text=text, font_size=16, x=.02), height=height, template="simple_white",
+                             margin=dict(t=85, b=45, l=60, r=20), legend=dict(orientation="h", y=-.25), **layout)
 
 def colours(
     names: Iterable[str],  # of models, say
