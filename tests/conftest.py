@@ -1,11 +1,16 @@
-"Settings and fixtures of all tests: one thread per process, repeatable hypothesis, shared runs of the shell, the real data."
+"""Fixtures that several test files share: source files, runs of the shell command, a finished training, executed notebooks.
+
+What takes long is made once: `default_run` and `executed` are taken from the folders that CRYPTOPREDICT_DEFAULT_RUN and
+CRYPTOPREDICT_EXECUTED name where `.ci/run` has made them before, and are shared by the workers of pytest-xdist otherwise.
+"""
+import json
 import os
-import shutil
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 # Read when numpy loads, here and in every process a test starts: keep numpy out of the imports above.
@@ -18,50 +23,68 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT.parent / "shared" / "data"  # the real source files, beside the checkout; they are not part of it
-_long = {}  # the runs that take longest, started beside the tests that do not need them
+DATA = ROOT.parent / "shared" / "data"  # the real source files, next to the checkout; they are not part of it
 
 
-def _start(name: str):
-    "One of the long runs, in an empty folder."
-    from helpers import BASELINES, measured
-    if name == "default_run": return measured("run", cwd=_long["folder"] / "default")
-    return measured("run", "--data", DATA, "--models", *BASELINES, cwd=_long["folder"] / "real", timeout=600)
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: longer checks of the same kind, run by `pytest -m slow` only")
 
 
-def pytest_collection_finish(session):
-    "With two cores this saves more than a minute."
-    wanted = {name for item in session.items for name in ("default_run", "real_run") if name in getattr(item, "fixturenames", ())}
-    if session.config.option.collectonly or not wanted: return
-    _long["folder"], _long["pool"] = Path(tempfile.mkdtemp(prefix="cryptopredict-")), ThreadPoolExecutor(1)
-    for name in sorted(wanted, reverse=True):  # the run on the real files is asked for first
-        if name == "default_run" or DATA.is_dir(): _long[name] = _long["pool"].submit(_start, name)
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("-m"): return
+    chosen = [item for item in items if item.get_closest_marker("slow") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
-def pytest_sessionfinish(session):
-    "Nothing is left running, and no folder behind."
-    if "pool" in _long:
-        _long["pool"].shutdown(cancel_futures=True)
-        shutil.rmtree(_long["folder"], ignore_errors=True)
+@pytest.fixture(scope="session")
+def once(tmp_path_factory, request):
+    "A function that calls `work(folder)` in the first worker that needs it, and returns the folder in every worker."
+    base = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"): base = base.parent  # the folder that all workers share
+
+    def make(name: str, work) -> Path:
+        folder = base / name
+        with FileLock(base / f"{name}.lock"):
+            if not (base / f"{name}.done").exists():
+                work(folder)
+                (base / f"{name}.done").touch()
+        return folder
+    return make
 
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     "Folder of the real source files."
-    if not DATA.is_dir(): pytest.skip("the real data are not here: ../shared/data beside the checkout")
+    if not DATA.is_dir(): pytest.skip("the real data are not here: ../shared/data next to the checkout")
     return DATA
 
 
 @pytest.fixture(scope="session")
-def default_run():
-    "`cryptopredict run` without any flag in an empty folder: files, output, seconds, peak memory."
-    return _long["default_run"].result()
+def default_run(once):
+    "`cryptopredict run` without any flag in an empty folder: files, output, peak memory."
+    from helpers import command, load_measured, measure
+    kept = os.environ.get("CRYPTOPREDICT_DEFAULT_RUN")
+    return load_measured(Path(kept) if kept else once("default", lambda folder: measure(folder, command(), "run")))
 
 
 @pytest.fixture(scope="session")
-def real_run(data_dir):
+def real_run(once, data_dir):
     "`cryptopredict run --data` with the baselines, as `default_run`."
-    return _long["real_run"].result()
+    from helpers import BASELINES, command, load_measured, measure
+    words = ("run", "--data", data_dir, "--models", *BASELINES)
+    return load_measured(once("real", lambda folder: measure(folder, command(), *words, timeout=600)))
+
+
+@pytest.fixture(scope="session")
+def executed(once) -> Path:
+    "Folder with the outputs of every notebook, executed by `nbdev_test`: one JSON file each."
+    kept = os.environ.get("CRYPTOPREDICT_EXECUTED")
+    def work(folder):
+        argv = [sys.executable, ROOT / "tests" / "execute.py", folder]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=1200)
+        assert done.returncode == 0, done.stderr
+    return Path(kept) if kept else once("executed", work)
 
 
 @pytest.fixture(scope="session")
@@ -87,12 +110,35 @@ def small_run(small, tmp_path_factory) -> Path:
     return folder / "out"
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: longer checks of the same kind, run by `pytest -m slow` only")
+@pytest.fixture(scope="session")
+def finished_training(tmp_path_factory) -> Path:
+    "The folder of an uninterrupted training of `trainings.config` on `trainings.data`; copy it before changing it."
+    from trainings import config, data
+
+    from cryptopredict.tbptt_trainer import train
+    out = tmp_path_factory.mktemp("finished")
+    assert train(config(), data(), out).step > 12
+    return out
 
 
-def pytest_collection_modifyitems(config, items):
-    if config.getoption("-m"): return
-    chosen = [item for item in items if item.get_closest_marker("slow") is None]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
+@pytest.fixture
+def spoil(monkeypatch):
+    "A function that multiplies the loss of some steps by a factor, each at most so many times."
+    from cryptopredict.tbptt_trainer import Run
+
+    def do(steps, factor, times=10**9):
+        plain, left = Run.losses, {step: times for step in steps}
+
+        def losses(run, forecast, piece):
+            made = plain(run, forecast, piece)
+            if left.get(run.step, 0) <= 0: return made
+            left[run.step] -= 1
+            return dict(made, loss=made["loss"] * factor)
+        monkeypatch.setattr(Run, "losses", losses)
+    return do
+
+
+@pytest.fixture(scope="session")
+def notebooks() -> dict[str, dict]:
+    "The committed notebooks by name."
+    return {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))}

@@ -82,14 +82,20 @@ class Measured:
     peak: int  # largest resident set, bytes
 
 
-def measured(*words: str, cwd: Path, timeout: float = 400) -> Measured:
-    "The shell command with wall time and peak memory, measured from a bare parent: a child starts with its parent's peak."
-    cwd.mkdir(parents=True, exist_ok=True)
-    note = cwd.parent / f"{cwd.name}.json"
-    argv = [sys.executable, "-S", "-c", MEASURE, note, command(), *words]
+def measure(folder: Path, *words, timeout: float = 600) -> None:
+    "Run a command in an empty folder and keep what `load_measured` reads. A bare parent starts it: a child inherits the peak."
+    cwd = folder / "cwd"
+    cwd.mkdir(parents=True)
+    argv = [sys.executable, "-S", "-c", MEASURE, folder / "measured.json", *words]
     done = subprocess.run(list(map(str, argv)), cwd=cwd, env=ENV, capture_output=True, text=True, timeout=timeout)
-    runs = sorted(cwd.glob("runs/*")) or [cwd / "runs"]
-    return Measured(cwd=cwd, out=runs[0], stdout=done.stdout, stderr=done.stderr, **json.loads(note.read_text()))
+    (folder / "output.json").write_text(json.dumps(dict(stdout=done.stdout, stderr=done.stderr)))
+
+
+def load_measured(folder: Path) -> Measured:
+    "A command that `measure` has run."
+    runs = sorted((folder / "cwd").glob("runs/*")) or [folder / "cwd" / "runs"]
+    notes = {k: v for name in ("measured", "output") for k, v in json.loads((folder / f"{name}.json").read_text()).items()}
+    return Measured(cwd=folder / "cwd", out=runs[0], **notes)
 
 
 def snapshot(folder: Path, times: bool = True) -> dict:

@@ -1,119 +1,139 @@
-"The committed notebooks: small, clean, executed, and re-executing one gives the figures that were committed."
+"The committed notebooks: small, clean, with titled figures, opening with what the reader came for, and executed as they stand."
 import base64
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
-import pytest
-from helpers import snapshot
+from conftest import DATA
 
-ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-# The results as committed, and two that draw what their own module computes; none of them needs files from outside.
-AGAIN = ("00_leakage", "05d_calibration", "06_results")
 PLOTLY = "application/vnd.plotly.v1+json"
+# These train networks: the last digits differ between kinds of processors, so only words and shapes are compared.
+TRAINED = {"04_mhsa", "04a_multitask", "04d_bptt", "05_tbptt_trainer", "05e_network", "05h_walkforward", "05i_track", "06a_cli"}
+LOCAL_PATH = re.compile(r"(?<![\w./])/(?:root|home|tmp|work|Users|private|var/folders)/[\w./-]*|[A-Z]:\\\\+Users")
 
 
-def _code(path: Path) -> list[dict]:
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return [c for c in cells if c["cell_type"] == "code"]
+def text_of(cell: dict) -> str: return "".join(cell["source"])
 
 
-def _figures(cells: list[dict]) -> list[dict]:
+def code(notebook: dict) -> list[dict]: return [c for c in notebook["cells"] if c["cell_type"] == "code"]
+
+
+def figures(cells: list[dict]) -> list[dict]:
     "The plotly figures among the outputs of some cells."
     return [o["data"][PLOTLY] for c in cells for o in c["outputs"] if PLOTLY in o.get("data", {})]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_is_small_and_clean(path):
-    text = path.read_text(encoding="utf-8")
-    assert len(text.encode()) < 1_500_000
-    outputs = [o for c in _code(path) for o in c["outputs"]]
-    assert not [o["evalue"] for o in outputs if o["output_type"] == "error"]
-    assert not [o["text"] for o in outputs if o.get("name") == "stderr"], "a warning or a progress bar"
-    local = re.findall(r"(?<![\w./])/(?:root|home|tmp|work|Users|private|var/folders)/[\w./-]*|[A-Z]:\\\\+Users", text)
-    assert not local, f"paths of one machine: {local[:3]}"
-    assert max((len(json.dumps(f)) for f in _figures(_code(path))), default=0) < 200_000, "a figure is too large"
+def test_notebooks_are_small_and_clean(notebooks):
+    found = []
+    for name, notebook in notebooks.items():
+        text = json.dumps(notebook, ensure_ascii=False)
+        outputs = [o for c in code(notebook) for o in c["outputs"]]
+        if len(text.encode()) > 1_500_000: found.append(f"{name}: over 1.5 MB")
+        if any(len(json.dumps(f)) > 200_000 for f in figures(code(notebook))): found.append(f"{name}: a figure over 200 KB")
+        found += [f"{name}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
+        found += [f"{name}: a warning or progress bar {o['text']}" for o in outputs if o.get("name") == "stderr"]
+        found += [f"{name}: path of one machine {path}" for path in LOCAL_PATH.findall(text)[:3]]
+    assert not found
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_has_title_and_last_section(path):
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    first = "".join(cells[0]["source"]).splitlines()
-    assert first[0].startswith("# ") and any(line.startswith("> ") for line in first)
-    prose = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
-    heads = re.findall(r"^## .*", prose, re.M)
-    assert "break" in heads[-1].lower(), f"the last section must list what would break this, and is {heads[-1]!r}"
+def test_a_notebook_opens_with_title_prose_and_a_picture_or_table(notebooks):
+    found = []
+    for name, notebook in notebooks.items():
+        cells = notebook["cells"]
+        if not re.fullmatch(r"# .+\n> .+", text_of(cells[0]).strip()): found.append(f"{name}: cell 0 is not title and subtitle")
+        if cells[1]["cell_type"] != "markdown": found.append(f"{name}: no prose in cell 1")
+        shown = next((k for k, c in enumerate(cells) if c.get("outputs")), len(cells))
+        if shown > max(5, .15 * len(cells)): found.append(f"{name}: the first output stands in cell {shown} of {len(cells)}")
+    assert not found
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_figures_are_titled(path):
-    for layout in (f["layout"] for f in _figures(_code(path))):
-        title = layout.get("title", {}).get("text")
-        assert title, "a figure without a title"
-        # A scale of names, such as models, needs no title; the other one does.
-        axes = [v for k, v in layout.items() if re.fullmatch(r"[xy]axis\d*", k) and v.get("visible", True)]
-        assert not axes or any((a.get("title") or {}).get("text") for a in axes), f"{title}: no axis has a title"
+def test_a_notebook_ends_with_what_would_break_it(notebooks):
+    last = {name: re.findall(r"^## .*", "\n".join(text_of(c) for c in notebook["cells"] if c["cell_type"] == "markdown"), re.M)
+            for name, notebook in notebooks.items()}
+    assert {name for name, heads in last.items() if not heads or heads[-1] != "## What would break this"} == set()
 
 
-def _plain(value):
+def test_figures_have_titles_and_axis_titles(notebooks):
+    found = []
+    for name, notebook in notebooks.items():
+        for layout in (f["layout"] for f in figures(code(notebook))):
+            title = (layout.get("title") or {}).get("text")
+            # A scale of names, such as models, needs no title; the other one does.
+            axes = [v for k, v in layout.items() if re.fullmatch(r"[xy]axis\d*", k) and v.get("visible", True)]
+            titled = not axes or any((a.get("title") or {}).get("text") for a in axes)
+            if not title or not titled: found.append(f"{name}, {title}: no title of the figure or of an axis")
+    assert not found
+
+
+# --- execution changes no output ------------------------------------------------------------------------------------------
+
+
+def plain(value):
     "A figure's data with typed arrays as lists."
     if isinstance(value, dict) and set(value) >= {"dtype", "bdata"}:
         array = np.frombuffer(base64.b64decode(value["bdata"]), dtype=np.dtype(value["dtype"]))
         shape = [int(n) for n in str(value["shape"]).split(",")] if "shape" in value else [-1]
         return array.reshape(shape).tolist()
-    if isinstance(value, dict): return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list) else value
+    if isinstance(value, dict): return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list) else value
 
 
-def _difference(one, other, where: str = "") -> str | None:
-    "Where two figures' data first differ; numbers may by 1e-9 of their size."
+def difference(one, other, exact: bool = True, where: str = "") -> str | None:
+    "Where two outputs first differ; numbers may by 1e-6 of their size, or in any way unless `exact`."
     if isinstance(one, dict) and isinstance(other, dict):
         if set(one) != set(other): return f"{where}: keys {sorted(set(one) ^ set(other))}"
-        return next((d for k in one if (d := _difference(one[k], other[k], f"{where}.{k}"))), None)
+        return next((d for k in one if (d := difference(one[k], other[k], exact, f"{where}.{k}"))), None)
     if isinstance(one, list) and isinstance(other, list):
-        if len(one) != len(other): return f"{where}: {len(one)} and {len(other)} entries"
-        return next((d for k, pair in enumerate(zip(one, other)) if (d := _difference(*pair, f"{where}[{k}]"))), None)
+        if len(one) != len(other): return f"{where}: {len(one)} and {len(other)} entries" if exact else None
+        return next((d for k, pair in enumerate(zip(one, other)) if (d := difference(*pair, exact, f"{where}[{k}]"))), None)
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (one, other))
-    close = numbers and (math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-12) or (one != one and other != other))
+    close = numbers and (not exact or math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9) or (one != one and other != other))
     return None if one == other or close else f"{where}: {one!r} and {other!r}"
 
 
-@pytest.fixture(scope="module")
-def executed():
-    "Notebooks run from the top in `nbs`, their outputs kept in memory; no file of the checkout changes."
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
-    watched = [ROOT / "nbs", ROOT / "results", ROOT / "cryptopredict"]
-    before = [snapshot(folder, times=False) for folder in watched]
-
-    def run(name: str) -> list[dict]:
-        notebook = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4)
-        place = {"metadata": {"path": ROOT / "nbs"}}
-        nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute()
-        return [c for c in json.loads(nbformat.writes(notebook))["cells"] if c["cell_type"] == "code"]
-    yield run
-    assert [snapshot(folder, times=False) for folder in watched] == before, "executing a notebook changed the checkout"
+def tokens(text: str, exact: bool) -> list:
+    "Words and numbers of printed text; without numbers, and the spaces and lines that align them, unless `exact`."
+    found = re.split(r"(?<![\w.])([-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)(?![\w.])", text)
+    if exact: return [float(t) if k % 2 else t.split() for k, t in enumerate(found)]
+    return re.sub(r"[^A-Za-z]+", " ", re.sub(r"[-+]?\d[\d.]*(e[-+]?\d+)?", " ", text)).split()
 
 
-@pytest.mark.parametrize("name", AGAIN)
-def test_figures_come_out_again(executed, name):
-    committed = _figures(_code(ROOT / "nbs" / f"{name}.ipynb"))
-    made = _figures(executed(name))
-    assert len(made) == len(committed) > 0
-    for k, (one, other) in enumerate(zip(made, committed)):
-        title = other["layout"]["title"]["text"]
-        assert one["layout"]["title"]["text"] == title
-        assert not (where := _difference(_plain(one["data"]), _plain(other["data"]))), f"figure {k}, {title!r}: {where}"
+def shown(outputs: list[dict], exact: bool) -> list:
+    "What a cell shows, comparable: figures as data, tables and text as words and numbers."
+    found = []
+    for output in outputs:
+        data = output.get("data", {})
+        if output["output_type"] == "stream": found.append(tokens("".join(output["text"]), exact))
+        elif PLOTLY in data: found.append(plain({k: data[PLOTLY][k] for k in ("data",)}))
+        elif text := "".join(data.get("text/plain") or data.get("text/markdown") or data.get("text/html") or ""):
+            found.append(tokens(text, exact))
+    return found
 
 
-def test_a_changed_figure_would_be_seen():
-    figure = next(f for f in _figures(_code(ROOT / "nbs" / "06_results.ipynb")) if f["data"])
-    one, other = _plain(figure["data"]), _plain(figure["data"])
-    assert _difference(one, other) is None
-    number = next(k for t in other for k in ("x", "y") if any(isinstance(v, float) for v in t.get(k, [])))
-    trace = next(t for t in other if any(isinstance(v, float) for v in t.get(number, [])))
-    at = next(k for k, v in enumerate(trace[number]) if isinstance(v, float))
-    trace[number][at] *= 1 + 1e-7
-    assert _difference(one, other).startswith("["), "one number changed by 1e-7"
+def test_execution_changes_no_output(notebooks, executed):
+    assert {p.stem for p in executed.glob("*.json")} == set(notebooks)
+    found, compared = [], 0
+    for name, notebook in notebooks.items():
+        cells = code(notebook)
+        if not DATA.is_dir() and any("shared/data" in text_of(c) for c in cells): continue  # other data, other outputs
+        made = json.loads((executed / f"{name}.json").read_text())
+        assert len(made) == len(cells), name
+        exact = name not in TRAINED
+        for k, (cell, outputs) in enumerate(zip(cells, made)):
+            if re.search(r"^#\|\s*(gpu|slow|eval: *false)", text_of(cell), re.M): continue
+            compared += 1
+            if where := difference(shown(outputs, exact), shown(cell["outputs"], exact), exact):
+                found.append(f"{name}, code cell {k}: {where}; execute the notebook and commit it")
+    assert not found and compared > 500
+
+
+def test_a_changed_number_would_be_seen(notebooks):
+    figure = next(f for f in figures(code(notebooks["06_results"])) if f["data"])
+    one, other = plain(figure["data"]), plain(figure["data"])
+    assert difference(one, other) is None
+    key, trace = next((k, t) for t in other for k in ("x", "y") if any(isinstance(v, float) for v in t.get(k, [])))
+    at = next(k for k, v in enumerate(trace[key]) if isinstance(v, float))
+    trace[key][at] *= 1 + 1e-5
+    assert difference(one, other).startswith("["), "one number changed by 1e-5"
+    assert difference(tokens("loss 1.25 of 3", True), tokens("loss 1.26 of 3", True)) and tokens("a 1.5 b", False) == ["a", "b"]

@@ -17,71 +17,20 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import in_child
+from trainings import SIZES, config, data, die_at, differences, outcome
 
 from cryptopredict import checkpoint, tbptt_trainer
 from cryptopredict.bptt import rng_state
 from cryptopredict.checkpoint import CheckpointError, checkpoints, load_latest
-from cryptopredict.multitask import Targets
-from cryptopredict.storage import TrainingFolder
-from cryptopredict.streams import FoldData, Scaler
-from cryptopredict.tbptt_trainer import Run, TrainConfig, train, train_preset
+from cryptopredict.tbptt_trainer import Run, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:passed over", "ignore:.*fork")
-SIZES = dict(batch=3, tbptt_len=40, epochs=2, d_model=16, headdim=8, mlp=24, dropout=.2, attention_every=2, n_heads=2,
-             kv_window=50, pooling="mean", lr=3e-3, save_every=3)
-
-
 @pytest.fixture(autouse=True)
 def _interruptible():
     """SIGINT interrupts, also where the tests were started in the background, where it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-def config(**changes) -> TrainConfig:
-    """A model with every kind of state: convolution, scan, attention cache, running mean; and dropout."""
-    return train_preset("tiny", 6, **{**SIZES, **changes})
-
-
-def data() -> FoldData:
-    """A thousand hours, a third of the targets missing, validation after them."""
-    r = torch.Generator().manual_seed(5)
-    hours = torch.arange(1100.)
-    inside = lambda v, where: torch.where(where & (torch.rand(1100, generator=r) < .7), v, torch.nan)
-    draw = lambda where: Targets(inside(hours % 3, where), *(inside(torch.randn(1100, generator=r), where) for _ in range(2)),
-                                 inside(torch.rand(1100, generator=r) + .1, where))
-    scaler = Scaler(tuple("abcdef"), (0.,) * 6, (1.,) * 6, ())
-    return FoldData(torch.randn(1100, 6, generator=r), draw(hours < 1000), draw(hours > 1000), scaler, 0, 1000)
-
-
-def outcome(out: Path) -> dict[str, bytes]:
-    """All that must be bit-identical: histories, and everything in the newest checkpoint."""
-    path = load_latest(out / "checkpoints")[1]
-    kept = {name: (path / name).read_bytes() for name in checkpoint.FILES}
-    names = [*TrainingFolder.HISTORIES, "config.toml"]
-    return kept | {name: (out / name).read_bytes() if (out / name).exists() else b"" for name in names}
-
-
-def differences(out: Path, other: dict[str, bytes]) -> list[str]:
-    """Names of the files in a training's folder that differ from another's outcome."""
-    mine = outcome(out)
-    return [name for name in other if mine[name] != other[name]]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """An uninterrupted training."""
-    out = tmp_path_factory.mktemp("whole")
-    assert train(config(), data(), out).step > 12
-    return out
-
-
-def die_at(step):
-    """A callback that kills its process after an update."""
-    def on_update(run, record):
-        if run.step == step: os.kill(os.getpid(), signal.SIGKILL)
-    return on_update
 
 
 def killed(out: Path, seed: int, steps: int) -> list[int]:
@@ -105,17 +54,17 @@ def killed(out: Path, seed: int, steps: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", [*range(4), *(pytest.param(k, marks=pytest.mark.slow) for k in range(4, 24))])
-def test_resume_after_kills_is_bit_identical(whole, tmp_path, seed):
-    statuses = killed(tmp_path / "out", seed, Run.load(whole).step)
-    assert not differences(tmp_path / "out", outcome(whole))
+def test_resume_after_kills_is_bit_identical(finished_training, tmp_path, seed):
+    statuses = killed(tmp_path / "out", seed, Run.load(finished_training).step)
+    assert not differences(tmp_path / "out", outcome(finished_training))
     assert not list((tmp_path / "out").rglob("*.tmp")), statuses
     print(f"{len(statuses) - 1} kills")
 
 
-def test_forecasts_of_a_resumed_run_are_bit_identical(whole, tmp_path):
+def test_forecasts_of_a_resumed_run_are_bit_identical(finished_training, tmp_path):
     assert in_child(lambda: train(config(), data(), tmp_path / "out", on_update=die_at(7))) == -signal.SIGKILL
     x = torch.randn(2, 30, 6)
-    one, other = (run.model.eval()(x)[0] for run in (Run.load(whole), train(config(), data(), tmp_path / "out")))
+    one, other = (run.model.eval()(x)[0] for run in (Run.load(finished_training), train(config(), data(), tmp_path / "out")))
     assert all(torch.equal(a, b) for a, b in zip(one, other))
 
 
@@ -169,7 +118,8 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 print("ready", flush=True)
-from test_resume import config, data, train
+from cryptopredict.tbptt_trainer import train
+from trainings import config, data
 def on_update(run, record): print(run.step, flush=True)
 train(config(), data(), sys.argv[1], on_update=on_update)
 print("done", flush=True)
@@ -193,20 +143,20 @@ def signalled(out: Path, how: int, wait: float, times: int = 1) -> tuple[int, li
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("wait", [0., pytest.param(.05), *(pytest.param(k / 40, marks=pytest.mark.slow) for k in range(1, 11))])
-def test_a_signal_ends_a_training_after_a_save(whole, tmp_path, how, wait):
+def test_a_signal_ends_a_training_after_a_save(finished_training, tmp_path, how, wait):
     out, number = tmp_path / "out", getattr(signal, how)
     status, seen = signalled(out, number, wait)
     if "done" not in seen:
         assert status == -number, "as the signal would have ended it: 128 + its number in a shell"
         assert load_latest(out / "checkpoints")[0]["step"] == int(seen[-1]), "no update is lost"
     assert in_child(lambda: train(config(), data(), out)) == 0
-    path, other = load_latest(out / "checkpoints")[1], load_latest(whole / "checkpoints")[1]
+    path, other = load_latest(out / "checkpoints")[1], load_latest(finished_training / "checkpoints")[1]
     assert all((path / n).read_bytes() == (other / n).read_bytes() for n in checkpoint.FILES)
-    assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert (out / "metrics.jsonl").read_bytes() == (finished_training / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("number", range(1, 6))  # tensors, metadata, manifest, folder, name
-def test_a_signal_during_a_save_acts_when_the_checkpoint_is_whole(whole, tmp_path, monkeypatch, number):
+def test_a_signal_during_a_save_acts_when_the_checkpoint_is_whole(finished_training, tmp_path, monkeypatch, number):
     """It comes at the n-th flush of the save at update 3, which is finished first."""
     flushes, plain, saving, plain_save = [], os.fsync, [], tbptt_trainer.save
 
@@ -226,7 +176,7 @@ def test_a_signal_during_a_save_acts_when_the_checkpoint_is_whole(whole, tmp_pat
     with pytest.raises(KeyboardInterrupt): train(config(), data(), tmp_path)
     assert load_latest(tmp_path / "checkpoints")[0]["step"] == 3 and not list(tmp_path.rglob("*.tmp"))
     train(config(), data(), tmp_path)
-    assert len(flushes) == 5 and not differences(tmp_path, outcome(whole))
+    assert len(flushes) == 5 and not differences(tmp_path, outcome(finished_training))
 
 
 def test_a_second_signal_acts_at_once(tmp_path, monkeypatch):
@@ -260,11 +210,11 @@ def test_a_folder_in_use_is_refused_and_unchanged(tmp_path):
 
 @pytest.mark.parametrize("changes, message", [(dict(lr=.5), "lr: 0.003 there, 0.5 here"), (dict(), "data: "),
                                            (dict(d_model=32), "model.d_model: 16 there, 32 here")])
-def test_another_run_is_refused_and_nothing_changed(whole, changes, message):
-    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in whole.rglob("*") if p.is_file()}
+def test_another_run_is_refused_and_nothing_changed(finished_training, changes, message):
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in finished_training.rglob("*") if p.is_file()}
     fold = data() if changes else data()._replace(stop=999)
-    with pytest.raises(ValueError, match=message): train(config(**changes), fold, whole)
-    assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in whole.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=message): train(config(**changes), fold, finished_training)
+    assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in finished_training.rglob("*") if p.is_file()}
 
 
 def test_a_folder_with_damaged_checkpoints_only_is_refused(tmp_path):
@@ -332,8 +282,8 @@ def test_a_training_that_cannot_begin_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("lost, message", [("checkpoints", "without its checkpoints"), ("metrics.jsonl", "is shorter than")])
-def test_a_folder_that_lost_something_is_refused(whole, tmp_path, lost, message):
-    shutil.copytree(whole, tmp_path / "out")
+def test_a_folder_that_lost_something_is_refused(finished_training, tmp_path, lost, message):
+    shutil.copytree(finished_training, tmp_path / "out")
     path = tmp_path / "out" / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
@@ -433,7 +383,7 @@ def _newer(out: Path) -> None:
     manifest.write_text(json.dumps(dict(body, sha256=hashlib.sha256(json.dumps(body).encode()).hexdigest())))
 
 
-def _renamed(fold: FoldData) -> FoldData:
+def _renamed(fold):
     """The same tensors with another name of the last feature."""
     return fold._replace(scaler=replace(fold.scaler, columns=("a", "b", "c", "d", "e", "x")))
 
@@ -456,9 +406,9 @@ UNFIT = {  # change to a finished run, data it is trained on -> message of the e
 
 
 @pytest.mark.parametrize("case", UNFIT)
-def test_a_run_that_cannot_be_resumed_is_left_unchanged(whole, tmp_path, case):
+def test_a_run_that_cannot_be_resumed_is_left_unchanged(finished_training, tmp_path, case):
     harm, fold, message = UNFIT[case]
-    shutil.copytree(whole, tmp_path / "out")
+    shutil.copytree(finished_training, tmp_path / "out")
     harm(tmp_path / "out")
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match=message) as error: train(config(), fold(), tmp_path / "out")

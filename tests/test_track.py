@@ -21,8 +21,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 from helpers import in_child, inside, one_line, shell, write
-from test_resume import config, data, outcome
-from test_trouble import spoil  # noqa: F401
+from trainings import config, data, die, die_at, history, outcome
 
 from cryptopredict.tbptt_trainer import Run, steps_per_epoch, train
 from cryptopredict.track import CURVES, CallbackList, LiveLoss, MLflow, TensorBoard, Tracker
@@ -40,18 +39,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork")
 TRACKERS = ("TensorBoard", "MLflow")
 
 
-def lines(out: Path, name: str) -> list[dict]:
-    """A history, empty where there is none."""
-    path = out / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def expected_curves(out: Path) -> dict[str, list[tuple[int, float]]]:
     """The curves a tracker must hold of a training, from the training's histories."""
     curves = {}
-    for r in lines(out, "metrics"):
+    for r in history(out, "metrics"):
         for key in CURVES.keys() & r.keys(): curves.setdefault(CURVES[key], []).append((r["step"], float(r[key])))
-    for r in lines(out, "validation"):
+    for r in history(out, "validation"):
         for key in r.keys() - {"epoch", "step"}: curves.setdefault(f"validation/{key}", []).append((r["step"], r[key]))
     return curves
 
@@ -112,14 +105,6 @@ def check(kind: str, root: Path, out: Path) -> None:
     else: check_curves(from_mlflow(root, out), out)
 
 
-def die(*_) -> None: os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_at(step: int):
-    """A callback that kills its process after an update."""
-    return lambda run, record: die() if run.step == step else None
-
-
 @pytest.fixture(scope="module")
 def empty_database(tmp_path_factory) -> Path:
     """MLflow's tables, which take it seconds to make."""
@@ -136,18 +121,10 @@ def prepared(empty_database, tmp_path) -> None:
             with closing(sqlite3.connect(tmp_path / name)) as copy: source.backup(copy)
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
-    """A training without a tracker."""
-    out = tmp_path_factory.mktemp("alone")
-    train(config(), data(), out)
-    return out
-
-
 @pytest.mark.parametrize("kind", TRACKERS)
 @pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 8))])
-def test_curves_are_whole_after_kills_at_random(alone, tmp_path, kind, seed):
-    draw, steps, statuses = random.Random(seed), Run.load(alone).step, []
+def test_curves_are_whole_after_kills_at_random(finished_training, tmp_path, kind, seed):
+    draw, steps, statuses = random.Random(seed), Run.load(finished_training).step, []
     for end in [*sorted(draw.sample(range(1, steps), 4)), 0]:
         def work(end=end):
             with make(kind, tmp_path) as tracker:
@@ -157,7 +134,7 @@ def test_curves_are_whole_after_kills_at_random(alone, tmp_path, kind, seed):
         statuses.append(in_child(work))
     assert statuses == [-signal.SIGKILL] * 4 + [0]
     check(kind, tmp_path, tmp_path / "out")
-    assert outcome(tmp_path / "out") == outcome(alone), "a tracker does not change a training"
+    assert outcome(tmp_path / "out") == outcome(finished_training), "a tracker does not change a training"
 
 
 @pytest.mark.parametrize("kind", TRACKERS)
@@ -186,7 +163,7 @@ def test_curves_are_whole_after_a_kill_inside_a_write(prepared, tmp_path, kind, 
 
 @pytest.mark.parametrize("kind", TRACKERS)
 @pytest.mark.parametrize("past_validation", [False, True])
-def test_curves_are_whole_after_a_rewind_and_a_kill(prepared, spoil, tmp_path, kind, past_validation):  # noqa: F811
+def test_curves_are_whole_after_a_rewind_and_a_kill(prepared, spoil, tmp_path, kind, past_validation):
     """Rewound by some updates, or from the first of an epoch into the one before, past its validation."""
     c, fold, seen = config(epochs=6), data(), []
     at = 4 * steps_per_epoch(c, fold) + 1 + 4 * (not past_validation)
@@ -197,7 +174,7 @@ def test_curves_are_whole_after_a_rewind_and_a_kill(prepared, spoil, tmp_path, k
         kill = lambda run, record: die() if run.guard.rewinds and run.step == at - 1 else None
         with make(kind, tmp_path) as tracker: train(c, fold, tmp_path / "out", on_update=CallbackList(tracker, kill))
     assert in_child(work) == -signal.SIGKILL
-    event, = lines(tmp_path / "out", "events")
+    event, = history(tmp_path / "out", "events")
     assert (event["event"], event["at"]) == ("rewind", at) and event["step"] < at - 1
     assert (event["epoch"] < 4) == past_validation
     with make(kind, tmp_path) as tracker:
@@ -222,7 +199,7 @@ def test_several_trainings_in_a_row_write_nowhere_else(tmp_path, monkeypatch):
         kept = EventAccumulator("board/fold-01/seed-0", size_guidance={"scalars": 0}).Reload().Scalars("loss/total")
         live = watch.callbacks[-1]
         assert live.figure.layout.title.text == "Losses of fold-01/seed-0"
-        assert [e.step for e in kept] == list(live.figure.data[0].x) == [r["step"] for r in lines(outs[1], "metrics")]
+        assert [e.step for e in kept] == list(live.figure.data[0].x) == [r["step"] for r in history(outs[1], "metrics")]
     _, (run,) = mlflow_runs(f"sqlite:///{tmp_path}/runs.db", tmp_path / "here" / outs[0])
     assert (run.info.status, run.info.run_name) == ("FINISHED", "here/fold-00/seed-0")
     assert (run.data.params["seed"], run.data.params["model.d_model"]) == ("0", "16")
@@ -255,25 +232,25 @@ def trained(tmp_path: Path, tracker) -> list[str]:
     return [str(w.message) for w in caught if "follows no further" in str(w.message)]
 
 
-def test_a_full_disk_ends_the_tracker_and_not_the_training(alone, tmp_path, monkeypatch, capfd):
+def test_a_full_disk_ends_the_tracker_and_not_the_training(finished_training, tmp_path, monkeypatch, capfd):
     if not Path("/dev/full").exists(): pytest.skip("no /dev/full")
     plain, tracebacks = RecordWriter.__init__, []
     monkeypatch.setattr(RecordWriter, "__init__", lambda self, writer: plain(self, open("/dev/full", "wb", buffering=0)))
     monkeypatch.setattr(threading, "excepthook", tracebacks.append)  # by default printed to stderr
     found = trained(tmp_path, TensorBoard())
     assert len(found) == 1 and found[0].startswith("TensorBoard failed") and "No space left" in found[0]
-    assert outcome(tmp_path / "out") == outcome(alone)
+    assert outcome(tmp_path / "out") == outcome(finished_training)
     assert capfd.readouterr() == ("", "") and not tracebacks, "one warning says it all"
 
 
-def test_a_locked_database_ends_the_tracker_and_not_the_training(alone, tmp_path, capfd):
+def test_a_locked_database_ends_the_tracker_and_not_the_training(finished_training, tmp_path, capfd):
     tracker = MLflow(tmp_path / "runs.db")
     with closing(sqlite3.connect(tmp_path / "runs.db", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         found = trained(tmp_path, tracker)
     assert len(found) == 1 and found[0].startswith("MLflow failed") and found[0].endswith("database is locked")
     assert capfd.readouterr() == ("", "")
-    assert outcome(tmp_path / "out") == outcome(alone)
+    assert outcome(tmp_path / "out") == outcome(finished_training)
 
 
 class MLflowStub(BaseHTTPRequestHandler):
@@ -359,7 +336,7 @@ def uri(request, tmp_path, monkeypatch) -> Iterator[str]:
     else: yield (tmp_path / "mlruns").as_uri() if request.param == "file" else f"sqlite:///{tmp_path}/runs.db"
 
 
-def test_mlflow_holds_every_curve_at_every_kind_of_uri(alone, uri, tmp_path, capfd):
+def test_mlflow_holds_every_curve_at_every_kind_of_uri(finished_training, uri, tmp_path, capfd):
     (tmp_path / "here").mkdir()
     with chdir(tmp_path / "here"):
         with MLflow(uri) as tracker: train(config(), data(), tmp_path / "out", on_update=tracker)
@@ -368,13 +345,13 @@ def test_mlflow_holds_every_curve_at_every_kind_of_uri(alone, uri, tmp_path, cap
     client, (run,) = mlflow_runs(uri, tmp_path / "out")
     check_curves(curves_of(client, run), tmp_path / "out")
     assert (run.info.status, run.data.params["model.d_model"]) == ("FINISHED", "16")
-    assert outcome(tmp_path / "out") == outcome(alone), "a tracker does not change a training"
+    assert outcome(tmp_path / "out") == outcome(finished_training), "a tracker does not change a training"
 
 
-def test_a_rewind_starts_a_child_run(prepared, spoil, uri, tmp_path):  # noqa: F811
+def test_a_rewind_starts_a_child_run(prepared, spoil, uri, tmp_path):
     spoil({28}, 1e5, 1)
     with MLflow(uri) as tracker: train(config(epochs=6), data(), tmp_path / "out", on_update=tracker)
-    event, = lines(tmp_path / "out", "events")
+    event, = history(tmp_path / "out", "events")
     client, (parent, child) = mlflow_runs(uri, tmp_path / "out")
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert (parent.info.status, child.info.status) == ("KILLED", "FINISHED")
@@ -415,7 +392,7 @@ def test_a_server_that_does_not_answer_is_an_error_before_the_training(inputs, t
     assert not list(tmp_path.iterdir())
 
 
-def test_a_server_that_stops_ends_the_tracker_and_not_the_training(prepared, alone, tmp_path, monkeypatch):
+def test_a_server_that_stops_ends_the_tracker_and_not_the_training(prepared, finished_training, tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(MLflow, "updates", 1)
     with mlflow_server(tmp_path / "served.db") as server:
@@ -430,7 +407,7 @@ def test_a_server_that_stops_ends_the_tracker_and_not_the_training(prepared, alo
         found = trained(tmp_path, CallbackList(tracker, stop))
     assert len(found) == 1 and found[0].startswith("MLflow failed")
     assert sum(not sending.done() for sending in tracker.sending) < 2, "the rest is not sent: the process could not end before"
-    assert outcome(tmp_path / "out") == outcome(alone)
+    assert outcome(tmp_path / "out") == outcome(finished_training)
 
 
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
@@ -449,7 +426,7 @@ def test_a_tracker_keeps_no_model_in_memory(tmp_path):
 
 
 CELL = """from pathlib import Path
-from test_resume import config, data
+from trainings import config, data
 from cryptopredict.track import LiveLoss
 from cryptopredict.tbptt_trainer import train
 try:
@@ -481,5 +458,5 @@ def test_a_notebook_shows_one_figure_and_replaces_it(tmp_path):
 def test_without_a_notebook_nothing_is_drawn(tmp_path, capfd):
     with LiveLoss(every=0) as live: train(config(epochs=1), data(), tmp_path / "out", on_update=live)
     assert capfd.readouterr() == ("", "")
-    assert list(live.figure.data[0].x) == [r["step"] for r in lines(tmp_path / "out", "metrics")]
+    assert list(live.figure.data[0].x) == [r["step"] for r in history(tmp_path / "out", "metrics")]
     assert live.handle is None

@@ -1,15 +1,13 @@
 """Losses and gradients that are not finite, spikes of the loss, too little memory."""
 
-import json
 import math
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import in_child
-from test_resume import config, data, differences, outcome
+from trainings import config, data, differences, history, outcome
 
 from cryptopredict import tbptt_trainer
 from cryptopredict.checkpoint import checkpoints, load_latest
@@ -18,31 +16,10 @@ from cryptopredict.tbptt_trainer import Histories, Run, chunks_of, train, train_
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork")
 
 
-def lines(out: Path, name: str) -> list[dict]:
-    """A history of a training, empty where there is none."""
-    path = out / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def all_finite(run: Run) -> bool:
     """Whether all weights and the optimiser's moments are finite."""
     kept = [*run.model.state_dict().values(), *(v for s in run.optimiser.adamw.state.values() for v in s.values())]
     return all(torch.isfinite(v).all() for v in kept)
-
-
-@pytest.fixture
-def spoil(monkeypatch):
-    """Multiply the loss of some steps, each at most so many times."""
-    def do(steps, factor, times=10**9):
-        plain, left = Run.losses, {step: times for step in steps}
-
-        def losses(run, forecast, piece):
-            made = plain(run, forecast, piece)
-            if left.get(run.step, 0) <= 0: return made
-            left[run.step] -= 1
-            return dict(made, loss=made["loss"] * factor)
-        monkeypatch.setattr(Run, "losses", losses)
-    return do
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf])
@@ -64,8 +41,8 @@ def test_a_step_that_is_not_finite_changes_nothing(spoil, tmp_path, factor, amp)
 def test_skipped_steps_are_logged_and_resume_is_bit_identical(spoil, tmp_path):
     spoil({2, 3, 7, 12}, math.nan)
     run = train(config(), data(), tmp_path / "whole")
-    assert all_finite(run) and [e["step"] for e in lines(tmp_path / "whole", "events")] == [3, 4, 8, 13]
-    assert sum(m["skipped"] for m in lines(tmp_path / "whole", "metrics")) == 4
+    assert all_finite(run) and [e["step"] for e in history(tmp_path / "whole", "events")] == [3, 4, 8, 13]
+    assert sum(m["skipped"] for m in history(tmp_path / "whole", "metrics")) == 4
 
     def kill(run, record):
         if run.step == 8: os.kill(os.getpid(), signal.SIGKILL)
@@ -87,7 +64,7 @@ def test_a_spike_is_rewound_three_times_at_most(spoil, tmp_path, times, rewinds)
     spoil({28}, 1e5, times)
     c = config(epochs=6)
     run = train(c, data(), tmp_path)
-    events, metrics = lines(tmp_path, "events"), lines(tmp_path, "metrics")
+    events, metrics = history(tmp_path, "events"), history(tmp_path, "metrics")
     assert [e["event"] for e in events] == ["rewind"] * rewinds + ["spike"] * (times > 3)
     assert [e["lr_scale"] for e in events if e["event"] == "rewind"] == [2.**-k for k in range(1, rewinds + 1)]
     assert [m["step"] for m in metrics] == list(range(1, run.step + 1)), "no step is missing or there twice"
@@ -131,8 +108,8 @@ def test_micro_batches_give_the_same_updates(little_memory, tmp_path, most, rows
     little_memory(most)
     run = train(c, data(), tmp_path / "out")
     assert (run.micro_batcher.rows, run.micro_batcher.pieces, run.step) == (rows, pieces, whole.step)
-    assert {e["event"] for e in lines(tmp_path / "out", "events")} == {"out of memory"}
-    for one, other in zip(lines(tmp_path / "whole", "metrics"), lines(tmp_path / "out", "metrics")):
+    assert {e["event"] for e in history(tmp_path / "out", "events")} == {"out of memory"}
+    for one, other in zip(history(tmp_path / "whole", "metrics"), history(tmp_path / "out", "metrics")):
         assert all(math.isclose(one[k], other[k], rel_tol=1e-3, abs_tol=1e-5) for k in ("loss", "cls", "p10", "p90", "vol", "lr"))
 
 
@@ -164,8 +141,8 @@ def test_too_little_memory_for_one_hour_is_an_error(little_memory, tmp_path):
 def test_twenty_seeds_of_tiny_stay_finite(tmp_path, lr):
     for seed in range(20):
         run = train(train_preset("tiny", 6, lr=lr, seed=seed, batch=4, tbptt_len=40, epochs=4), data(), tmp_path / str(seed))
-        assert all_finite(run) and not lines(tmp_path / str(seed), "events")
-        for m in lines(tmp_path / str(seed), "metrics"):
+        assert all_finite(run) and not history(tmp_path / str(seed), "events")
+        for m in history(tmp_path / str(seed), "metrics"):
             bound = lambda s: math.log(100) * math.tanh(s / math.log(100))
             assert all(1e-2 <= math.exp(-bound(m[k])) <= 1e2 for k in ("log_var_cls", "log_var_reg"))
 
@@ -181,9 +158,9 @@ def test_an_update_that_wrecks_the_weights_is_rewound(tmp_path, save_every):
         with torch.no_grad():
             for p in run.model.parameters(): p.add_(30 * torch.randn_like(p))
     run = train(config(epochs=6, save_every=save_every), data(), tmp_path, on_update=wreck)
-    events = lines(tmp_path, "events")
+    events = history(tmp_path, "events")
     assert [e["event"] for e in events] == ["rewind"] and events[0]["at"] == 28 and events[0]["step"] < 27
-    metrics = lines(tmp_path, "metrics")
+    metrics = history(tmp_path, "metrics")
     assert max(m["loss"] for m in metrics) < 100 and [m["step"] for m in metrics] == list(range(1, run.step + 1))
 
 
@@ -217,7 +194,7 @@ def test_events_of_little_memory_are_logged_once(little_memory, tmp_path):
     assert in_child(lambda: work(tmp_path / "whole")) == 0
     assert in_child(lambda: work(tmp_path / "out", 2)) == -signal.SIGKILL and in_child(lambda: work(tmp_path / "out")) == 0
     assert not differences(tmp_path / "out", outcome(tmp_path / "whole"))
-    assert len(lines(tmp_path / "out", "events")) == 2
+    assert len(history(tmp_path / "out", "events")) == 2
 
 
 def test_burn_in_and_allocator_warm_up_need_no_more_memory(monkeypatch, tmp_path):
@@ -228,7 +205,7 @@ def test_burn_in_and_allocator_warm_up_need_no_more_memory(monkeypatch, tmp_path
         return plain(run, x, state)
     monkeypatch.setattr(Run, "forward", forward)
     run = train(config(epochs=1, allocator_warmup_len=40), data(), tmp_path)
-    assert (run.micro_batcher.rows, run.micro_batcher.pieces) == (1, 1) and len(lines(tmp_path, "events")) == 2
+    assert (run.micro_batcher.rows, run.micro_batcher.pieces) == (1, 1) and len(history(tmp_path, "events")) == 2
 
 
 def test_validation_shortens_its_pieces_where_memory_is_short(monkeypatch, tmp_path):
@@ -242,6 +219,6 @@ def test_validation_shortens_its_pieces_where_memory_is_short(monkeypatch, tmp_p
         return plain(self, x, *state)
     monkeypatch.setattr(MultitaskModel, "forward", forward)
     run = train(config(dropout=0., epochs=1), data(), tmp_path / "out")
-    assert run.step == whole.step and max(longest) > 100 and not lines(tmp_path / "out", "events")
-    for one, other in zip(lines(tmp_path / "whole", "validation"), lines(tmp_path / "out", "validation"), strict=True):
+    assert run.step == whole.step and max(longest) > 100 and not history(tmp_path / "out", "events")
+    for one, other in zip(history(tmp_path / "whole", "validation"), history(tmp_path / "out", "validation"), strict=True):
         assert math.isclose(one["total"], other["total"], rel_tol=1e-5)

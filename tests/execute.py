@@ -1,0 +1,32 @@
+"""Run nbdev_test and keep what every cell printed and showed: python tests/execute.py FOLDER [nbdev_test's path].
+
+One JSON file per notebook: a list with the outputs of each code cell. So one execution serves both questions: whether the
+checks in the notebooks pass, and whether the committed outputs are what they compute (test_notebooks.py).
+"""
+import json
+import os
+import sys
+from pathlib import Path
+
+import nbdev.test
+from execnb.shell import CaptureShell
+
+folder, root = Path(sys.argv[1]).resolve(), Path(__file__).resolve().parents[1]
+folder.mkdir(parents=True, exist_ok=True)
+plain_init, plain_run_all = CaptureShell.__init__, CaptureShell.run_all
+
+
+def init(self, path=None, *args, **kwargs):
+    self.notebook = Path(path).stem if path else None
+    plain_init(self, path, *args, **kwargs)
+
+
+def run_all(self, nb, *args, **kwargs):
+    plain_run_all(self, nb, *args, **kwargs)
+    outputs = [cell.get("outputs") or [] for cell in nb.cells if cell.cell_type == "code"]
+    if self.notebook: (folder / f"{self.notebook}.json").write_text(json.dumps(outputs))
+
+
+CaptureShell.__init__, CaptureShell.run_all = init, run_all
+os.chdir(root)
+nbdev.test.nbdev_test.__wrapped__(path=sys.argv[2] if len(sys.argv) > 2 else None, n_workers=2, timing=True)

@@ -1,0 +1,56 @@
+"The committed measurements keep the project's promises; the notebooks quote them."
+import json
+from itertools import product
+from statistics import median
+
+from conftest import ROOT
+
+
+def read(name: str) -> dict: return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_memory_of_the_exact_gradient_is_flat_in_history():
+    gpu, cpu = read("exact"), read("exact_cpu")
+    assert {(s["preset"], s["backend"]) for s in gpu["sweeps"]} == set(product(("baseline", "mhsa"), ("mamba_ssm", "torch")))
+    for sweep in gpu["sweeps"]:
+        peaks = [r["peak_allocated"] for r in sweep["records"]]
+        assert sweep["records"][-1]["steps"] == 2**18 and max(peaks) <= 1.002 * min(peaks)
+    ratios = [r["ratio"]["median"] for report in (gpu, cpu) for s in report["sweeps"] for r in s["records"] if "ratio" in r]
+    assert len(ratios) >= 4 and max(ratios) <= 1.6, "time per token compared with truncated"
+
+
+def test_speed_on_two_cores():
+    speed = read("speed")
+    assert speed["scan"]["ratio"]["median"] >= 20, "compared with a loop over time"
+    assert speed["training"]["tokens_per_s"]["median"] >= 25_000 and speed["training"]["parameters"] >= 100_000
+    assert min(v["ratio"]["median"] for v in speed["plain"].values() if isinstance(v, dict)) >= 1.4, "compared with a plain scan"
+    assert all(speed["step"]["baseline"][f"threads_{n}"]["after_history"]["median"] < 10 for n in (1, 2)), "milliseconds"
+    peaks = list(speed["memory"].values())
+    assert len(peaks) >= 4 and max(peaks) < 1.02 * min(peaks)
+
+
+def test_truncation_costs_little_beyond_the_decay_rates():
+    cost = read("truncation")
+    rows = [r for r in cost["results"] if r["model"] == "mamba2" and r["epochs"] == 4]
+    at = cost["lengths"].index(256)
+    assert len(rows) >= 3 and all(r["cosine"]["all"][at] > .99 for r in rows)
+    assert .8 < median(r["cosine"]["decay and step size"][at] for r in rows) < .95
+
+
+def test_a_checkpoint_costs_little_at_the_preset_setting():
+    usual = next(r for r in read("checkpoints")["tiny"] if r["save_every"] == 500)
+    assert usual["share"]["median"] < .02 and usual["bytes"] < 2e6
+
+
+def test_what_leaks_pay_is_above_what_honest_features_pay():
+    paid = read("leaks")
+    loss = {r["name"]: r["log_loss"] for r in paid["leaks"] if r["target"] == "direction"}
+    assert paid["honest"]["log_loss"] > paid["honest"]["climatology_log_loss"] and len(paid["leaks"]) >= 28
+    assert max(loss["shuffled split"], loss["calibrated on the test"]) < .7
+    assert .7 < loss["Fourier low-pass"] < paid["honest"]["log_loss"]
+
+
+def test_gpu_figures_name_device_versions_and_commit():
+    for name in ("vram", "exact", "checkpoints_gpu", "kills_gpu"):
+        text = json.dumps(read(name))
+        assert all(word in text for word in ("H100", "torch", "commit")), name
