@@ -13,7 +13,7 @@
     layout.paper_bgcolor = layout.plot_bgcolor = "rgba(0,0,0,0)";
     layout.font = { ...layout.font, color: isDark() ? "#e8e8e8" : "#222222" };
     if (matchMedia("(pointer: coarse)").matches) layout.dragmode = false;  // a finger scrolls the page
-    Plotly.react(place, data, layout, { responsive: true, displaylogo: false, displayModeBar: "hover" });
+    Plotly.react(place, data, layout, { responsive: true, displaylogo: false, displayModeBar: false });
   };
   const script = document.createElement("script");
   script.src = "plotly.min.js";
