@@ -14,7 +14,21 @@ import torch
 from helpers import in_child
 
 from cryptopredict import checkpoint, storage
-from cryptopredict.checkpoint import CheckpointError, checkpoints, load, load_latest, prune, save
+from cryptopredict.checkpoint import (
+    CheckpointError,
+    NewerVersion,
+    checkpoints,
+    flatten,
+    is_whole,
+    load,
+    load_latest,
+    manifest_of,
+    prune,
+    read_bounded,
+    save,
+    verify,
+    verify_unchanged,
+)
 from cryptopredict.storage import remove_orphans
 
 pytestmark = pytest.mark.filterwarnings("ignore:passed over", "ignore:.*fork")
@@ -185,7 +199,7 @@ def test_sizes_are_checked_before_a_file_is_read(tmp_path, monkeypatch):
     path = save(tmp_path / "step-1", content(1))
     (path / "metadata.json").rename(tmp_path / "elsewhere")
     (path / "metadata.json").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="is no plain file"): load(path)
+    with pytest.raises(CheckpointError, match="is not a regular file"): load(path)
 
 
 def test_loading_runs_no_pickle(tmp_path, monkeypatch):
@@ -213,3 +227,94 @@ def test_a_full_disk_reports_the_bytes_needed_and_keeps_earlier_checkpoints(tmp_
     assert "step-3 cannot be written (File too large): it needs " in report.read_text() and " bytes" in report.read_text()
     assert [p.name for p in checkpoints(tmp_path)] == ["step-2", "step-1"] and not list(tmp_path.glob(".*"))
     assert load_latest(tmp_path)[0]["step"] == 2
+
+
+# --- parts of the module --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value, name", [({"a/b": torch.ones(1), "a": {"b": torch.ones(1)}}, "a/b"),
+                                         ({1: torch.ones(1), "1": torch.ones(1)}, "1")], ids=["slash", "number and text"])
+def test_two_tensors_of_one_name_are_refused(value, name):
+    with pytest.raises(ValueError, match=f"two tensors would be named '{name}': rename a key"): flatten(value)
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path):
+    shared = torch.ones(3)
+    path = save(tmp_path / "step-2", {"k": shared, "v": [shared]})
+    assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "metadata.json", "tensors.safetensors"]
+    assert load(path)["v"][0].tolist() == [1, 1, 1]
+
+
+def test_a_manifest_holds_version_files_and_a_hash_of_them():
+    manifest = json.loads(manifest_of({"a": {"size": 1}}))
+    assert (manifest["version"], manifest["files"], len(manifest["sha256"])) == (1, {"a": {"size": 1}}, 64)
+    assert manifest["sha256"] != json.loads(manifest_of({"a": {"size": 2}}))["sha256"]
+
+
+def test_a_step_saved_again_gets_the_next_number(tmp_path):
+    assert [save(tmp_path / "step-2", {"k": k}).name for k in range(3)] == ["step-2", "step-2.1", "step-2.2"]
+    shutil.rmtree(tmp_path / "step-2")
+    assert save(tmp_path / "step-02", {}).name == "step-02.3", "never a number below one that is there"
+    assert load_latest(tmp_path)[1].name == "step-02.3"
+
+
+def test_a_content_that_cannot_be_saved_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError, match="not JSON serializable"): save(tmp_path / "step-3", {"a": {1, 2}})
+    with pytest.raises(CheckpointError, match="name a checkpoint step-<number>"): save(tmp_path / "last", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_there_holds_no_checkpoint(tmp_path):
+    assert load_latest(tmp_path / "nothing") is None and checkpoints(tmp_path / "nothing") == []
+    with pytest.raises(CheckpointError, match="step-9 is not a complete checkpoint"): verify(tmp_path / "step-9")
+
+
+def test_a_bounded_read_refuses_large_and_irregular_files(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert read_bounded(tmp_path / "abc", 3) == b"abc"
+    with pytest.raises(CheckpointError, match="abc has 3 bytes, above 2"): read_bounded(tmp_path / "abc", 2)
+    with pytest.raises(CheckpointError, match="is not a regular file"): read_bounded(tmp_path, 2**20)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "metadata.json", "tensors.safetensors"])
+def test_a_checkpoint_without_one_of_its_files_is_refused(tmp_path, name):
+    path = save(tmp_path / "step-1", content(1))
+    (path / name).unlink()
+    with pytest.raises(CheckpointError, match="step-1 is not a complete checkpoint"): load(path)
+
+
+def test_a_newer_version_is_an_error_and_not_skipped(tmp_path):
+    two(tmp_path)
+    _signed(tmp_path / "step-2", version=2)
+    with pytest.raises(NewerVersion, match="version 2 is not known here"): load_latest(tmp_path)
+
+
+def test_pruning_counts_no_damaged_checkpoint_and_removes_earlier_saves_of_a_step(tmp_path):
+    for k in (0, 1, 2, 3, 4, 5): save(tmp_path / f"step-{k}", {"k": k})
+    save(tmp_path / "step-5", {"k": 5.5})
+    (tmp_path / "step-4" / "metadata.json").write_text("{")
+    assert [p.name for p in prune(tmp_path, 2, also=[0])] == ["step-5", "step-2", "step-1"]
+    assert sorted(os.listdir(tmp_path)) == ["step-0", "step-3", "step-4", "step-5.1"]
+    assert load(tmp_path / "step-5.1") == {"k": 5.5}
+    with pytest.raises(ValueError, match="keep is 0"): prune(tmp_path, 0)
+
+
+def test_a_verified_checkpoint_is_read_again_only_after_a_change(tmp_path):
+    "A change that keeps size and date of a file counts too."
+    file = save(tmp_path / "step-1", {"k": torch.ones(9)}) / "tensors.safetensors"
+    reads, before = verify_unchanged.cache_info().misses, os.stat(file)
+    assert [is_whole(file.parent) for _ in range(3)] == [True] * 3
+    assert verify_unchanged.cache_info().misses == reads + 1
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat(file).st_mtime_ns == before.st_mtime_ns and not is_whole(file.parent)
+
+
+def test_a_disk_that_cannot_be_read_for_a_moment_is_asked_again(tmp_path, monkeypatch):
+    path = save(tmp_path / "step-2", {"k": torch.ones(9)})
+
+    def refuse(*_): raise OSError("once")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "read_bounded", refuse)
+        assert not is_whole(path)
+    assert is_whole(path)
