@@ -22,8 +22,8 @@ from .states import (check_finite, check_input, check_reset, check_state, check_
                                   check_tensors, detach, register_state)
 
 # %% auto #0
-__all__ = ['Mamba2State', 'Mamba2Config', 'no_weight_decay', 'FusedRMSNorm', 'RMSNorm', 'causal_conv', 'Mamba2', 'GatedMLP',
-           'Mamba2Block']
+__all__ = ['Mamba2State', 'Mamba2Config', 'no_weight_decay', 'FusedRMSNorm', 'RMSNorm', 'causal_conv', 'causal_conv1d_kernel',
+           'Mamba2', 'GatedMLP', 'Mamba2Block']
 
 # %% ../nbs/03_mamba2_block.ipynb #fc435dd3
 @register_state(ssm=torch.float32)
@@ -97,9 +97,9 @@ class Mamba2Config:
         if not heads or inner % d_model or inner % heads or (channels - inner) % (2 * ngroups):
             shapes = f"norm.weight ({inner},), A_log ({heads},), conv1d.weight ({channels}, ..)"
             raise ValueError(f"{shapes} do not fit {ngroups} groups")
-        shapes = {"in_proj.weight": (inner + channels + heads, d_model), "out_proj.weight": (d_model, inner),
-                  "D": (heads,), "dt_bias": (heads,), "conv1d.bias": (channels,)}
-        for name, shape in shapes.items():
+        fits = {"in_proj.weight": (inner + channels + heads, d_model), "out_proj.weight": (d_model, inner),
+                "D": (heads,), "dt_bias": (heads,), "conv1d.bias": (channels,)}
+        for name, shape in fits.items():
             if (found := tuple(weights[name].shape)) == shape: continue
             raise ValueError(f"{name} has shape {found}; this mixer, of {inner} inner channels, expects {shape}")
         d_state = (channels - inner) // (2 * ngroups)
@@ -261,6 +261,7 @@ def causal_conv1d_kernel() -> Callable | None:
     try: return import_module("causal_conv1d").causal_conv1d_fn
     except Exception: return None
 
+# %% ../nbs/03_mamba2_block.ipynb #14ad8223
 def causal_conv_silu(
     x: Tensor,  # as in `causal_conv`
     weight: Tensor,  # as in `causal_conv`

@@ -107,11 +107,11 @@ def chunk_decays(
     total = running_sum(log.double(), -1)
     dropped = (total - total.to(acc_dtype)).detach().to(acc_dtype)
     seq_idx = None if reset is None else reset.cumsum(-1)[:, :, None]  # (b, c, 1, q)
-    L = decay_matrix(total.to(acc_dtype), seq_idx)
     from_start, to_end = total.exp().to(acc_dtype), (total[..., -1:] - total).exp().to(acc_dtype)
     if seq_idx is not None:
         from_start = from_start.masked_fill(seq_idx > 0, 0)
         to_end = to_end.masked_fill(seq_idx < seq_idx[..., -1:], 0)
+    L = decay_matrix(total.to(acc_dtype), seq_idx)
     return ChunkDecays(log, L, dropped.exp(), (-dropped).exp(), from_start, to_end)
 
 # %% ../nbs/02b_ssd.ipynb #4fa3b2e5
@@ -205,10 +205,9 @@ def scan_chunks(
 
     # 4. Outputs from the state before the chunk
     y_state = C @ rearrange(before.to(dtype), "b c (g r) p n -> b c g n (r p)", g=g)
-    y_state = rearrange(y_state, "b c g q (r p) -> b c q (g r) p", p=p).to(acc_dtype)
-
     by_step = lambda v: v.transpose(2, 3)[..., None]  # (b, c, h, q) as a factor of (b, c, q, h, p)
-    y = (y_state * by_step(d.from_start)).addcmul_(y_intra.transpose(2, 3).to(acc_dtype), by_step(d.row_residual))
+    y_state = rearrange(y_state, "b c g q (r p) -> b c q (g r) p", p=p).to(acc_dtype) * by_step(d.from_start)
+    y = y_state.addcmul_(y_intra.transpose(2, 3).to(acc_dtype), by_step(d.row_residual))
     return rearrange(y.to(dtype), "b c q h p -> b (c q) h p"), state
 
 # %% ../nbs/02b_ssd.ipynb #7c187de6

@@ -130,8 +130,8 @@ def load_state(
         raise ValueError(f"{path} holds another state: its parts are {found}; expected {wanted}")
     for name, v in expected.items():
         if tensors[name].shape[1:] != v.shape[1:]:
-            found, wanted = tuple(tensors[name].shape), tuple(v.shape[1:])
-            raise ValueError(f"{path}: {name} has shape {found}; expected (batch, *{wanted})")
+            raise ValueError(f"{path}: {name} has shape {tuple(tensors[name].shape)}; "
+                             f"expected (batch, *{tuple(v.shape[1:])})")
     try: return tree_unflatten([tensors[name].to(device) for name in expected], tree_structure(like))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{path} cannot be loaded to device {str(device)!r} ({error}): give 'cpu'") from None

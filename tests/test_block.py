@@ -1,4 +1,4 @@
-"The layer: in another program, beside a broken mamba_ssm, its weights, its parts and its gradients (any chunking: test_state)."
+"The layer: in another program, with a broken mamba_ssm, its weights, parts and gradients (any chunking: test_state)."
 import math
 import re
 import subprocess
