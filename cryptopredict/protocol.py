@@ -45,7 +45,7 @@ __all__ = ['FORECASTERS', 'Truth', 'EvaluateConfig', 'load_config', 'default_fir
 
 # %% ../nbs/05f_protocol.ipynb #ecf389e7
 class Truth:
-    "The law that the simulated market follows, as a forecaster: the best score any model can reach there."
+    "Forecasts the conditional law of the simulated market: no model can be expected to score better there."
 
     def fit(
         self,

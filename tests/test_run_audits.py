@@ -3,8 +3,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cryptopredict import run_audits
 from cryptopredict.labels import make_labels
-from cryptopredict.leakage import audit
+from cryptopredict.leakage import audit, make_report
 from cryptopredict.protocol import EvaluateConfig, UserCode
 from cryptopredict.run_audits import AUDITED_HOURS, audit_inputs, join_reports, labels_when_known, short_fold
 from cryptopredict.simulate import simulate_market
@@ -33,11 +34,13 @@ def test_joined_reports_keep_every_leak_and_add_up_counts(panel):
     assert join_reports([fine, fine]).tested["cuts"] == 2 * fine.tested["cuts"]
 
 
-def test_each_audit_is_announced_before_it_starts(panel):
-    names = []
-    reports = audit_inputs(panel.iloc[:24 * 280], CONFIG, n_cuts=2, on_audit=names.append)
-    assert names == list(reports) == ["features", "labels", "disguise", "folds"]
-    assert all(report.ok for report in reports.values())
+def test_each_audit_is_announced_before_it_starts(panel, monkeypatch):
+    events = []
+    for name in ("audit", "audit_labels", "audit_folds"):
+        monkeypatch.setattr(run_audits, name, lambda *a, name=name, **k: events.append(name) or make_report([], {}))
+    reports = audit_inputs(panel.iloc[:24 * 280], CONFIG, on_audit=events.append)
+    assert list(reports) == ["features", "labels", "disguise", "folds"]
+    assert events == ["features", "audit", "labels", "audit", "audit", "disguise", "audit_labels", "folds", "audit_folds"]
 
 
 def test_tables_without_provenance_are_refused(panel):
