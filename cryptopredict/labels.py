@@ -80,9 +80,9 @@ def check_labels(
 ) -> pd.DataFrame:
     "`labels` unchanged; `ValueError` naming time and column of the first impossible value."
     tests = dict(
-        direction=(lambda v: ~np.isin(v, (0, 1, 2)), "is no class: give 0 (down), 1 (flat), 2 (up) or NA"),
-        sigma=(lambda v: ~((v >= 0) & np.isfinite(v)), "is no volatility: give a finite number of at least 0, or NaN"),
-        r90=(lambda v: ~np.isfinite(v), "is no log return: give a finite number or NaN"))
+        direction=(lambda v: ~np.isin(v, (0, 1, 2)), "is not a class: give 0 (down), 1 (flat), 2 (up) or NA"),
+        sigma=(lambda v: ~((v >= 0) & np.isfinite(v)), "is not a volatility: give a finite number of at least 0, or NaN"),
+        r90=(lambda v: ~np.isfinite(v), "is not a log return: give a finite number or NaN"))
     for column in [c for c in tests if c in labels]:
         is_wrong, remedy = tests[column]
         values = labels[column].to_numpy(dtype=float, na_value=np.nan)

@@ -371,7 +371,7 @@ def truth_cdf(
     states = market_states(panel)
     strange = y.index.difference(states.index)
     if len(strange):
-        raise ValueError(f"y has {strange[0]}, which is no 00:00 UTC origin with a whole day of the panel before it")
+        raise ValueError(f"y has {strange[0]}, which is not a 00:00 UTC origin with a whole day of the panel before it")
     states, v = states.loc[y.index], y.to_numpy(float)
     if null:
         z = (v - PARAMS.null_mu*HORIZON_DAYS)/(PARAMS.null_vol*np.sqrt(HORIZON_DAYS/365))

@@ -54,8 +54,8 @@ def test_a_threshold_is_not_negative(close, threshold):
 
 
 @pytest.mark.parametrize("column, value, message", [
-    ("direction", 3, "column direction: 3 is no class"), ("sigma", -1., "column sigma: -1 is no volatility"),
-    ("sigma", np.inf, "column sigma: inf is no volatility"), ("r90", -np.inf, "column r90: -inf is no log return")])
+    ("direction", 3, "column direction: 3 is not a class"), ("sigma", -1., "column sigma: -1 is not a volatility"),
+    ("sigma", np.inf, "column sigma: inf is not a volatility"), ("r90", -np.inf, "column r90: -inf is not a log return")])
 def test_an_impossible_label_is_named(close, column, value, message):
     made = L.make_labels(close, horizon="3D", vol_window="1D")
     assert L.check_labels(made) is made and L.check_labels(made[["r90"]]) is not None
