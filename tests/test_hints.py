@@ -1,4 +1,4 @@
-"Hints from reading source code: every rule on what it shall find and on what it shall leave alone, and files of every kind."
+"Hints from reading source code: what each rule must find and must leave alone, and files of every kind."
 import ast
 import json
 from pathlib import Path
@@ -89,7 +89,7 @@ def test_windows_and_training_rows_are_not_all_rows(text, partial):
     assert hints.is_partial(expression(text), SURVEY) == partial
 
 
-def test_calls_of_a_module_are_told_from_methods():
+def test_module_calls_differ_from_method_calls():
     assert matches(lambda call, code: hints.is_module_call(call), "np.mean(x), x.mean(), mean(x)") == ["mean"]
 
 
@@ -165,7 +165,7 @@ def test_a_row_after_that_of_the_loop_is_found(text, found):
 
 # --- all rules ------------------------------------------------------------------------------------------------------------
 
-PLANTED = {  # the last line is the one that shall get a hint
+PLANTED = {  # the last line must get the hint
     "shift": ["y = df.close.shift(-1)", "y = df.close.shift(periods=-24)", "H = -24\ny = x.shift(H)", "y = x.shift(-n)",
               "y = x.shift(-24 * days)", "y = (df.close\n    .pct_change()\n    .shift(-1))"],
     "diff": ["y = x.diff(-1)"], "pct_change": ["y = x.pct_change(-h)"],

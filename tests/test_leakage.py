@@ -67,7 +67,7 @@ def test_memory_stays_under_three_frames(walks):
 def test_a_peek_at_any_distance_on_any_share_of_rows_is_found(walks, seed):
     rng, short = np.random.default_rng(seed), walks.iloc[20_000:26_000]
     ahead, share = int(rng.integers(1, 400)), 10 ** rng.uniform(-2.3, 0)
-    rows = pd.Series(rng.random(len(walks)) < share, walks.index)  # the function's own secret
+    rows = pd.Series(rng.random(len(walks)) < share, walks.index)  # rows that only the function knows
     fn = lambda f: f.a.diff(3).where(~rows.reindex(f.index), f.a.shift(-ahead))
     assert not audit(fn, short, seed=seed).ok, (ahead, share)
 
@@ -140,14 +140,14 @@ def test_a_column_computed_before_the_audit_is_reported_as_untested(bars):
 
 
 @pytest.mark.parametrize("kind", ["Float64", "double[pyarrow]"])
-def test_other_kinds_of_floats(bars, kind):
+def test_nullable_and_arrow_floats_are_audited(bars, kind):
     typed = bars.astype(kind)
     assert audit(lambda f: f.close.diff(), typed, n_cuts=8).ok and not audit(lambda f: f.close.shift(-1), typed, n_cuts=8).ok
 
 
 @pytest.mark.filterwarnings("ignore")  # scikit-learn's, of the fits on missing values
 @pytest.mark.parametrize("model", ["boosting", "forest", "grid"])
-def test_fitted_trees(bars, model):
+def test_fitted_trees_are_judged_by_the_rows_they_saw(bars, model):
     from sklearn.ensemble import GradientBoostingRegressor, RandomForestRegressor
     from sklearn.linear_model import Ridge
     from sklearn.model_selection import GridSearchCV
@@ -169,7 +169,7 @@ def test_fitted_trees(bars, model):
 
 
 def test_a_column_that_needs_rows_is_no_leak(bars):
-    """A rolling component that appears from 200 rows on, beside columns that are always there."""
+    """A rolling component that appears from 200 rows on, next to columns that are always there."""
     def components(frame):
         moves = pd.DataFrame({str(k): frame.close.diff(k) for k in range(1, 6)})
         return moves.assign(first=moves.rolling(100).mean().sum(axis=1, min_count=5)) if len(frame) >= 200 else moves
@@ -187,7 +187,7 @@ def test_a_column_that_the_future_selects_is_a_leak(bars):
     assert not report.ok and "rising" in set(report.leaks.column)
 
 
-def test_mostly_silent_code_is_not_called_ok(bars):
+def test_code_without_output_at_most_cuts_is_not_ok(bars):
     report = audit(lambda f: f.close.rolling(5).mean() if len(f) > 2700 else f.close * np.nan, bars)
     assert report.findings.empty and not report.ok and "could be tested" in report.verdict
     assert report.tested["cuts without output"] > report.tested["cuts"] / 2
