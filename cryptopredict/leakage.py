@@ -300,7 +300,7 @@ def as_utc(time: str | pd.Timestamp) -> pd.Timestamp:
     time = pd.Timestamp(time)
     return time.tz_localize("UTC") if time.tz is None else time.tz_convert("UTC")
 
-def test_bounds(first: pd.Timestamp, last: pd.Timestamp, step) -> list[pd.Timestamp]:
+def span_bounds(first: pd.Timestamp, last: pd.Timestamp, step) -> list[pd.Timestamp]:
     "Bounds of the test spans: `first`, then one every `step`, up to the first after `last`."
     remedy, bounds = "give a positive duration or calendar offset such as '365D' or 'YS'", [first]
     try: offset = pd.tseries.frequencies.to_offset(step) or pd.Timedelta(0)
@@ -330,7 +330,7 @@ def walk_forward(
                          f"too little history for the label's length (data end {index[-1]})")
     if first <= index[0]:
         raise ValueError(f"first_test {first} leaves nothing to train on: the data begin {index[0]}")
-    cuts = index.searchsorted(pd.DatetimeIndex(test_bounds(first, index[labelled][-1], step)))
+    cuts = index.searchsorted(pd.DatetimeIndex(span_bounds(first, index[labelled][-1], step)))
     tests = [range(a, b) for a, b in zip(cuts[:-1], cuts[1:]) if b > a]
     labels_before = np.r_[0, labelled.cumsum()]
     empty = [test for test in tests if labels_before[test.stop] == labels_before[test.start]]

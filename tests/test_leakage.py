@@ -419,7 +419,7 @@ def test_bad_label_ends_are_named(ends, index, message):
 
 
 def test_bounds_follow_durations_and_the_calendar():
-    bounds = leakage.test_bounds
+    bounds = leakage.span_bounds
     assert bounds(T("2018-01-01"), T("2019-06-01"), "YS") == [T("2018-01-01"), T("2019-01-01"), T("2020-01-01")]
     assert bounds(T("2018-03-01"), T("2018-03-02"), "90D") == [T("2018-03-01"), T("2018-05-30")]
 
@@ -427,7 +427,7 @@ def test_bounds_follow_durations_and_the_calendar():
 @pytest.mark.parametrize("step, message", [("-1D", "does not move forward"), (None, "does not move forward"),
                                            ("soon", "'soon' is no length")])
 def test_a_step_that_does_not_move_forward_is_refused(step, message):
-    with pytest.raises(ValueError, match=message): leakage.test_bounds(T("2018-03-01"), T("2018-03-02"), step)
+    with pytest.raises(ValueError, match=message): leakage.span_bounds(T("2018-03-01"), T("2018-03-02"), step)
 
 
 def test_test_spans_touch_and_never_overlap():
