@@ -1053,6 +1053,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'cryptopredict.sources.bitcoin_chain': ('sources.html#bitcoin_chain', 'cryptopredict/sources.py'),
                                        'cryptopredict.sources.build_panel': ('sources.html#build_panel', 'cryptopredict/sources.py'),
                                        'cryptopredict.sources.chain_problem': ('sources.html#chain_problem', 'cryptopredict/sources.py'),
+                                       'cryptopredict.sources.check_common_period': ( 'sources.html#check_common_period',
+                                                                                      'cryptopredict/sources.py'),
                                        'cryptopredict.sources.check_joints': ('sources.html#check_joints', 'cryptopredict/sources.py'),
                                        'cryptopredict.sources.check_one_index': ( 'sources.html#check_one_index',
                                                                                   'cryptopredict/sources.py'),
