@@ -96,7 +96,8 @@ SYMBOL_COLUMNS = ("symbol", "pair", "ticker", "tic", "asset", "market", "instrum
                   "inst_id", "product_id", "coin", "base", "currency")
 
 def contradict(one: Asset, other: Asset) -> bool:
-    "Whether two assets cannot be the same: different coins, or one in dollars and one in another currency."
+    """Whether two assets cannot be the same: different coins, or one in dollars and one in another
+    currency."""
     dollars = [a.quote in USD for a in (one, other) if a.quote]
     other_coin = one.base and other.base and one.base != other.base and other.base not in USD
     return bool(other_coin) or len({*dollars}) == 2
@@ -109,8 +110,8 @@ def symbol_asset(symbol: str) -> Asset:
 def asset_of(
     raw: RawTable,  # the file
 ) -> Asset:
-    """The asset of a file according to its name, the name inside a zip, a ticker line and a symbol column.
-    `SourceError` if they differ."""
+    """The asset of a file according to its name, the name inside a zip, a ticker line and a symbol
+    column. `SourceError` if they differ."""
     named = [(f"the name {raw.path.name}", asset_in(raw.path.name)),
              (f"the file inside, {raw.member},", asset_in(raw.member))]
     for column in raw.header:
@@ -120,7 +121,7 @@ def asset_of(
         if len({*assets.values()}) > 1:
             row = (symbols != symbols.iloc[0]).idxmax()
             problem = f"holds several assets: {shorten(', '.join(assets))}"
-            raise SourceError(raw.path, problem, "Give each asset a file", row=row, column=column)
+            raise SourceError(raw.path, problem, "Put each asset into a file of its own", row=row, column=column)
         for symbol, asset in assets.items():
             if asset.base not in USD: named.append((f"column {column} ({shorten(symbol, 20)})", asset))
     volume = re.search(r"volume[ _(]+([a-z]+)", " ".join(raw.header).lower())
@@ -169,8 +170,9 @@ def deviation(
     values: pd.Series,  # values in order of time
     rows: int = 3,  # number of rows compared on each side
 ) -> pd.Series:
-    """How far each value lies outside the range between the median of the `rows` before it and the median of the `rows`
-    after it; 0 inside. The first and the last value are compared with their only neighbour."""
+    """How far each value lies outside the range between the median of the `rows` before it and the
+    median of the `rows` after it; 0 inside. The first and the last value are compared with their
+    only neighbour."""
     before = values.rolling(rows, min_periods=1).median().shift()
     after = values[::-1].rolling(rows, min_periods=1).median().shift()[::-1]
     before, after = before.fillna(values.shift(-1)), after.fillna(values.shift())
@@ -196,8 +198,8 @@ WICKS = [
 def largest_step(
     gap: pd.Timedelta | pd.Series,  # time between the closes, at least one hour
 ) -> float | pd.Series:
-    """Largest plausible |log return| between two closes, log(2.1) + 0.3 sqrt(gap - 1 h) with the gap in days:
-    a factor of 2.1 in an hour, 2.8 in a day, 11 in a month."""
+    """Largest plausible |log return| between two closes, log(2.1) + 0.3 sqrt(gap - 1 h) with the
+    gap in days: a factor of 2.1 in an hour, 2.8 in a day, 11 in a month."""
     return np.log(2.1) + .3 * np.sqrt((gap - pd.Timedelta("1h")) / pd.Timedelta("1D"))
 
 # %% ../nbs/00e_checks.ipynb #85b94f4c
@@ -205,7 +207,8 @@ def check_steps(
     path: str | Path,  # the file, for the message
     table: pd.DataFrame,  # table with `value_time` and `close`, by row of the file
 ) -> None:
-    "Raise `SourceError` for the first close that is further from the close of the row above than `largest_step`."
+    """Raise `SourceError` for the first close that is further from the close of the row above than
+    `largest_step`."""
     step, gap = np.log(table["close"]).diff(), table["value_time"].diff()
     wrong = step.abs() > largest_step(gap.clip(lower=pd.Timedelta("1h")))
     if wrong.any():
@@ -226,8 +229,8 @@ TRADED = {2011: (.3, 30), 2012: (4, 14), 2013: (13, 1200), 2014: (300, 1000), 20
 def level_problem(
     table: pd.DataFrame,  # table with `value_time` and `close`
 ) -> tuple[str, float]:
-    """A description of the first month whose median close lies outside Bitcoin's range by more than a factor of `LEVEL`
-    (empty if there is none), and the share of such months."""
+    """A description of the first month whose median close lies outside Bitcoin's range by more than
+    a factor of `LEVEL` (empty if there is none), and the share of such months."""
     months = table["value_time"].dt.tz_localize(None).dt.to_period("M")
     median = table["close"].groupby(months).median()
     low, high = (np.array([TRADED.get(p.year, (0, np.inf))[k] for p in median.index]) for k in (0, 1))
@@ -289,7 +292,8 @@ def daily_rules(
     factors: Mapping[str, float] | None = None,  # column -> largest factor between a value and its neighbours
     steps: float | None = None,  # largest difference between a value and its neighbours; None for no limit
 ) -> pa.DataFrameSchema:
-    "The rules of a daily series: times in order, and values that are finite, not negative unless `signed`, and plausible."
+    """The rules of a daily series: times in order, and values that are finite, not negative unless
+    `signed`, and plausible."""
     rules = [pandera_check(lambda x: ~(x < (-np.inf if signed else 0)), "is negative", DROP),
              pandera_check(lambda x: ~np.isinf(x), "is infinite", DROP)]
     columns = [*columns]
@@ -339,8 +343,9 @@ def drop_unfinished(
     notes: list[str],  # gets a line about the rows that are left out
     ahead: str = "1D",  # how far in the future a row may begin
 ) -> pd.DataFrame:
-    """`table` without rows that become known in the future, and without a last row that was still open when the file was
-    written. `SourceError` for a row that begins more than `ahead` in the future, or if no row is left."""
+    """`table` without rows that become known in the future, and without a last row that was still
+    open when the file was written. `SourceError` for a row that begins more than `ahead` in the
+    future, or if no row is left."""
     now, path = utc_now(), Path(path)
     future = table["value_time"] > now + pd.Timedelta(ahead)
     if future.any():

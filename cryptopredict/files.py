@@ -35,7 +35,8 @@ def shorten(
 
 # %% ../nbs/00d_files.ipynb #fe47f966
 class SourceError(ValueError):
-    "A file cannot be used; the message names the file, the row (line of the file), the column and the remedy."
+    """A file cannot be used; the message names the file, the row (line of the file), the column and
+    the remedy."""
 
     def __init__(
         self,
@@ -68,7 +69,8 @@ def read_bytes(
     path: str | Path,  # plain, gzip or zip file; the compression is recognised by content
     limit: int = MAX_BYTES,  # maximum number of decompressed bytes
 ) -> tuple[bytes, str]:
-    "Decompressed content of a file, and the name of the member if the file is a zip (else an empty string)."
+    """Decompressed content of a file, and the name of the member if the file is a zip (else an
+    empty string)."""
     path = Path(path)
     if not path.is_file(): raise SourceError(path, "there is no such file", "Check the path")
     try:
@@ -126,7 +128,8 @@ def check_is_data(
     path: str | Path,  # the file, for the message
     data: bytes,  # its content
 ) -> None:
-    "Raise `SourceError` if the content is a pointer, a web page, an archive or another format that is not read here."
+    """Raise `SourceError` if the content is a pointer, a web page, an archive or another format
+    that is not read here."""
     head = data[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for mark, (problem, remedy) in NOT_DATA.items():
         if head.startswith(mark): raise SourceError(path, problem, remedy, row=1)
@@ -165,8 +168,8 @@ def check_lines(
     path: str | Path,  # the file, for the message
     data: bytes,  # its text, as `text_lines` returns it
 ) -> None:
-    """Raise `SourceError` for the first line that is too long, has an open quote, has a comma inside quotes, or differs
-    from line 1 in its number of fields."""
+    """Raise `SourceError` for the first line that is too long, has an open quote, has a comma
+    inside quotes, or differs from line 1 in its number of fields."""
     codes = np.frombuffer(data + b"\n", np.uint8)
     ends = np.flatnonzero(codes == 10)
     starts = np.r_[0, ends[:-1] + 1]
@@ -248,7 +251,8 @@ def text_table(path: Path, data: bytes, member: str) -> RawTable:
 
 # %% ../nbs/00d_files.ipynb #8859854c
 def arrow_frame(path: Path, data: bytes) -> pd.DataFrame:
-    "The rows of a parquet or feather file, read in batches, so that a small file cannot unpack to a huge one."
+    """The rows of a parquet or feather file, read in batches, so that a small file cannot unpack to
+    a huge one."""
     import pyarrow as pa
     import pyarrow.feather
     import pyarrow.parquet
@@ -293,7 +297,8 @@ def arrow_table(path: Path, data: bytes) -> RawTable:
 def read_table(
     path: str | Path,  # CSV (plain, gzip, or a zip of one file), parquet or feather, recognised by content
 ) -> RawTable:
-    "The rows of a file by line number; `SourceError` if it is damaged, not a regular table, or exceeds a limit."
+    """The rows of a file by line number; `SourceError` if it is damaged, not a regular table, or
+    exceeds a limit."""
     path = Path(path)
     try:
         data, member = read_bytes(path)
@@ -327,7 +332,8 @@ def folder_identity(place: Path) -> tuple[int, int]:
 def list_files(
     data_dir: str | Path,  # folder with source files, in any sub-folders
 ) -> Listing:
-    "The data files below a folder, the other files with the reason they are skipped, and the number of hidden entries."
+    """The data files below a folder, the other files with the reason they are skipped, and the
+    number of hidden entries."""
     data_dir = Path(data_dir)
     if not data_dir.is_dir(): raise SourceError(data_dir, "there is no such directory", "Check --data")
     files, skipped, hidden, seen, entries = [], {}, 0, set(), 0
@@ -362,7 +368,8 @@ def to_number(
     path: str | Path,  # the file, for the message
     values: pd.Series,  # a column, by row of the file
 ) -> pd.Series:
-    "A column as float64, NaN where a field is empty; `SourceError` for anything that is not a number."
+    """A column as float64, NaN where a field is empty; `SourceError` for anything that is not a
+    number."""
     is_time = not pd.api.types.is_numeric_dtype(values.dtype) and values.dtype.kind in "mM"
     if is_time or pd.api.types.is_bool_dtype(values.dtype):
         raise SourceError(path, f"holds {values.dtype}, not numbers", "Give the column as numbers", column=values.name)
@@ -412,7 +419,8 @@ def iso_times(
     values: pd.Series,  # times, by row of the file
     example: str,  # a correctly written time, for the message
 ) -> tuple[pd.Series, pd.Series]:
-    "ISO 8601 text (or typed times) as UTC timestamps, and the UTC offset each was written with (NaN if it has none)."
+    """ISO 8601 text (or typed times) as UTC timestamps, and the UTC offset each was written with
+    (NaN if it has none)."""
     if pd.api.types.is_datetime64_any_dtype(values.dtype):
         offset = "Z" if getattr(values.dtype, "tz", None) is not None else np.nan
         zone = pd.Series(offset, index=values.index, dtype="object")

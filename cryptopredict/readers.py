@@ -42,8 +42,8 @@ def interval_name(step: pd.Timedelta) -> str:
 def interval_in(
     name: str,  # file name
 ) -> str:
-    """The interval that a file name states, such as `1d` for `BTCUSDT-1d-2024-12-01.csv` and `XBTUSD_1440.csv`;
-    empty if it states none."""
+    """The interval that a file name states, such as `1d` for `BTCUSDT-1d-2024-12-01.csv` and
+    `XBTUSD_1440.csv`; empty if it states none."""
     minutes = re.search(r"(?i)(?:xbt|btc|eth)[a-z]{3,4}[_-](1|5|15|30|60|240|720|1440|10080|21600)\b", name)
     if minutes: return interval_name(pd.Timedelta(minutes=int(minutes[1])))
     named = re.search(r"(?i)(?<![a-z0-9])(\d{1,2}(?:m|min|h|d|w|mo)|daily|weekly|monthly)(?![a-z0-9])", name)
@@ -100,7 +100,8 @@ def check_hourly_bars(
 MAX_VOLUME = 1e5  # bitcoins per hour, median of a file: fifty times that of the busiest exchange
 
 def check_volume(path: str | Path, frame: pd.DataFrame, table: pd.DataFrame, columns: Sequence[str]) -> None:
-    "Raise `SourceError` if the volume is in dollars, judged by its size and by the quote volume in the same file."
+    """Raise `SourceError` if the volume is in dollars, judged by its size and by the quote volume
+    in the same file."""
     pattern = r"quote[ _](asset[ _])?volume|volume[ _(]*(usdt?|busd|usdc)\)?"
     quote = next((c for c in columns if re.fullmatch(pattern, c)), None)
     if quote:
@@ -137,7 +138,8 @@ def closing_times(
     times: pd.Series,  # opening times
     repairs,  # opt-in repairs of times
 ) -> pd.Series | None:
-    "Closing times of the bars (`times` plus one hour where written as 59:59.999); None if the file has no such column."
+    """Closing times of the bars (`times` plus one hour where written as 59:59.999); None if the
+    file has no such column."""
     name = next((c for c in columns if c in ("close_time", "closetime", "close time")), None)
     if name is None: return None
     values = frame[name]
@@ -147,7 +149,8 @@ def closing_times(
 
 # %% ../nbs/00f_readers.ipynb #0fd4c509
 def open_column(path: str | Path, frame: pd.DataFrame, columns: Sequence[str]) -> str:
-    "The name of the column of opening times: the first of `OPEN_NAMES`, with unix times preferred to text."
+    """The name of the column of opening times: the first of `OPEN_NAMES`, with unix times preferred
+    to text."""
     found = [name for name in OPEN_NAMES if name in columns]
     if not found:
         remedy = f"Name it one of {', '.join(OPEN_NAMES[:-1])}"
@@ -161,7 +164,8 @@ def open_column(path: str | Path, frame: pd.DataFrame, columns: Sequence[str]) -
     return chosen
 
 def check_time_columns(path: str | Path, unix: pd.Series, other: pd.Series) -> None:
-    "Raise `SourceError` if a second column of times differs from the first by the same number of hours in each row."
+    """Raise `SourceError` if a second column of times differs from the first by the same number of
+    hours in each row."""
     times = epoch_times(path, unix) if is_number(str(unix.iloc[0])) else None
     if times is None or is_number(str(other.iloc[0])): return
     apart = pd.to_datetime(other.astype("str"), utc=True, errors="coerce", format="ISO8601") - times
@@ -172,7 +176,8 @@ def check_time_columns(path: str | Path, unix: pd.Series, other: pd.Series) -> N
 
 # %% ../nbs/00f_readers.ipynb #fed9b093
 def check_isolated_rows(path: str | Path, times: pd.Series) -> None:
-    "Raise `SourceError` for a few rows that lie half a year away from all others: their year is wrong."
+    """Raise `SourceError` for a few rows that lie half a year away from all others: their year is
+    wrong."""
     breaks = np.flatnonzero((times.diff() > pd.Timedelta("180D")).to_numpy())
     edges = [0, *breaks, len(times)]
     for begin, end in zip(edges, edges[1:]):
@@ -184,7 +189,8 @@ def check_isolated_rows(path: str | Path, times: pd.Series) -> None:
 
 def finish_table(raw: RawTable, table: pd.DataFrame, available_at, asset: Asset, counts: dict,
                  notes: list[str]) -> pd.DataFrame:
-    "The source table with the user's availability rule, if any, and `attrs`: file, asset, rows, repairs and notes."
+    """The source table with the user's publication rule, if any, and `attrs`: file, asset, rows,
+    repairs and notes."""
     if available_at is not None:
         table["available_at"] = pd.DatetimeIndex(available_at(table.drop(columns="available_at")))
     table = table.assign(available_at=table["available_at"].dt.as_unit("ns")).reset_index(drop=True)
@@ -306,7 +312,8 @@ def next_business_day(
 def next_release_monday(
     table: pd.DataFrame,  # with `value_time`
 ) -> pd.DatetimeIndex:
-    "16:15 New York on the Monday after each row's week, or on Tuesday if that Monday is a federal holiday (FRED H.10)."
+    """16:15 New York on the Monday after each row's week, or on Tuesday if that Monday is a federal
+    holiday (FRED H.10)."""
     days = pd.DatetimeIndex(table["value_time"]).tz_localize(None).normalize()
     monday = days + pd.to_timedelta(7 - days.day_of_week, unit="D")
     holiday = np.isin(monday.to_numpy().astype("datetime64[D]"), federal_holidays(days))
@@ -327,7 +334,8 @@ def day_end(
 
 # %% ../nbs/00f_readers.ipynb #25bb1e82
 def check_one_a_day(path: str | Path, times: pd.Series) -> None:
-    "Raise `SourceError` if a file has rows at several times of one day; repeated rows are another fault."
+    """Raise `SourceError` if a file has rows at several times of one day; repeated rows are another
+    fault."""
     again = times.str.slice(0, 10).duplicated() & ~times.duplicated()
     if again.any():
         row = again.idxmax()
@@ -335,7 +343,8 @@ def check_one_a_day(path: str | Path, times: pd.Series) -> None:
         raise SourceError(path, problem, "Give the daily series", row=row, column=times.name)
 
 def check_changes_daily(path: str | Path, values: pd.Series) -> None:
-    "Raise `SourceError` if values change once a week or once a month only: values of longer periods repeated on each day."
+    """Raise `SourceError` if values change once a week or once a month only: values of longer
+    periods repeated on each day."""
     changes = np.flatnonzero(np.r_[True, values.diff().iloc[1:].to_numpy() != 0, True])
     lengths = np.diff(changes)[1:-1]
     for period, low, high in (("week", 5, 5), ("month", 18, 23)):
@@ -374,7 +383,8 @@ RELEASES = {"DGS": next_business_day, "DTWEX": next_release_monday}  # prefix of
 def fred_series(
     raw: RawTable,  # any file
 ) -> str:
-    "The series of a FRED file, from its header or, if that says `value`, from its name; empty for any other file."
+    """The series of a FRED file, from its header or, if that says `value`, from its name; empty for
+    any other file."""
     pattern = r"(?<![A-Za-z0-9])(DGS\d{1,2}(?:MO)?|DTWEX[A-Z]+)(?![A-Za-z0-9])"
     named = re.search(pattern, raw.path.name.upper())
     if len(raw.header) != 2: return ""
@@ -417,7 +427,8 @@ def read_yahoo(
     available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # publication rule; default: by asset
     repairs: Iterable[str] = (),  # opt-in repairs from `REPAIRS`
 ) -> pd.DataFrame:
-    "Daily quotes as a source table with columns `open high low close`; `attrs['asset']` names the asset."
+    """Daily quotes as a source table with columns `open high low close`; `attrs['asset']` names the
+    asset."""
     raw = path if isinstance(path, RawTable) else read_table(path)
     frame, asset = raw.frame.set_axis([c.lower() for c in raw.header], axis=1), asset_of(raw)
     missing = [c for c in PRICES if c not in frame]
@@ -466,7 +477,8 @@ def read_blockchaincom(
     available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # publication rule; default: the day's end + 24 h
     repairs: Iterable[str] = (),  # opt-in repairs from `REPAIRS`
 ) -> pd.DataFrame:
-    "A blockchain.com chart as a source table with one column `value`; `attrs['chart']` names the chart."
+    """A blockchain.com chart as a source table with one column `value`; `attrs['chart']` names the
+    chart."""
     raw = path if isinstance(path, RawTable) else read_table(path)
     if raw.frame.shape[1] != 2:
         raise SourceError(raw.path, "does not have two columns", "Export the chart as CSV: time, value", row=1)
@@ -480,15 +492,16 @@ def read_blockchaincom(
 
 # %% ../nbs/00f_readers.ipynb #53be00dd
 def eod_completion(table: pd.DataFrame, completed: pd.Series | None) -> pd.Series:
-    "Coin Metrics' completion time if it lies within 14 days after the day's end, else the day's end + 24 h."
+    """Coin Metrics' completion time if it lies within 14 days after the day's end, else the day's
+    end + 24 h."""
     if completed is None: return day_end(table)
     completed = completed.reindex(table.index)
     real = (completed >= day_end(table, "0h")) & (completed <= day_end(table, "14D"))
     return completed.where(real, day_end(table))
 
 def derive_hash_rate(table: pd.DataFrame) -> pd.DataFrame:
-    """`HashRate` (TH/s) from `DiffMean` or the reverse, if one of them is absent:
-    HashRate = DiffMean * BlkCnt * 2^32 / 86400 / 1e12."""
+    """`HashRate` (TH/s) from `DiffMean` or the reverse, if one of them is absent: HashRate =
+    DiffMean * BlkCnt * 2^32 / 86400 / 1e12."""
     if "BlkCnt" not in table: return table
     work = (table["BlkCnt"] * 2**32 / 86400 / 1e12).replace(0, np.nan)
     if "HashRate" not in table and "DiffMean" in table: return table.assign(HashRate=table["DiffMean"] * work)
@@ -501,7 +514,8 @@ def read_coinmetrics(
     available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # publication rule; default: completion time
     repairs: Iterable[str] = (),  # opt-in repairs from `REPAIRS`
 ) -> pd.DataFrame:
-    "Coin Metrics daily metrics under their own names; `HashRate` or `DiffMean` is derived if only the other is present."
+    """Coin Metrics daily metrics under their own names; `HashRate` or `DiffMean` is derived if only
+    the other is present."""
     raw = path if isinstance(path, RawTable) else read_table(path)
     frame, asset = raw.frame.drop(columns=[c for c in raw.header if c.lower() == "asset"]), asset_of(raw)
     stem = raw.path.name.split(".")[0].upper()
@@ -557,7 +571,8 @@ def are_days(times: pd.Series) -> bool:
 def sniff(
     path: str | Path | RawTable,  # any file
 ) -> str:
-    "The name of the file's format, a key of `READERS`; `SourceError` if it has none of these formats."
+    """The name of the file's format, a key of `READERS`; `SourceError` if it has none of these
+    formats."""
     raw = path if isinstance(path, RawTable) else read_table(path)
     width, lower = raw.frame.shape[1], [c.lower() for c in raw.header]
     if not lower:
@@ -593,7 +608,8 @@ def read(
     available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # publication rule; default: the format's rule
     repairs: Iterable[str] = (),  # opt-in repairs from `REPAIRS`
 ) -> pd.DataFrame:
-    "The file as a source table; `attrs` hold its `format`, `asset`, `rows` of the file, `repairs` (counts) and `notes`."
+    """The file as a source table; `attrs` hold its `format`, `asset`, `rows` of the file, `repairs`
+    (counts) and `notes`."""
     raw = read_table(path)
     kind = sniff(raw)
     table = READERS[kind](raw, available_at=available_at, repairs=repairs)

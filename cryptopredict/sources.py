@@ -41,8 +41,8 @@ VENUES = ("kraken", "binance", "bitstamp", "coinbase", "bitfinex", "gemini", "ok
           "huobi", "htx", "gateio", "poloniex", "mtgox", "cexio", "exmo", "itbit", "bittrex", "hitbtc", "cryptocom")
 
 def venue_of(table: pd.DataFrame, data_dir: Path) -> str:
-    """The venue of a table of bars: by its format, else by file or folder name; if none of these names it, `dollars` for
-    bars quoted in US dollars and `binance` for all others."""
+    """The venue of a table of bars: by its format, else by file or folder name; if none of these
+    names it, `dollars` for bars quoted in US dollars and `binance` for all others."""
     if table.attrs["format"] == "kraken": return "kraken"
     for part in reversed(Path(table.attrs["file"]).relative_to(data_dir).parts):
         name = re.sub(r"[^a-z]", "", part.lower())
@@ -50,7 +50,8 @@ def venue_of(table: pd.DataFrame, data_dir: Path) -> str:
     return "dollars" if table.attrs["asset"].endswith("/USD") else "binance"
 
 def table_asset(table: pd.DataFrame, data_dir: Path) -> Asset:
-    "The asset of a table by its file; what the file leaves open is taken from the folder names below `data_dir`."
+    """The asset of a table by its file; what the file leaves open is taken from the folder names
+    below `data_dir`."""
     base, _, quote = table.attrs["asset"].partition("/")
     for part in reversed(Path(table.attrs["file"]).relative_to(data_dir).parts[:-1]):
         named = asset_in(part) if part.upper() in COINS | MONEY or asset_in(part).quote else Asset()
@@ -63,7 +64,8 @@ def is_bitcoin(asset: Asset) -> bool:
     return asset.base in ("", "BTC") and asset.quote in ("", *USD)
 
 def require_bitcoin(tables: list[pd.DataFrame], data_dir: Path) -> None:
-    "Raise `SourceError` for bars that are not of Bitcoin in dollars; it names them and a file of Bitcoin."
+    """Raise `SourceError` for bars that are not of Bitcoin in dollars; it names them and a file of
+    Bitcoin."""
     named = [(t, table_asset(t, data_dir)) for t in tables]
     others = [(t, a) for t, a in named if not is_bitcoin(a)]
     if not others: return
@@ -75,13 +77,14 @@ def require_bitcoin(tables: list[pd.DataFrame], data_dir: Path) -> None:
 
 # %% ../nbs/00g_sources.ipynb #d8485d46
 def compare_levels(one: pd.Series, other: pd.Series) -> tuple[float, int]:
-    """Median log ratio of two series over the last year of times at which both have a positive value, and the number of
-    these times."""
+    """Median log ratio of two series over the last year of times at which both have a positive
+    value, and the number of these times."""
     both = pd.concat([one[one > 0], other[other > 0]], axis=1, join="inner").dropna().iloc[-365 * 24:]
     return (float(np.log(both.iloc[:, 0] / both.iloc[:, 1]).median()), len(both)) if len(both) else (0., 0)
 
 def check_venues_agree(venues: dict[str, pd.DataFrame]) -> None:
-    "Raise `SourceError` if the closes or volumes of two venues in the same hours cannot be of one coin in one currency."
+    """Raise `SourceError` if the closes or volumes of two venues in the same hours cannot be of one
+    coin in one currency."""
     bars = [t.set_index("value_time")[["close", "volume", "file"]] for t in venues.values()]
     for a, b in itertools.combinations(bars, 2):
         one, other = a["file"].iloc[-1], b["file"].iloc[-1]
@@ -102,7 +105,8 @@ def check_venues_agree(venues: dict[str, pd.DataFrame]) -> None:
             raise SourceError(dollars, problem, "Give the volume in bitcoins", column="volume")
 
 def check_venue_clocks(a: pd.DataFrame, b: pd.DataFrame) -> None:
-    "Raise `SourceError` if the hourly returns of two venues agree at a lag of some hours, and clearly less without one."
+    """Raise `SourceError` if the hourly returns of two venues agree at a lag of some hours, and
+    clearly less without one."""
     returns = [np.log(t["close"]).diff() for t in (a, b)]
     both = pd.concat(returns, axis=1, join="inner").dropna().iloc[-365 * 24:]
     if len(both) < 14 * 24 or both.std().min() == 0: return
@@ -132,8 +136,8 @@ def check_joints(bars: pd.DataFrame) -> None:
 
 # %% ../nbs/00g_sources.ipynb #db932a81
 def completes_previous(stacked: pd.DataFrame) -> np.ndarray:
-    """Whether a row is the completed bar of the row above. The row above is the last of its file, and some file continues
-    beyond that hour."""
+    """Whether a row is the completed bar of the row above. The row above is the last of its file,
+    and some file continues beyond that hour."""
     before, same = stacked.shift(), 1 + 1e-6
     further = stacked[["high", "volume"]] * same >= before[["high", "volume"]]
     reaches = further.all(axis=1) & (stacked["low"] <= before["low"] * same)
@@ -142,7 +146,8 @@ def completes_previous(stacked: pd.DataFrame) -> np.ndarray:
     return (reaches & opens & (before["value_time"] == before["ends"]) & continues).to_numpy()
 
 def stack_bars(tables: list[pd.DataFrame]) -> pd.DataFrame:
-    "Bars of one venue from several files, with the `file` of each; `SourceError` if two files differ in the same hour."
+    """Bars of one venue from several files, with the `file` of each; `SourceError` if two files
+    differ in the same hour."""
     stacked = pd.concat([t.assign(file=t.attrs["file"], ends=t["value_time"].iloc[-1]) for t in tables])
     stacked = stacked.sort_values(["value_time", "ends", "volume"], kind="stable", ignore_index=True)
     values, again = stacked[BAR_COLUMNS], stacked["value_time"].duplicated().to_numpy()
@@ -158,7 +163,8 @@ def stack_bars(tables: list[pd.DataFrame]) -> pd.DataFrame:
 
 # %% ../nbs/00g_sources.ipynb #371ea480
 def covered_hours(table: pd.DataFrame, grid: pd.DatetimeIndex) -> np.ndarray:
-    "At which hours of the grid a venue has bars; gaps of up to `FILL_LIMIT` hours count as covered."
+    """At which hours of the grid a venue has bars; gaps of up to `FILL_LIMIT` hours count as
+    covered."""
     at = np.searchsorted(grid.asi8, pd.DatetimeIndex(table["hour"]).as_unit(grid.unit).asi8)
     ends = np.flatnonzero(np.diff(at) > FILL_LIMIT + 1)
     edge = np.zeros(len(grid) + 1, int)
@@ -194,8 +200,8 @@ def join_by_hour(bars: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../nbs/00g_sources.ipynb #464418a9
 def check_price_level(table: pd.DataFrame, asset: Asset) -> None:
-    """Raise `SourceError` for bars of an unknown asset that lie mostly outside Bitcoin's range; note any other bars
-    outside it as suspect."""
+    """Raise `SourceError` for bars of an unknown asset that lie mostly outside Bitcoin's range;
+    note any other bars outside it as suspect."""
     problem, share = level_problem(table)
     if share > .5 and asset.base != "BTC" and table.attrs["format"] != "panel":
         remedy = "It is another coin or unit: give bars of Bitcoin in US dollars"
@@ -203,8 +209,9 @@ def check_price_level(table: pd.DataFrame, asset: Asset) -> None:
     if problem: table.attrs["notes"].append(f"suspect: {problem}")
 
 def check_common_period(tables: list[pd.DataFrame]) -> None:
-    """Raise `SourceError` if the files of one venue, each perhaps too short to show its period, together have bars longer
-    than an hour. Files with closing times have been checked row by row."""
+    """Raise `SourceError` if the files of one venue, each perhaps too short to show its period,
+    together have bars longer than an hour. Files with closing times have been checked row by
+    row."""
     tables = [table for table in tables if not table.attrs["has_closing_times"]]
     if len(tables) < 2: return
     times = pd.concat([t["value_time"] for t in tables]).sort_values(ignore_index=True).drop_duplicates()
@@ -232,7 +239,8 @@ def bitcoin_bars(tables: list[pd.DataFrame], data_dir: Path) -> pd.DataFrame:
 
 # %% ../nbs/00g_sources.ipynb #aedcb2ba
 def use_panel_names(table: pd.DataFrame) -> pd.DataFrame:
-    "A daily source table with the panel's column names; `SourceError` if it is unknown which series the file holds."
+    """A daily source table with the panel's column names; `SourceError` if it is unknown which
+    series the file holds."""
     attrs, kind = table.attrs, table.attrs["format"]
     if kind == "yahoo" and attrs["asset"] != "DXY":
         of = attrs["asset"] or "an unknown asset"
@@ -250,8 +258,8 @@ def use_panel_names(table: pd.DataFrame) -> pd.DataFrame:
     return out
 
 def drop_snapshot(table: pd.DataFrame, later: list[pd.DataFrame]) -> pd.DataFrame:
-    """`table` without its last row if a download that ends later has another value for that day. `SourceError` if both
-    end on that day with different values."""
+    """`table` without its last row if a download that ends later has another value for that day.
+    `SourceError` if both end on that day with different values."""
     columns, last = list(table.columns[2:]), table.iloc[-1]
     for other in later:
         same = other[other["value_time"] == last["value_time"]]
@@ -273,7 +281,8 @@ def drop_snapshot(table: pd.DataFrame, later: list[pd.DataFrame]) -> pd.DataFram
 
 # %% ../nbs/00g_sources.ipynb #17f87ab8
 def check_one_index(tables: list[pd.DataFrame]) -> None:
-    "Raise `SourceError` for two files of the dollar index that differ on many days, as the index and its future do."
+    """Raise `SourceError` for two files of the dollar index that differ on many days, as the index
+    and its future do."""
     for one, other in itertools.combinations(tables, 2):
         both = pd.concat([t.set_index("value_time")["dxy"] for t in (one, other)], axis=1, join="inner").dropna()
         differ = int((np.log(both.iloc[:, 0] / both.iloc[:, 1]).abs() > 1e-4).sum())
@@ -283,8 +292,8 @@ def check_one_index(tables: list[pd.DataFrame]) -> None:
             raise SourceError(other.attrs["file"], problem, remedy)
 
 def stack_vintages(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
-    """One table per format, or per series for FRED, from all vintages. The file that ends first comes last: at equal
-    availability the last row wins, so the first release is used."""
+    """One table per format, or per series for FRED, from all vintages. The file that ends first
+    comes last: at equal availability the last row wins, so the first release is used."""
     groups: dict = {}
     check_one_index([t for t in tables if t.attrs["format"] == "yahoo"])
     for table in sorted(tables, key=lambda t: t["value_time"].iloc[-1], reverse=True):
@@ -296,7 +305,8 @@ def stack_vintages(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
 
 # %% ../nbs/00g_sources.ipynb #ffeaa7d9
 def chain_problem(table: pd.DataFrame, bars: pd.DataFrame, others: list[pd.DataFrame]) -> tuple[str, str]:
-    "Column and problem if an on-chain table contradicts Bitcoin's supply, the bars or other tables, else two empty texts."
+    """Column and problem if an on-chain table contradicts Bitcoin's supply, the bars or other
+    tables, else two empty texts."""
     if "SplyCur" in table and table["SplyCur"].median() > 21e6:
         return "SplyCur", f"a supply of {table['SplyCur'].median():.4g} is more than all bitcoins there will be"
     if "PriceUSD" in table:
@@ -319,8 +329,8 @@ def chain_problem(table: pd.DataFrame, bars: pd.DataFrame, others: list[pd.DataF
 
 def bitcoin_chain(tables: list[pd.DataFrame], bars: pd.DataFrame,
                   data_dir: Path) -> tuple[list, dict[Path, str]]:
-    """The daily tables without on-chain files of other coins, and these files with the reason. `SourceError` if the levels
-    contradict each other."""
+    """The daily tables without on-chain files of other coins, and these files with the reason.
+    `SourceError` if the levels contradict each other."""
     skipped, trusted = {}, []
     chain = [(t, table_asset(t, data_dir)) for t in tables if t.attrs["format"] in ("coinmetrics", "blockchaincom")]
     for table, asset in sorted(chain, key=lambda pair: pair[1].base != "BTC"):  # files named after Bitcoin first
@@ -331,8 +341,7 @@ def bitcoin_chain(tables: list[pd.DataFrame], bars: pd.DataFrame,
         if not is_bitcoin(asset): skipped[file] = f"on-chain data of {asset}; the panel is Bitcoin's"
         elif problem and named and asset.base != "BTC": skipped[file] = f"not Bitcoin's: {column} {problem}"
         elif problem:
-            remedy = ("It is of another coin or day: move it out of the folder, or name the files after their coins, "
-                      "btc.csv")
+            remedy = "It is of another coin or day: move it out of the folder, or name the files after their coins"
             raise SourceError(file, problem, remedy, column=column)
         else: trusted.append(table)
     kept = [t for t in tables if not any(t is x for x, _ in chain) or any(t is x for x in trusted)]
@@ -400,7 +409,8 @@ def load_tables(
     data_dir: str | Path,  # folder with source files
     repairs: Iterable[str] = (),  # opt-in repairs for every file, from `REPAIRS`
 ) -> tuple[pd.DataFrame, list[pd.DataFrame]]:
-    "Hourly bars of a folder (venues joined, `is_splice`), and its daily source tables under the panel's names."
+    """Hourly bars of a folder (venues joined, `is_splice`), and its daily source tables under the
+    panel's names."""
     found = read_folder(data_dir, repairs)
     if found.bars is None:
         raise SourceError(data_dir, "holds a prepared panel, not source tables", "Use load_panel")
@@ -423,7 +433,8 @@ def join_panel(
     bars: pd.DataFrame,  # hourly bars with `is_splice`, as `load_tables` returns them
     tables: Sequence[pd.DataFrame],  # daily source tables under the panel's names
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "Panel, and provenance: the row of its table behind each daily cell, -1 for none. A metric without a table is NaN."
+    """Panel, and provenance: the row of its table behind each daily cell, -1 for none. A metric
+    without a table is NaN."""
     market = fill_bars(bars)
     daily, provenance = point_in_time(market.index, *tables, max_age=MAX_AGE, provenance=True)
     columns = [market[BAR_COLUMNS], daily.reindex(columns=METRICS), market[FLAGS]]
@@ -433,8 +444,8 @@ def join_panel(
 def price_gaps(
     panel: pd.DataFrame,  # hourly panel
 ) -> pd.DataFrame:
-    """Stretches without bars that leave the price unknown: `begin` (last hour with a bar), `end` (next hour with a bar) and
-    `hours` between them."""
+    """Stretches without bars that leave the price unknown: `begin` (last hour with a bar), `end`
+    (next hour with a bar) and `hours` between them."""
     unknown = panel["close"].isna().to_numpy()
     edges = np.flatnonzero(np.diff(np.r_[False, unknown, False]))
     begin, end = edges[::2], edges[1::2]
@@ -482,7 +493,8 @@ def file_row(table: pd.DataFrame, used: int, panel: pd.DataFrame, skipped: str, 
 
 # %% ../nbs/00g_sources.ipynb #2d796439
 def longest_run(missing: np.ndarray) -> list[tuple[int, int]]:
-    "Position and length of the longest run of True as a list of one pair; an empty list if there is none."
+    """Position and length of the longest run of True as a list of one pair; an empty list if there
+    is none."""
     edges = np.flatnonzero(np.diff(np.r_[False, missing, False]))
     begin, length = edges[::2], np.diff(edges)[::2]
     return [(int(begin[length.argmax()]), int(length.max()))] if len(length) else []
@@ -552,9 +564,10 @@ def inventory(
     data_dir: str | Path | pd.DataFrame,  # folder with source files; or a panel, for which only its own row is returned
     repairs: Iterable[str] = (),  # opt-in repairs for every file, from `REPAIRS`
 ) -> pd.DataFrame:
-    """How each file of a folder, and the panel, was used: `status` (used, unused, left out, not read), what the file `holds`,
-    its `asset` and `period`, its `rows` and how many are `used`, `first` and `last` time, `age_days` at the panel's end,
-    hours without a bar (`filled`) and the `longest_hole` in hours, `repairs` with counts, and a `note`."""
+    """How each file of a folder, and the panel, was used: `status` (used, unused, left out, not
+    read), what the file `holds`, its `asset` and `period`, its `rows` and how many are `used`,
+    `first` and `last` time, `age_days` at the panel's end, hours without a bar (`filled`) and the
+    `longest_hole` in hours, `repairs` with counts, and a `note`."""
     if isinstance(data_dir, pd.DataFrame):
         row = panel_row(data_dir, {*data_dir.columns[data_dir.notna().any()]})
         frame = pd.DataFrame.from_dict({"(panel)": row}, orient="index")
@@ -574,8 +587,9 @@ def input_ages(
     tables: Sequence[pd.DataFrame] | None = None,  # its daily source tables
     provenance: pd.DataFrame | None = None,  # the row of its table behind each cell
 ) -> pd.Series:
-    """The age of each input at the newest hour, counted from the beginning of the period it describes; NaT if the input is
-    missing there. `bars` is the newest bar with a trade. Columns without provenance are left out."""
+    """The age of each input at the newest hour, counted from the beginning of the period it
+    describes; NaT if the input is missing there. `bars` is the newest bar with a trade. Columns
+    without provenance are left out."""
     now, traded = panel.index[-1], panel.index[~panel["is_filled"].to_numpy(bool)]
     ages = {"bars": now - (traded[-1] - pd.Timedelta("1h")) if len(traded) else pd.NaT}
     known = pd.DataFrame() if provenance is None else provenance
@@ -587,7 +601,8 @@ def input_ages(
 
 # %% ../nbs/00g_sources.ipynb #5f13a642
 def slice_bound(time: str | pd.Timestamp | None) -> str | pd.Timestamp | None:
-    "An end of a slice: text is kept (a day's name means the whole day); a time without zone is taken as UTC."
+    """An end of a slice: text is kept (a day's name means the whole day); a time without zone is
+    taken as UTC."""
     if time is None: return None
     try: stamp = pd.Timestamp(time)
     except (ValueError, TypeError) as error:
@@ -602,7 +617,8 @@ def load_panel(
     end: str | pd.Timestamp | None = None,  # last decision time kept (UTC)
     repairs: Iterable[str] = (),  # opt-in repairs for every file, from `REPAIRS`
 ) -> pd.DataFrame:
-    "Hourly point-in-time panel: `open high low close volume`, on-chain and macro metrics, `is_filled`, `is_splice`."
+    """Hourly point-in-time panel: `open high low close volume`, on-chain and macro metrics,
+    `is_filled`, `is_splice`."""
     panel = build_panel(read_folder(data_dir, repairs))[0]
     kept = panel.loc[slice_bound(start):].loc[:slice_bound(end)]
     if kept.empty:
