@@ -26,8 +26,8 @@ __all__ = ['RELEASES', 'CHAIN_COLUMNS', 'CHARTS', 'COINMETRICS_MARKS', 'CHAIN_LI
 
 # %% ../nbs/00f_readers.ipynb #0cc2bebd
 GRIDS = [pd.Timedelta(hours=h) for h in (168, 72, 24, 12, 8, 6, 4, 3, 2)]
-# Step -> number of such steps in a row that thin trading does not explain. The longest runs in 22 real files:
-# 6 (2 h), 3 (3 h), 4 (4 h), 2 (6 h), 2 (8 h), 1 (12 h), 2 (24 h).
+# Step -> number of such steps in a row that thin trading does not explain. The longest runs in 22
+# real files: 6 (2 h), 3 (3 h), 4 (4 h), 2 (6 h), 2 (8 h), 1 (12 h), 2 (24 h).
 RUNS = {pd.Timedelta(hours=h): most for h, most in {2: 12, 3: 7, 4: 6, 6: 5, 8: 4, 12: 3, 24: 3}.items()}
 MIN_STEP = {1: 24 * HOUR, 2: 4 * HOUR}  # number of equal steps in a short file -> smallest step that is its interval
 
