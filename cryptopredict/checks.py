@@ -17,14 +17,14 @@ import pandera.pandas as pa
 from .files import RawTable, SourceError, shorten
 
 # %% auto #0
-__all__ = ['USD', 'MONEY', 'QUOTES', 'COINS', 'WORD_COINS', 'NAMES', 'NOT_COINS', 'HOUR', 'SPIKE', 'WICK', 'BAR_COLUMNS', 'LEVEL',
-           'TRADED', 'PRICES', 'BARS', 'OTHER_BARS', 'INDEX_QUOTES', 'OTHER_QUOTES', 'Asset', 'asset_in', 'asset_of',
-           'deviation', 'largest_step', 'check_steps', 'level_problem', 'find_faults', 'daily_rules', 'repair',
-           'utc_now', 'drop_unfinished']
+__all__ = ['USD', 'CURRENCIES', 'QUOTES', 'COINS', 'WORD_COINS', 'NAMES', 'NOT_COINS', 'HOUR', 'SPIKE', 'WICK', 'BAR_COLUMNS',
+           'LEVEL', 'YEARLY_RANGE', 'PRICES', 'BARS', 'OTHER_BARS', 'INDEX_QUOTES', 'OTHER_QUOTES', 'Asset', 'asset_in',
+           'asset_of', 'deviation', 'largest_step', 'check_steps', 'level_problem', 'find_faults', 'daily_rules',
+           'repair', 'utc_now', 'drop_unfinished']
 
 # %% ../nbs/00e_checks.ipynb #c65fa890
 USD = ("USDT", "USDC", "BUSD", "FDUSD", "TUSD", "USDP", "DAI", "USD")  # the dollar and the stable coins pegged to it
-MONEY = {*USD, *"EUR GBP JPY KRW AUD CAD CHF".split()}  # currencies, recognised in any case
+CURRENCIES = {*USD, *"EUR GBP JPY KRW AUD CAD CHF".split()}  # currencies, recognised in any case
 QUOTES = (*USD, *("EUR GBP JPY KRW TRY AUD CAD CHF BRL RUB CNY INR UAH ZAR PLN MXN NGN IDR BTC XBT ETH "
                   "BNB").split())  # currencies that may end a pair
 COINS = {*("BTC XBT ETH LTC XRP BCH BNB DOGE EOS XLM XMR AVAX MATIC ALGO XTZ FTM VET IOTA IOT MIOTA THETA "
@@ -56,7 +56,7 @@ def asset_pair(word: str) -> Asset | None:
     for quote in QUOTES:
         stem = upper.removesuffix(quote)
         bases = stem, stem.removesuffix("Z"), stem.removeprefix("X"), stem.removesuffix("Z").removeprefix("X")
-        base = next((b for b in bases if b in COINS | WORD_COINS | MONEY), None)
+        base = next((b for b in bases if b in COINS | WORD_COINS | CURRENCIES), None)
         if stem != upper and base: return Asset(base.replace("XBT", "BTC"), quote.replace("XBT", "BTC"))
     unlisted = re.fullmatch(rf"([A-Z0-9]{{2,10}}?)({'|'.join(USD)})", word)  # another coin, in capitals
     return Asset(unlisted[1], unlisted[2]) if unlisted and unlisted[1] not in NOT_COINS else None
@@ -64,7 +64,7 @@ def asset_pair(word: str) -> Asset | None:
 def known_coin(word: str) -> str:
     "The coin or currency that a word names, else an empty string."
     upper = re.sub(r"\d+[MHDW]?$", "", word.upper())
-    listed = upper in COINS | MONEY or upper in WORD_COINS and word.isupper()
+    listed = upper in COINS | CURRENCIES or upper in WORD_COINS and word.isupper()
     return NAMES.get(upper) or (upper.replace("XBT", "BTC") if listed else "")
 
 # %% ../nbs/00e_checks.ipynb #f783ae53
@@ -81,10 +81,10 @@ def asset_in(
     for first, second in zip(words, words[1:]):  # names of two words, such as bitcoin-cash
         if joined := NAMES.get((first + second).upper()): pairs.append(Asset(joined))
     for first, second in zip(coins, coins[1:]):
-        if first in MONEY and second == "BTC": pairs.append(Asset("BTC", first))  # USDT_BTC, Poloniex's order
-        elif first in COINS - MONEY - {"BTC"} and second == "BTC": pairs.append(Asset(first, "BTC"))
-    money = next((c for c in coins if c in MONEY), "")
-    single = [c for c in coins if c and c not in MONEY]
+        if first in CURRENCIES and second == "BTC": pairs.append(Asset("BTC", first))  # USDT_BTC, Poloniex's order
+        elif first in COINS - CURRENCIES - {"BTC"} and second == "BTC": pairs.append(Asset(first, "BTC"))
+    money = next((c for c in coins if c in CURRENCIES), "")
+    single = [c for c in coins if c and c not in CURRENCIES]
     found = pairs + ([Asset("BTC", money)] if "BTC" in single else [Asset(c, money) for c in single])
     if not found and re.search(r"dollar[-_ ]?index", name.lower()): return Asset("DXY")
     if not found: return Asset("", money if money not in USD else "")
@@ -220,7 +220,7 @@ def check_steps(
 
 # %% ../nbs/00e_checks.ipynb #a1c839d2
 LEVEL = 6.  # largest factor between a month's median close and the year's range
-TRADED = {2011: (.3, 30), 2012: (4, 14), 2013: (13, 1200), 2014: (300, 1000), 2015: (170, 490), 2016: (360, 980),
+YEARLY_RANGE = {2011: (.3, 30), 2012: (4, 14), 2013: (13, 1200), 2014: (300, 1000), 2015: (170, 490), 2016: (360, 980),
           2017: (750, 19900), 2018: (3100, 17200), 2019: (3300, 13900), 2020: (3800, 29300),
           2021: (28800, 69000), 2022: (15500, 48100), 2023: (16500, 44700),
           2024: (38500, 108400)}  # year -> lowest and highest price in US dollars, rounded
@@ -233,7 +233,7 @@ def level_problem(
     a factor of `LEVEL` (empty if there is none), and the share of such months."""
     months = table["value_time"].dt.tz_localize(None).dt.to_period("M")
     median = table["close"].groupby(months).median()
-    low, high = (np.array([TRADED.get(p.year, (0, np.inf))[k] for p in median.index]) for k in (0, 1))
+    low, high = (np.array([YEARLY_RANGE.get(p.year, (0, np.inf))[k] for p in median.index]) for k in (0, 1))
     out = (median.to_numpy() < low / LEVEL) | (median.to_numpy() > high * LEVEL)
     if not out.any(): return "", 0.
     k = int(out.argmax())

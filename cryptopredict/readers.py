@@ -14,7 +14,7 @@ import pandas as pd
 import pandera.pandas as pa
 from pandas.tseries.holiday import USFederalHolidayCalendar
 
-from .checks import (BAR_COLUMNS, BARS, HOUR, INDEX_QUOTES, MONEY, OTHER_BARS, OTHER_QUOTES, PRICES,
+from .checks import (BAR_COLUMNS, BARS, HOUR, INDEX_QUOTES, CURRENCIES, OTHER_BARS, OTHER_QUOTES, PRICES,
                                   WORD_COINS, Asset, asset_of, check_steps, daily_rules, drop_unfinished, repair)
 from .files import (RawTable, SourceError, epoch_times, is_number, known_repairs, read_table, shorten,
                                  to_number, utc_dates, utc_times)
@@ -519,7 +519,7 @@ def read_coinmetrics(
     raw = path if isinstance(path, RawTable) else read_table(path)
     frame, asset = raw.frame.drop(columns=[c for c in raw.header if c.lower() == "asset"]), asset_of(raw)
     stem = raw.path.name.split(".")[0].upper()
-    if not asset.base and stem.split("_")[0] in WORD_COINS | MONEY: asset = Asset(stem)  # the archive's names: ada, usdt_eth
+    if not asset.base and stem.split("_")[0] in WORD_COINS | CURRENCIES: asset = Asset(stem)  # the archive's names: ada, usdt_eth
     clocks = [c for c in ("AssetCompletionTime", "AssetEODCompletionTime") if c in frame.columns]
     metrics = {c: to_number(raw.path, frame[c]) for c in frame.columns[1:] if c not in clocks}
     check_one_a_day(raw.path, frame.iloc[:, 0].astype("str").str.strip())

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from cryptopredict.checks import BAR_COLUMNS, COINS, HOUR, MONEY, USD, Asset, asset_in, largest_step, level_problem
+from cryptopredict.checks import BAR_COLUMNS, COINS, HOUR, CURRENCIES, USD, Asset, asset_in, largest_step, level_problem
 from cryptopredict.files import REPAIRS, SourceError, known_repairs, list_files  # noqa: F401
 from cryptopredict.leakage import check_times, point_in_time
 from cryptopredict.readers import CHAIN_COLUMNS, CHARTS, check_hourly_bars, read
@@ -54,7 +54,7 @@ def table_asset(table: pd.DataFrame, data_dir: Path) -> Asset:
     below `data_dir`."""
     base, _, quote = table.attrs["asset"].partition("/")
     for part in reversed(Path(table.attrs["file"]).relative_to(data_dir).parts[:-1]):
-        named = asset_in(part) if part.upper() in COINS | MONEY or asset_in(part).quote else Asset()
+        named = asset_in(part) if part.upper() in COINS | CURRENCIES or asset_in(part).quote else Asset()
         if named.base in ("", base) or not base: base, quote = base or named.base, quote or named.quote
     return Asset(base, quote)
 
