@@ -617,7 +617,7 @@ def check_memory() -> None:
         raise ValueError(f"the memory of this process is limited to {allowed / 2**30:.1f} GiB (ulimit -v): "
                          f"allow {MIN_MEMORY / 2**30:.0f} GiB or more")
 
-PARSERS = {"json", "tomllib", "codecs", "pyarrow"}  # modules whose ValueErrors are about a file: invalid JSON, a truncated parquet file
+PARSERS = {"json", "tomllib", "codecs", "pyarrow"}  # their ValueErrors are about a file: invalid JSON, truncated parquet
 
 def is_users_mistake(error: BaseException) -> bool:
     "Whether an error is a mistake in the call or the files, raised by this package itself or by a parser of files."
@@ -657,7 +657,7 @@ def main(
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, "w"))  # the caller closed it
         stream = getattr(sys, name)
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")  # a character it lacks must not stop a run
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")  # rather than stop a run
     warnings.formatwarning, write_errors[:] = warning_line, []
     with sigterm_raises():
         try:
