@@ -121,8 +121,8 @@ class WalkForwardArgs(SourceArgs):
     models_given: tyro.conf.Suppress[bool] = False  # whether flags or the file name the models
 
     def configured(self) -> Any:
-        """The `EvaluateConfig`. On the built-in market with the usual labels the default models include `truth`, its known
-        conditional law."""
+        """The `EvaluateConfig`. On the built-in market with the usual labels the default models
+        include `truth`, its known conditional law."""
         from cryptopredict.protocol import load_config
         config = self.settings or load_config(self.config)
         usual = (config.horizon, config.vol_window, config.threshold) == ("90D", "30D", .05)
@@ -133,7 +133,8 @@ class WalkForwardArgs(SourceArgs):
         self,
         config: Any,  # as from `configured`
     ) -> Any:
-        "The user's forecasters and features as `protocol.UserCode`; a `ConfigError` states where they were named."
+        """The user's forecasters and features as `protocol.UserCode`; a `ConfigError` states
+        where they were named."""
         from cryptopredict.config import ConfigError
         from cryptopredict.protocol import load_user_code
         try: return load_user_code(config)
@@ -143,7 +144,8 @@ class WalkForwardArgs(SourceArgs):
 def default_settings(
     words: Sequence[str],  # command line, after the command
 ) -> tuple[Any, bool]:
-    "The `EvaluateConfig` from `--preset` and `--config`, which flags win over, and whether models were named."
+    """The `EvaluateConfig` from `--preset` and `--config`, which flags win over, and whether
+    models were named."""
     from cryptopredict.protocol import load_config
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--config", "--preset"): scan.add_argument(flag, nargs="?")
@@ -190,7 +192,8 @@ def audit_all(
     user_code: Any,  # the user's forecasters and features, `protocol.UserCode`
     n_cuts: int,  # cuts in the audit of the features
 ) -> dict:
-    "Audits the panel and everything that a run does with it; prints and returns the reports by name."
+    """Audits the panel and everything that a run does with it; prints and returns the reports by
+    name."""
     from cryptopredict.run_audits import AUDITED_HOURS, audit_inputs, audit_network, audit_user_code
     from cryptopredict.sources import MAX_AGE
     panel, tables = loaded.panel, loaded.tables
@@ -207,7 +210,8 @@ def user_code_audits(
     config: Any,  # `EvaluateConfig` of the run
     user_code: Any,  # the user's forecasters and features, `protocol.UserCode`
 ) -> dict:
-    "Audits the user's forecasters and features; prints and returns the reports by name, empty if there are none."
+    """Audits the user's forecasters and features; prints and returns the reports by name, empty
+    if there are none."""
     from cryptopredict.run_audits import audit_user_code
     if not (user_code.models or user_code.features): return {}
     say("audit of your own code ...")
@@ -217,7 +221,8 @@ def user_code_audits(
 def judge_reports(
     reports: Mapping[str, Any],  # `LeakReport` by name
 ) -> int:
-    "Exit code: 1 if a leak was found, else 0; a `ValueError` where too little could be tested to say."
+    """Exit code: 1 if a leak was found, else 0; a `ValueError` where too little could be tested
+    to say."""
     if any(len(report.leaks) for report in reports.values()): return 1
     for name, report in reports.items():
         if not report.ok: raise ValueError(f"audit of {name}: {report.verdict}: give more data, or code that needs fewer rows")
@@ -233,8 +238,8 @@ def say_leak(
 # %% ../nbs/06a_cli.ipynb #858fe0d3
 @dataclass
 class AuditCommand(WalkForwardArgs):
-    """Leak audits: of this project's features, labels, folds, sources, fitted network and model, or of a function of your own.
-    Exit 1 when a leak is found."""
+    """Leak audits: of this project's features, labels, folds, sources, fitted network and model,
+    or of a function of your own. Exit 1 when a leak is found."""
     # MODULE:NAME or FILE.py:NAME of a function from the hourly panel to a frame or series, audited instead.
     what: tyro.conf.Positional[str | None] = None
     fn: str | None = None  # The same as the positional argument.
@@ -417,7 +422,8 @@ class TrainCommand(WalkForwardArgs, TrackingArgs):
         panel: Any,  # DataFrame, hourly
         user_code: Any,  # the user's features, `protocol.UserCode`
     ) -> int:
-        "Print the time and memory that the trainings of a newest forecast would take; returns the exit code."
+        """Print the time and memory that the trainings of a newest forecast would take; returns
+        the exit code."""
         from cryptopredict.tbptt_trainer import resolved
         from cryptopredict.walkforward import expected_trainings
         made = expected_trainings(config, panel, user_code)
@@ -436,7 +442,8 @@ class TrainCommand(WalkForwardArgs, TrackingArgs):
 # %% ../nbs/06a_cli.ipynb #fc52597c
 @dataclass
 class RunsCommand(Command):
-    "The runs and trainings in a folder: state, best score, age, and how to resume those that stopped."
+    """The runs and trainings in a folder: state, best score, age, and how to resume those that
+    stopped."""
     folder: tyro.conf.Positional[Path] = Path("runs")  # Folder that holds run folders, or one of them.
 
     def __call__(self) -> int:
@@ -552,7 +559,8 @@ Commands (each with --help):
 def parse_command(
     args: Sequence[str],  # command line without the program's name
 ) -> Command:
-    "The command with its flags. A `ConfigError` names a setting that is out of bounds; an unknown flag exits with 2."
+    """The command with its flags. A `ConfigError` names a setting that is out of bounds; an
+    unknown flag exits with 2."""
     from cryptopredict.config import ConfigError
     if not args or args[0] in ("-h", "--help"):
         print(OVERVIEW, file=sys.stdout if args else sys.stderr)
@@ -578,7 +586,8 @@ def parse_command(
         raise
 
 def describe_flags() -> None:
-    "Add bounds to the help of the `model` and `train` flags, and hide the sizes that follow from the data."
+    """Add bounds to the help of the `model` and `train` flags, and hide the sizes that follow
+    from the data."""
     from fastcore.docments import docments
 
     from cryptopredict.config import allowed_values
@@ -620,7 +629,8 @@ def check_memory() -> None:
 PARSERS = {"json", "tomllib", "codecs", "pyarrow"}  # their ValueErrors are about a file: invalid JSON, truncated parquet
 
 def is_users_mistake(error: BaseException) -> bool:
-    "Whether an error is a mistake in the call or the files, raised by this package itself or by a parser of files."
+    """Whether an error is a mistake in the call or the files, raised by this package itself or by
+    a parser of files."""
     if isinstance(error, OSError | MemoryError) or type(error).__name__ == "OutOfMemoryError": return True
     if not isinstance(error, ValueError): return False
     at = error.__traceback__
@@ -631,7 +641,8 @@ def is_users_mistake(error: BaseException) -> bool:
     return module in PARSERS or ours and dis.opname[code[at.tb_lasti]] == "RAISE_VARARGS"
 
 def report_error(error: Exception, verbose: bool) -> int:
-    "Print an error; returns the exit code: 2 for a user's mistake, 3 for a bug, which is printed with its traceback."
+    """Print an error; returns the exit code: 2 for a user's mistake, 3 for a bug, which is
+    printed with its traceback."""
     users, text = is_users_mistake(error), " ".join(str(error).split())
     if verbose or not users: warn("".join(traceback.format_exception(error)).rstrip())
     if isinstance(error, PermissionError):
@@ -649,8 +660,8 @@ def warning_line(message: Any, category: Any, filename: str, lineno: int, line: 
 def main(
     args: Sequence[str] | None = None,  # command line without the program's name; None: that of this process
 ) -> int:
-    """Run a command; returns the exit code: 0, 1 (a leak was found), 2 (a mistake in the call or the files), 3 (a bug),
-    130 (Ctrl-C) or 143 (SIGTERM)."""
+    """Run a command; returns the exit code: 0, 1 (a leak was found), 2 (a mistake in the call or
+    the files), 3 (a bug), 130 (Ctrl-C) or 143 (SIGTERM)."""
     args = sys.argv[1:] if args is None else args
     format_before, verbose = warnings.formatwarning, "--verbose" in args
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait by spinning starve each other on a busy machine

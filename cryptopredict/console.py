@@ -30,7 +30,8 @@ write_errors: list[OSError] = []  # why standard output could not be written; em
 def say(
     text: str = "",  # one or several lines
 ) -> None:
-    "Print on standard output and flush. An error is kept in `write_errors`, for `cli.main` to report at the end."
+    """Print on standard output and flush. An error is kept in `write_errors`, for `cli.main` to
+    report at the end."""
     try: print(text, flush=True)
     except OSError as error:
         write_errors.append(error)
@@ -117,7 +118,8 @@ def say_inventory(
 
 # %% ../nbs/05j_console.ipynb #388215e7
 class TimeLeft:
-    "Estimates the time that the rest of a run will take, per kind of part: seconds spent / work done * work left."
+    """Estimates the time that the rest of a run will take, per kind of part: seconds spent / work
+    done * work left."""
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = {}  # seconds, by kind
@@ -169,7 +171,8 @@ def training_line(
     return f"{loss}  {losses}  lr {record['lr']:.1e}  {record['tokens_per_s'] / 1e3:.0f}k tokens/s  {memory:.0f} MiB"
 
 class Progress:
-    "Progress of a run, as a context manager: bars in a terminal, a line per minute on standard error elsewhere."
+    """Progress of a run, as a context manager: bars in a terminal, a line per minute on standard
+    error elsewhere."""
     interval = 60.  # seconds between lines
 
     def __enter__(self) -> Progress:

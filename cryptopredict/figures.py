@@ -42,12 +42,14 @@ def house_style(
     height: int = 380,  # pixels
     **layout: Any,  # further arguments of `update_layout`, such as `xaxis_title`
 ) -> go.Figure:
-    "The figure in the house style: title in lines short enough for a phone, plain axes, the legend in a row below."
+    """The figure in the house style: title in lines short enough for a phone, plain axes, the
+    legend in a row below."""
     text = "<br>".join(wrap(title, 48))
     return fig.update_layout(title=dict(text=text, font_size=16, x=.02), height=height, template="simple_white",
                              margin=dict(t=85, b=45, l=60, r=20), legend=dict(orientation="h", y=-.25), **layout)
 
 def notebook_renderer() -> None:
-    "Make notebooks store figures as data alone: JupyterLab draws them with its own plotly, the site with one shared script."
+    """Make notebooks store figures as data alone: JupyterLab draws them with its own plotly, the
+    site with one shared script."""
     import plotly.io as pio
     pio.renderers.default = "plotly_mimetype"

@@ -196,14 +196,16 @@ def append_jsonl(
     path: Path,  # the history; created if it does not exist
     record: Mapping[str, Any],  # one entry
 ) -> None:
-    "Append one line of JSON to a history; values with `item()`, such as tensors of one element, are written as numbers."
+    """Append one line of JSON to a history; values with `item()`, such as tensors of one element,
+    are written as numbers."""
     line = json.dumps({key: value.item() if hasattr(value, "item") else value for key, value in record.items()})
     with open(path, "a", encoding="utf-8") as file: file.write(line + "\n")
 
 def read_jsonl(
     path: Path,  # the history
 ) -> list[dict]:
-    "The complete lines of a history, parsed; empty if there is no file. A line cut short by a crash is left out."
+    """The complete lines of a history, parsed; empty if there is no file. A line cut short by a
+    crash is left out."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
 
@@ -231,8 +233,8 @@ def new_folder(
 def exclusive_lock(
     folder: str | Path,  # folder of a run, or of its checkpoints
 ) -> Iterator[None]:
-    """A context in which no other process holds this lock of the folder; a `ValueError` if one already does. A folder
-    without write permission is not locked."""
+    """A context in which no other process holds this lock of the folder; a `ValueError` if one
+    already does. A folder without write permission is not locked."""
     from filelock import FileLock, Timeout
     folder = Path(folder)
     run = folder.parent if folder.name == "checkpoints" else folder
@@ -259,8 +261,9 @@ def is_locked(
 
 # %% ../nbs/00i_storage.ipynb #c51b06bf
 class DeferredSignals:
-    """A context manager that records the first SIGINT or SIGTERM as `pending` instead of letting it act; a second one acts
-    at once. It works in the main thread only; signals that are ignored stay ignored."""
+    """A context manager that records the first SIGINT or SIGTERM as `pending` instead of letting
+    it act; a second one acts at once. It works in the main thread only; signals that are ignored
+    stay ignored."""
 
     def __init__(self) -> None:
         self.pending: int | None = None
@@ -297,7 +300,8 @@ class Terminated(BaseException):
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
-    "A context in which SIGTERM raises `Terminated` in the main thread, so that files being written are cleaned up."
+    """A context in which SIGTERM raises `Terminated` in the main thread, so that files being
+    written are cleaned up."""
     def handle(number, frame): raise Terminated
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -333,7 +337,8 @@ def require_same_run(
 # %% ../nbs/00i_storage.ipynb #64fa3c6e
 @cache
 def code_commit() -> str:
-    "Commit of the checkout that this package runs from, with a mark for local changes; 'none' outside one."
+    """Commit of the checkout that this package runs from, with a mark for local changes; 'none'
+    outside one."""
     here = str(files("cryptopredict"))
     git = lambda *words: subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, timeout=10)
     try:

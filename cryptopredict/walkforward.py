@@ -55,8 +55,9 @@ def fit_predict(
     folder: Path | None = None,  # where a forecaster that trains keeps its trainings
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of a training
 ) -> pd.DataFrame:
-    """Fit one forecaster on a fold and forecast at the daily origins of `fold.test`: prediction schema without `fold`. A
-    `ValueError` names what is wrong with what the forecaster returned."""
+    """Fit one forecaster on a fold and forecast at the daily origins of `fold.test`: prediction
+    schema without `fold`. A `ValueError` names what is wrong with what the forecaster
+    returned."""
     rows = forecast_rows(panel, fold.test)
     if not len(rows):
         raise ValueError(f"the fold tested from {panel.index[fold.test[0]]} holds no 00:00 UTC with a price known for {HISTORY} "
@@ -138,8 +139,8 @@ def predict_folds(
     on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with parts done, all, next
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
 ) -> pd.DataFrame:
-    """The predictions of all parts; parts that exist already are read, not made again. Of the trainings of a finished fold
-    only weights and histories are kept."""
+    """The predictions of all parts; parts that exist already are read, not made again. Of the
+    trainings of a finished fold only weights and histories are kept."""
     place, todo = RunFolder(out), run_parts(config, len(folds), user_code)
     names = [f"fold {k + 1} of {len(folds)}" for k in range(len(folds))]
     steps = run_steps(config, y, folds, names, user_code, lambda *part: place.part(*part).exists())
@@ -165,8 +166,8 @@ def score_run(
     predictions: pd.DataFrame,  # prediction schema
     y: pd.DataFrame,  # labels by decision time
 ) -> dict:
-    """The tables `summary`, `by_year`, `comparison`, `single_seeds` and `reliability` as records, with the number and span of
-    the origins behind them."""
+    """The tables `summary`, `by_year`, `comparison`, `single_seeds` and `reliability` as records,
+    with the number and span of the origins behind them."""
     known = {name: y[name].where(y["sigma_end" if name == "sigma" else "label_end"].notna())
              for name in ("r90", "direction", "sigma")}  # NaN until the label has matured
     matured = pd.DataFrame(known)[y[["label_end", "sigma_end"]].notna().any(axis=1)]
@@ -225,7 +226,8 @@ def write_config(
     config: EvaluateConfig,  # settings of the run
     source: str,  # what the panel is, in words
 ) -> None:
-    "Write `config.toml` with all settings, unless it exists; a `ValueError` if it holds other settings."
+    """Write `config.toml` with all settings, unless it exists; a `ValueError` if it holds other
+    settings."""
     check_config(out, config)
     path, named = FitFolder(out).config, " ".join(source.encode(errors="backslashreplace").decode().split())
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,8 +240,8 @@ def open_run(
     provenance: dict,  # as from `provenance_of`
     user_code: UserCode = UserCode({}, {}),  # the user's forecasters and features
 ) -> RunFolder:
-    """The run folder, created if it does not exist. A `ValueError` names what differs from the run that the folder holds, and
-    nothing in it is changed."""
+    """The run folder, created if it does not exist. A `ValueError` names what differs from the
+    run that the folder holds, and nothing in it is changed."""
     folder = RunFolder(out)
     identity = {"config": config.plain(), "data_sha256": provenance["data_sha256"], "own": user_code.identity()}
     if folder.path.exists() and not folder.path.is_dir(): raise ValueError(f"{out} is a file: choose another --out")
@@ -266,8 +268,8 @@ def note_code(
     folder: RunFolder,  # folder of a run that is begun or resumed
     provenance: dict,  # as from `provenance_of`
 ) -> dict:
-    """Warn if a run is resumed with other code, and record that code in `run.json`. Returns `commits`, all that the run was
-    made with, if there are several, else an empty dict."""
+    """Warn if a run is resumed with other code, and record that code in `run.json`. Returns
+    `commits`, all that the run was made with, if there are several, else an empty dict."""
     known = json.loads(folder.run.read_text())
     made_by = known["made_by"]
     if warn_code_changed(folder.path, made_by[-1]):
@@ -317,7 +319,8 @@ def train_newest(
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
     inventory: pd.DataFrame | None = None,  # as from `sources.inventory`, to be kept as `inventory.json`
 ) -> pd.DataFrame:
-    "Train the network on all labels that have matured and keep it in a folder; returns its newest forecast."
+    """Train the network on all labels that have matured and keep it in a folder; returns its
+    newest forecast."""
     fit, config = FitFolder(out), config.model_copy(update=dict(models=("mamba2",)))
     check_config(out, config)
     check_network(config.model, config.train)
@@ -347,7 +350,8 @@ def expected_trainings(
     panel: pd.DataFrame,  # hourly panel
     user_code: UserCode = UserCode({}, {}),  # the user's features
 ) -> pd.DataFrame:
-    "The trainings that a newest forecast would take, one per row: spans, hours, and what `estimate` expects of each."
+    """The trainings that a newest forecast would take, one per row: spans, hours, and what
+    `estimate` expects of each."""
     y = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     fold = live_fold(panel.index, y[["label_end", "sigma_end"]], validation=config.validation, embargo=config.embargo)
     check_network(config.model, config.train)
@@ -368,7 +372,8 @@ def expected_trainings(
 
 # %% ../nbs/05h_walkforward.ipynb #b4fb5644
 class Evaluation:
-    "A finished walk-forward: scores, predictions, newest forecast; `results` adds figures and the report."
+    """A finished walk-forward: scores, predictions, newest forecast; `results` adds figures and
+    the report."""
 
     def __init__(
         self,
@@ -403,7 +408,8 @@ class Evaluation:
 
     @property
     def scores(self) -> pd.DataFrame:
-        "Mean score, 90 % interval and sample size by model and score: `model, score, mean, lo, hi, n_origins, n_windows, n_eff`."
+        """Mean score, 90 % interval and sample size by model and score: `model, score, mean, lo,
+        hi, n_origins, n_windows, n_eff`."""
         return pd.DataFrame(self.record["summary"])
 
     @property
@@ -413,7 +419,8 @@ class Evaluation:
 
     @property
     def comparison(self) -> pd.DataFrame:
-        "Each model against the reference: difference, interval, Holm-adjusted p-value and verdict, by score."
+        """Each model against the reference: difference, interval, Holm-adjusted p-value and
+        verdict, by score."""
         return pd.DataFrame(self.record["comparison"])
 
     @property
@@ -423,12 +430,14 @@ class Evaluation:
 
     @property
     def realised(self) -> pd.DataFrame:
-        "Close and realised labels at daily origins: `time, r90, direction, sigma, label_end, sigma_end, close`."
+        """Close and realised labels at daily origins: `time, r90, direction, sigma, label_end,
+        sigma_end, close`."""
         return pd.read_parquet(self.folder.origins)
 
     @property
     def newest(self) -> pd.DataFrame:
-        "Each model's forecast at the last hour: prediction schema, fold -1; empty if none could be made."
+        """Each model's forecast at the last hour: prediction schema, fold -1; empty if none could
+        be made."""
         return pd.read_parquet(self.folder.forecast)
 
     def __repr__(self) -> str:
@@ -450,13 +459,15 @@ class Evaluation:
 
 # %% ../nbs/05h_walkforward.ipynb #f465c432
 def origin_table(panel: pd.DataFrame, y: pd.DataFrame) -> pd.DataFrame:
-    "Close and realised labels at every daily origin and at the newest hour, for the figures of the report."
+    """Close and realised labels at every daily origin and at the newest hour, for the figures of
+    the report."""
     rows = np.union1d(origins(panel.index, np.arange(len(panel))), [len(panel) - 1])
     kept = y.iloc[rows][["r90", "direction", "sigma", "label_end", "sigma_end"]]
     return kept.assign(close=panel["close"].iloc[rows]).rename_axis("time").reset_index()
 
 def fold_table(index: pd.DatetimeIndex, folds: list[Fold]) -> list[dict]:
-    "First time, last time and number of rows of each part of each fold; volatility is learned from `refit_sigma`."
+    """First time, last time and number of rows of each part of each fold; volatility is learned
+    from `refit_sigma`."""
     span = lambda rows: dict(begin=str(index[rows[0]]), end=str(index[rows[-1]]), rows=len(rows))
     parts = lambda f: {name: getattr(f, name) for name in Fold.PARTS} | dict(refit_sigma=f.of("sigma_end").refit)
     return [{name: span(rows) for name, rows in parts(f).items()} for f in folds]
@@ -484,8 +495,8 @@ def walk_forward_run(
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
     inventory: pd.DataFrame | None = None,  # as from `sources.inventory`, to be kept as `inventory.json`
 ) -> Evaluation:
-    """Run all folds x models x seeds, or what is still missing of them; writes predictions, newest forecast, certificate and
-    scores into the run folder."""
+    """Run all folds x models x seeds, or what is still missing of them; writes predictions,
+    newest forecast, certificate and scores into the run folder."""
     check_panel(panel)
     y = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     # All checks come before the folder is created: a run that cannot start leaves none behind.
@@ -556,9 +567,10 @@ def evaluate(
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
     **settings: Any,  # any field of `EvaluateConfig`: seeds, step, preset, train=dict(lr=...), ...
 ) -> Evaluation:
-    """Evaluate forecasters on a panel by walk-forward; returns an `Evaluation`, kept in the run folder. Your own forecasters
-    and features are audited first. Raises a `ConfigError` for a setting that cannot be used, a `LeakageError` for code that
-    sees the future, a `ValueError` for a panel that cannot be used or is too short."""
+    """Evaluate forecasters on a panel by walk-forward; returns an `Evaluation`, kept in the run
+    folder. Your own forecasters and features are audited first. Raises a `ConfigError` for a
+    setting that cannot be used, a `LeakageError` for code that sees the future, a `ValueError`
+    for a panel that cannot be used or is too short."""
     for key, given in (("models", models), ("features", features)):
         if given is not None and not isinstance(given, (list, tuple)):
             raise ConfigError(f"key '{key}' is {type(given).__name__}: give a list, [{key[:-1]}] for one")
