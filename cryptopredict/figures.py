@@ -44,9 +44,10 @@ def house_style(
 ) -> go.Figure:
     """The figure in the house style: title in lines short enough for a phone, plain axes, the
     legend in a row below."""
-    text = "<br>".join(wrap(title, 48))
+    text = "<br>".join(wrap(title, 40))
+    legend = dict(orientation="h", x=0, y=0, yref="container", yanchor="bottom")
     return fig.update_layout(title=dict(text=text, font_size=16, x=.02), height=height, template="simple_white",
-                             margin=dict(t=85, b=45, l=60, r=20), legend=dict(orientation="h", y=-.25), **layout)
+                             margin=dict(t=85, b=95, l=60, r=20), legend=legend, **layout)
 
 def notebook_renderer() -> None:
     """Make notebooks store figures as data alone: JupyterLab draws them with its own plotly, the
