@@ -158,9 +158,9 @@ def loss_figure(
     title: str,  # of the figure
 ) -> go.Figure:
     "Losses and learning rate against updates."
-    titles = ("Each head: training (lines) and validation (markers)", "All heads", "Learning rate")
+    titles = ("Each head (markers: validation)", "All heads", "Learning rate")
     fig = make_subplots(2, 2, specs=[[dict(colspan=2), None], [{}, {}]], subplot_titles=titles, vertical_spacing=.17,
-                        horizontal_spacing=.12, row_heights=[.58, .42])
+                        horizontal_spacing=.16, row_heights=[.58, .42])
     every = math.ceil(len(updates) / 500)
     updates = updates if every < 2 else [*updates[:-1:every], updates[-1]]
 
@@ -170,20 +170,20 @@ def loss_figure(
     line = lambda colour, width=1.2: dict(mode="lines", line=dict(color=colour, width=width))
     marks = lambda colour, symbol: dict(mode="markers", marker=dict(color=colour, symbol=symbol, size=9), cliponaxis=False)
     for task, (colour, symbol) in LOOKS.items():
-        same = dict(name=TASKS[task], legendgroup=task, row=1, col=1)
+        same = dict(name=TASKS[task].partition(" (")[0], legendgroup=task, row=1, col=1)
         # The losses of the two quantiles are often alike: the first is drawn wider.
         fig.add_scatter(**curve(updates, f"loss/{task}"), **line(colour, 2.6 if task == "p10" else 1.2), **same)
         fig.add_scatter(**curve(validations, f"validation/{task}"), **marks(colour, symbol), **same, showlegend=False)
     total = [(step, {"sum": total_loss({task: values[f"loss/{task}"] for task in TASKS})}) for step, values in updates]
-    fig.add_scatter(**curve(updates, "loss/total"), **line(GREY), name="trained on (learned weights)", row=2, col=1)
-    fig.add_scatter(**curve(total, "sum"), **line(BLACK), name="sum (weights of the start)", row=2, col=1)
-    fig.add_scatter(**curve(validations, "validation/total"), **marks(BLACK, "circle"), name="sum on validation", row=2, col=1)
+    fig.add_scatter(**curve(updates, "loss/total"), **line(GREY), name="trained on", row=2, col=1)
+    fig.add_scatter(**curve(total, "sum"), **line(BLACK), name="sum", row=2, col=1)
+    fig.add_scatter(**curve(validations, "validation/total"), **marks(BLACK, "circle"), name="sum, validation", row=2, col=1)
     fig.add_scatter(**curve(updates, "lr"), **line(BLUE, 2), name="learning rate", showlegend=False, row=2, col=2)
     fig.update_xaxes(title="update", rangemode="tozero").update_xaxes(title=None, row=1, col=1)
     ticks = [float(f"{digit}e{power}") for power in range(-6, 7) for digit in (1, 2, 5)]
     fig.update_yaxes(title="loss", nticks=6).update_yaxes(type="log", tickvals=ticks, row=1, col=1)
-    fig.update_yaxes(title="learning rate", rangemode="tozero", exponentformat="power", row=2, col=2)
-    return house_style(fig, title, 560).update_layout(legend=dict(y=-.15, yanchor="top"))
+    fig.update_yaxes(title=None, rangemode="tozero", exponentformat="power", row=2, col=2)
+    return house_style(fig, title, 560).update_layout(legend=dict(y=-.2, yanchor="top"))
 
 # %% ../nbs/05i_track.ipynb #099e7bcf
 def in_notebook() -> bool:
