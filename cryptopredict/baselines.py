@@ -69,7 +69,7 @@ def forecast_rows(
     panel: pd.DataFrame,  # hourly panel
     rows: np.ndarray,  # positions of a test or validation span
 ) -> np.ndarray:
-    "The official origins among `rows` that every model can forecast at; a single row need not be an origin."
+    "Official origins among `rows` where every model can forecast; a single row may be at any hour."
     rows = rows if len(rows) == 1 else origins(panel.index, rows)
     return rows[has_history(panel)[rows]]
 
@@ -81,7 +81,7 @@ def realised_vol(
     close: pd.Series,  # hourly close, without gaps
     days: int,  # length of the trailing window
 ) -> pd.Series:
-    "Annualised root mean square of the last `days` of hourly log returns, at least `FLOOR`; NaN before that."
+    "Annualised root mean square of the last `days` of hourly log returns, at least `FLOOR`."
     squares = np.log(close).diff() ** 2
     # Rounding can make a rolling sum slightly negative after large values have left the window.
     return np.sqrt(HOURS_A_YEAR * squares.rolling(24 * days).mean().clip(lower=0)).clip(lower=FLOOR)
@@ -90,7 +90,7 @@ def ewma_vol(
     close: pd.Series,  # hourly close, without gaps
     half_life: float = 10,  # half-life of the weights, days
 ) -> pd.Series:
-    "Annualised volatility from exponentially weighted squared hourly log returns; NaN before one half-life."
+    "Annualised volatility from exponentially weighted squared hourly log returns, at least `FLOOR`."
     squares = np.log(close).diff() ** 2
     mean = squares.ewm(halflife=24 * half_life, min_periods=round(24 * half_life)).mean()
     return np.sqrt(HOURS_A_YEAR * mean).clip(lower=FLOOR)
@@ -272,7 +272,7 @@ class EWMA(VolatilityForecaster):
 
 # %% ../nbs/05c_baselines.ipynb #e3530a78
 class LogHAR(VolatilityForecaster):
-    "Sigma is the exponential of a regression of log sigma on log realised volatility of 1, 7, 30 and 90 days."
+    "Sigma is exp of a regression of log sigma on log realised volatility of 1, 7, 30 and 90 days."
 
     def design(
         self,

@@ -99,7 +99,7 @@ def prediction_faults(p: pd.DataFrame) -> Iterable[tuple[str, pd.Series, str]]:
     yield "time, model, seed", repeated, "keep one forecast per origin, model and seed"
 
 def check_predictions(p: pd.DataFrame) -> None:
-    "Raise a `ValueError` with model, time, column and remedy of the first row that cannot be scored."
+    "Raise a `ValueError` that names the first row that cannot be scored, and the remedy."
     missing = [c for c in SCHEMA if c not in p.columns]
     if missing:
         raise ValueError(f"predictions lack the column(s) {', '.join(missing)}; "
@@ -117,7 +117,7 @@ def check_predictions(p: pd.DataFrame) -> None:
 def seed_mean(
     predictions: pd.DataFrame,  # prediction schema, any number of seeds per model
 ) -> pd.DataFrame:
-    "Mean forecast over the seeds of each model at each origin; `seed` is -1 where there are several."
+    "Mean forecast over the seeds of each model at each origin; `seed` is -1 if there are several."
     means = predictions.groupby(["model", "time"], sort=False, as_index=False).agg(
         dict(fold="first", seed="first") | dict.fromkeys(FORECAST_COLUMNS, "mean"))
     several = predictions.groupby("model")["seed"].nunique() > 1
@@ -340,7 +340,7 @@ def seed_spread(
     predictions: pd.DataFrame,  # prediction schema, several seeds per model
     labels: pd.DataFrame,  # r90, direction and sigma by time
 ) -> pd.DataFrame:
-    "Number of seeds and lowest and highest score of a single seed, per model with several and score."
+    "Lowest and highest score of a single seed, per score and model with several seeds."
     losses, rows = loss_table(predictions, labels, by_seed=True), []
     for model, table in losses.groupby("model", sort=False):
         means = table.groupby("seed")[[c for c in SCORES if c in table]].mean()
