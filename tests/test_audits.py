@@ -436,7 +436,8 @@ def test_a_scaler_of_all_rows_is_found(fit, found, market):
     (lambda fold: dict(folds=[Fold(fold.train, fold.valid, fold.test[:0], fold.refit)]), "fold 0: 'test' is empty"),
     (lambda fold: dict(fit=lambda frame, fold: frame.nothing), "fold 0 raised AttributeError"),
     (lambda fold: dict(predict=lambda fitted, frame, rows: 3.), "fold 0 raised"),
-    (lambda fold: dict(fit=lambda *given: None, predict=lambda *given: np.full(len(given[2]), np.nan)), "compared: fit returns nothing"),
+    (lambda fold: dict(fit=lambda *given: None, predict=lambda *given: np.full(len(given[2]), np.nan)),
+     "nothing could be compared: fit returns nothing"),
 ])
 def test_a_pipeline_that_cannot_be_audited_is_named(changes, message, market):
     frame, _, fold = market
