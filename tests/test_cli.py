@@ -262,7 +262,7 @@ def test_runs_of_a_missing_folder_is_a_mistake(tmp_path):
 
 @pytest.mark.parametrize("words, message", [
     ("run --preset huge", "unknown preset 'huge'; known are baseline, mhsa, tiny"),
-    ("train --seeds 0", "flags: key 'seeds' is 0: give 1 to 100"),
+    ("train --seeds 0", "flags: key 'seeds' is 0: must be a whole number from 1 to 100"),
     ("nonsense", "unknown command 'nonsense'; known are run"),
     ("forecast --repair sort", "needs --data"),
 ])
