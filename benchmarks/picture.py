@@ -44,9 +44,9 @@ def draw(data: Path) -> go.Figure:
     fig.update_xaxes(title="day of the forecast (UTC)")
     percent = [f"{100 * inside[k]:.0f}" for k in ("mean", "lo", "hi")]
     share = "{} % of outcomes inside; 90 % interval {} to {} %; {} separate windows".format(*percent, inside["n_windows"])
-    house_style(fig, "", HEIGHT, width=WIDTH, font_size=16).update_layout(legend=dict(y=-.22, traceorder="normal"))
+    house_style(fig, "", HEIGHT, width=WIDTH, font_size=16).update_layout(legend_traceorder="normal")
     title = dict(text=f"Bitcoin: forecast and outcome<br><span style='font-size:15px'>{share}</span>", font_size=20)
-    return fig.update_layout(title=title, margin=dict(t=75, r=10, l=80))
+    return fig.update_layout(title=title, margin=dict(t=75, r=10, l=80, b=90))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,6 @@
     new MutationObserver(() => { if (was !== isDark()) { was = isDark(); places.forEach(draw); } })
       .observe(document.body, { attributes: true, attributeFilter: ["class"] });
   };
-  script.onerror = () => places.forEach((place) => { place.textContent = "plotly.min.js is missing beside this page"; });
+  script.onerror = () => places.forEach((place) => { place.textContent = "plotly.min.js is missing from this folder"; });
   document.head.append(script);
 })();

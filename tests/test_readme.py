@@ -44,7 +44,7 @@ def test_forest_figures_are_those_of_the_labels_notebook():
     shown = re.search(r'"text": \[\s*"(\d+)%",\s*"(\d+)%",\s*"(\d+)%"', text)
     assert shown and "real data" in text
     shuffled, purged, up = shown.groups()
-    assert f"{shuffled} % of cases when rows are split at random and in {purged} % when the split is purged" in TEXT
+    assert f"{shuffled} % of cases when rows are split at random and in {purged} % in a purged walk-forward" in TEXT
     assert f'"up" is right in {up} %' in TEXT
 
 

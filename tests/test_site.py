@@ -117,7 +117,7 @@ def test_signatures_fit_the_column_and_hold_no_links(pages):
 def test_parameters_are_described_in_tables(pages):
     described = [doc for cells in pages.values() for doc in documentation(cells) if re.search(r"^\| Name \| Type \|", doc, re.M)]
     make_labels = next(d for d in described if d.startswith("### make_labels"))
-    assert len(described) > 150 and "| `threshold` | `float` | `0.05` |" in make_labels
+    assert len(described) > 150 and "| `` threshold `` | `float` | `` 0.05 `` |" in make_labels
 
 
 def test_definitions_are_documented_in_the_order_of_the_source(pages):

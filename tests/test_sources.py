@@ -547,3 +547,59 @@ def test_messages_stay_short(tmp_path, monkeypatch, limit, text):
     content = "ts,a\n" + "1,2\n" * 20 if limit == "rows" else "a" * 60_000 + ",b,c\n1,2,3\n"
     with pytest.raises(sources.SourceError) as refused: sources.read(make(tmp_path, {"x.csv": content}) / "x.csv")
     assert len(str(refused.value)) < 700
+
+
+# --- what the notebook of sources relies on ----------------------------------------------------------------------------------
+
+
+def hourly_bars(begin: str, closes) -> pd.DataFrame:
+    "Bars as a reader returns them, with `is_splice`."
+    times = pd.date_range(begin, periods=len(closes), freq="h", tz="UTC")
+    prices_of = {c: np.asarray(closes, float) for c in ("open", "high", "low", "close")}
+    return pd.DataFrame(dict(value_time=times, available_at=times + pd.Timedelta("1h"), **prices_of, volume=10., is_splice=False))
+
+
+def test_a_close_is_carried_for_seven_days_only():
+    first, later = hourly_bars("2025-01-01", [93150, 93160]), hourly_bars("2025-01-10", [93150, 93160])
+    filled = sources.fill_bars(pd.concat([first, later]))
+    assert filled.loc[utc("2025-01-01 03:00"), [*sources.BAR_COLUMNS, "is_filled"]].tolist() == [93160.] * 4 + [0., True]
+    assert filled["close"].isna().sum() == 9 * 24 - 2 - 7 * 24
+
+
+def test_a_forgotten_month_is_a_gap_and_a_snapshot_is_not_used(tmp_path):
+    days = pd.date_range("2023-05-28", periods=34, freq="D")
+    place = make(tmp_path, {"BTCUSDT-1h-2023-05.csv": klines("2023-05-01", prices(31 * 24, 27000)), "btc.csv": chain("2023-05-28", 34, price=27000.),
+                            "BTCUSDT-1h-2023-07.csv": klines("2023-07-01", prices(48, 30000)), "eth.csv": chain("2023-05-28", 34, 2.5, 67500.),
+                            "DX-Y.NYB_0530.csv": quotes(days[:3], 104., last=104.7), "DX-Y.NYB.csv": quotes(days[:30], 104.)})
+    panel = sources.load_panel(place)
+    assert not (panel["dxy"] == 104.7).any() and panel["tx_count"].dropna().lt(4e5).all()
+    assert sources.price_gaps(panel).astype(str).values.tolist() == [["2023-06-01 00:00:00+00:00", "2023-07-01 01:00:00+00:00", "720"]]
+    assert sources.price_gaps(panel.drop(columns="is_filled"))["begin"].tolist() == [utc("2023-06-08 00:00")]
+
+
+@pytest.mark.parametrize("contents, message", [
+    ({"DGS10.csv": fred(["2024-01-12"])}, "holds no hourly bars"), ({"odd.csv": "a,b,c\n1,2,3\n"}, "odd.csv, row 1: unknown format")])
+def test_a_folder_without_bars_is_refused(tmp_path, contents, message):
+    with pytest.raises(sources.SourceError, match=message): sources.load_panel(make(tmp_path, contents))
+    with pytest.raises(sources.SourceError, match="no such directory"): sources.load_panel(tmp_path / "nowhere")
+
+
+def test_a_panel_is_cut_at_start_and_end(tmp_path):
+    place = make(tmp_path, {"BTCUSDT-1h-2024-01.csv": klines("2024-01-01", prices(96))})
+    assert len(sources.load_panel(place, start=pd.Timestamp("2024-01-02"), end="2024-01-02")) == 24
+    with pytest.raises(ValueError, match="no hour between"): sources.load_panel(place, start="2030-01-01")
+    with pytest.raises(ValueError, match="'soon' is not a time"): sources.load_panel(place, start="soon")
+    bounds = [sources.slice_bound(t) for t in (None, "2024-01", pd.Timestamp("2024-01-01"), utc("2024-01-01"))]
+    assert bounds == [None, "2024-01", *[utc("2024-01-01")] * 2]
+
+
+def test_the_longest_run_is_found():
+    assert sources.longest_run(np.array([True, False, True, True, False])) == [(2, 2)]
+    assert sources.longest_run(np.array([False])) == []
+
+
+def test_a_chart_is_known_until_its_file_ends(data_dir):
+    panel = sources.load_panel(data_dir)
+    assert panel["utxo_count"].loc[:"2018-01-20"].notna().mean() > .99
+    filled = panel["is_filled"].groupby((panel.index - pd.Timedelta("1h")).year).sum()  # by the hour at which a bar opens
+    assert filled.loc[[2014, 2015]].tolist() == [5438, 4348]
