@@ -1,4 +1,4 @@
-"Reports, times, joins and folds; how much work the audits do; leaks and honest code drawn at random; faults by their message."
+"Reports, times, joins and folds; the work of an audit; random leaks are found and random honest code passes; faults."
 import tracemalloc
 from types import SimpleNamespace
 
@@ -32,25 +32,25 @@ def walks() -> pd.DataFrame:
     return pd.DataFrame(np.random.default_rng(0).normal(size=(len(HOURS), 8)).cumsum(0) + 1000, HOURS, list("abcdefgh"))
 
 
-def sixty_four(frame: pd.DataFrame) -> pd.DataFrame:
-    "Cheap pandas features."
+def sixty_four_features(frame: pd.DataFrame) -> pd.DataFrame:
+    "64 cheap features made with pandas."
     rolled = {(c, w): frame[c].rolling(w) for c in frame for w in (6, 24, 168, 720)}
     made = {f"{c} {w}": (r.mean(), r.std()) for (c, w), r in rolled.items()}
     return pd.DataFrame({f"{name} {k}": x for name, pair in made.items() for k, x in enumerate(pair)})
 
 
-def test_audit_of_64_features_on_100k_rows(walks):
-    report = audit(sixty_four, walks).raise_if_leaky()
+def test_the_work_of_an_audit_of_64_features_on_100k_rows_is_bounded(walks):
+    report = audit(sixty_four_features, walks).raise_if_leaky()
     assert report.tested["cuts"] >= 32 and report.tested["runs"] < 300, report
     assert 0 < report.tested["of the whole frame"] <= 8 and "columns never compared" not in report.tested
 
 
-def test_one_leaky_column_among_64_is_the_one_named(walks):
-    peeks = lambda f: sixty_four(f).assign(peek=f.a.rolling(24).mean().where(f.b < f.b.cummax(), f.a.shift(-1)))
+def test_only_the_leaky_one_of_64_columns_is_named(walks):
+    peeks = lambda f: sixty_four_features(f).assign(peek=f.a.rolling(24).mean().where(f.b < f.b.cummax(), f.a.shift(-1)))
     assert set(audit(peeks, walks).findings.column) == {"peek"}
 
 
-def test_memory_stays_under_three_frames(walks):
+def test_an_audit_needs_less_memory_than_three_copies_of_the_frame(walks):
     frame = pd.concat([walks.add_suffix(str(k)) for k in range(4)], axis=1)
     tracemalloc.start()
     try:
@@ -60,11 +60,11 @@ def test_memory_stays_under_three_frames(walks):
     assert peak < 3 * frame.memory_usage().sum(), peak / frame.memory_usage().sum()
 
 
-# --- drawn at random ------------------------------------------------------------------------------------------------------
+# --- random leaks and random honest code ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", [*range(5), *(pytest.param(k, marks=pytest.mark.slow) for k in range(5, 12))])
-def test_a_peek_at_any_distance_on_any_share_of_rows_is_found(walks, seed):
+def test_look_ahead_at_any_distance_on_any_share_of_rows_is_found(walks, seed):
     rng, short = np.random.default_rng(seed), walks.iloc[20_000:26_000]
     ahead, share = int(rng.integers(1, 400)), 10 ** rng.uniform(-2.3, 0)
     rows = pd.Series(rng.random(len(walks)) < share, walks.index)  # rows that only the function knows
@@ -89,7 +89,7 @@ def test_random_causal_code_raises_no_alarm(walks, seed):
 
 
 @pytest.mark.parametrize("gap", [0, 1, 88, 89, 90, 120])
-def test_folds_are_judged_to_the_day(gap):
+def test_the_purge_is_checked_to_the_day(gap):
     days = pd.date_range("2019-01-01", periods=600, freq="D", tz="UTC")
     ends, rows = pd.Series(days + pd.Timedelta("90D"), days), np.arange(600)
     assert audit_folds([(rows[:400 - gap], rows[400:500])], ends).ok == (gap >= 89)
@@ -109,7 +109,7 @@ def test_real_features_are_no_labels_in_disguise(data_dir):
     assert set(found.column) == {"copy", "late", "blurred"}
 
 
-# --- rare peeks behind a return, and what is not there to be tested --------------------------------------------------------
+# --- rare look-ahead, and columns that cannot be tested -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def bars() -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("volume", [100, 300, 500])
-def test_a_rare_peek_behind_a_return_is_found(bars, volume):
+def test_rare_look_ahead_in_a_return_is_found(bars, volume):
     def peeks(frame):
         r = frame.close.pct_change()
         return r.where(~(frame.volume > volume), r.shift(-1))
@@ -129,7 +129,7 @@ def test_a_rare_peek_behind_a_return_is_found(bars, volume):
     assert sum(found) >= 3, found
 
 
-def test_the_first_row_is_cut(bars):
+def test_a_leak_into_the_first_row_is_found(bars):
     assert not audit(lambda f: f.close.diff().bfill(), bars, n_cuts=8).ok
 
 
@@ -145,9 +145,9 @@ def test_nullable_and_arrow_floats_are_audited(bars, kind):
     assert audit(lambda f: f.close.diff(), typed, n_cuts=8).ok and not audit(lambda f: f.close.shift(-1), typed, n_cuts=8).ok
 
 
-@pytest.mark.filterwarnings("ignore")  # scikit-learn's, of the fits on missing values
+@pytest.mark.filterwarnings("ignore")  # of scikit-learn, for fits on missing values
 @pytest.mark.parametrize("model", ["boosting", "forest", "grid"])
-def test_fitted_trees_are_judged_by_the_rows_they_saw(bars, model):
+def test_a_pipeline_fitted_on_all_rows_is_found(bars, model):
     from sklearn.ensemble import GradientBoostingRegressor, RandomForestRegressor
     from sklearn.linear_model import Ridge
     from sklearn.model_selection import GridSearchCV
@@ -165,11 +165,11 @@ def test_fitted_trees_are_judged_by_the_rows_they_saw(bars, model):
     assert not audit_pipeline(leaky, predict, frame, [fold], labels=["y"]).ok
 
 
-# --- severities, and cuts without output ---------------------------------------------------------------------------------
+# --- severities, and cuts without output ----------------------------------------------------------------------------------
 
 
-def test_a_column_that_needs_rows_is_no_leak(bars):
-    """A rolling component that appears from 200 rows on, next to columns that are always there."""
+def test_a_column_that_needs_a_minimum_of_rows_is_no_leak(bars):
+    """A rolling component appears from 200 rows on, next to columns that are always there."""
     def components(frame):
         moves = pd.DataFrame({str(k): frame.close.diff(k) for k in range(1, 6)})
         return moves.assign(first=moves.rolling(100).mean().sum(axis=1, min_count=5)) if len(frame) >= 200 else moves
@@ -182,12 +182,12 @@ def test_a_column_that_needs_rows_is_no_leak(bars):
     assert set(leaky.leaks.column) == {"first"}
 
 
-def test_a_column_that_the_future_selects_is_a_leak(bars):
+def test_a_column_selected_by_the_future_is_a_leak(bars):
     report = audit(lambda f: f.assign(rising=f.close.diff()) if f.close.iloc[-1] > f.close.iloc[0] else f, bars)
     assert not report.ok and "rising" in set(report.leaks.column)
 
 
-def test_code_without_output_at_most_cuts_is_not_ok(bars):
+def test_code_that_mostly_returns_nothing_is_not_ok(bars):
     report = audit(lambda f: f.close.rolling(5).mean() if len(f) > 2700 else f.close * np.nan, bars)
     assert report.findings.empty and not report.ok and "could be tested" in report.verdict
     assert report.tested["cuts without output"] > report.tested["cuts"] / 2
@@ -198,7 +198,7 @@ MARKETS = [pytest.param(seed, marks=[pytest.mark.slow] * (seed > 3)) for seed in
 
 @pytest.mark.parametrize("seed", MARKETS)
 def test_honest_features_of_built_in_markets_pass(seed):
-    """Markets of 4 to 8 years; a feature may be a suspect, none is a leak."""
+    """Markets of 4 to 8 years; features may be suspects, but none is a leak."""
     from cryptopredict.features import build_features
     from cryptopredict.labels import make_labels
     from cryptopredict.simulate import simulate_market
@@ -210,7 +210,7 @@ def test_honest_features_of_built_in_markets_pass(seed):
 
 @pytest.mark.parametrize("blocks", [[(200, 300)], [(100, 150), (400, 450)]])
 @pytest.mark.parametrize("embargo", [0, 5])
-def test_combinatorial_splits_are_judged_on_both_sides(blocks, embargo):
+def test_purge_and_embargo_are_checked_on_both_sides_of_a_test_block(blocks, embargo):
     days = pd.date_range("2019-01-01", periods=600, freq="D", tz="UTC")
     ends = pd.DataFrame(dict(long=days + pd.Timedelta("90D"), short=days + pd.Timedelta("30D")), days)
     test = np.concatenate([np.arange(*b) for b in blocks])
