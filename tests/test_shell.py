@@ -54,15 +54,9 @@ FAULTS = {  # name -> (command, words that its error message must hold)
     "a gap before the newest hour": ("forecast --data {}/hole --config {}/short.toml", "no bars 2017-06-10 2017-09-10 90D"),
     "unknown config key": ("run --config {}/key.toml", "key.toml nonsense unknown key horizon"),
     "unknown key of a table": ("train --config {}/deep.toml", "deep.toml model.d_modle unknown key d_model"),
-<<<<<<< HEAD
-    "out of its bound": ("train --config {}/high.toml", "high.toml train.lr 7.0 number from 0.0 to 1.0"),
+    "value out of bounds": ("train --config {}/high.toml", "high.toml train.lr 7.0 number from 0.0 to 1.0"),
     "sizes that do not fit": ("evaluate --config {}/unfit.toml", "unfit.toml model headdim 7"),
-    "flag out of its bound": ("train --train.batch 0", "flags train.batch number from 1 to 4096"),
-=======
-    "value out of bounds": ("train --config {}/high.toml", "high.toml train.lr 7.0 give 0.0 to 1.0"),
-    "sizes that do not fit": ("evaluate --config {}/unfit.toml", "unfit.toml model headdim 7"),
-    "flag out of bounds": ("train --train.batch 0", "flags train.batch give 1 to 4096"),
->>>>>>> w18j
+    "flag out of bounds": ("train --train.batch 0", "flags train.batch number from 1 to 4096"),
     "no such device": ("train --data {}/good --config {}/short.toml --train.device cuda", "device 'cuda' none"),
     "no such backend": ("train --data {}/good --config {}/short.toml --model.backend mamba_ssm", "backend 'mamba_ssm'"),
     "no such backend in evaluate": ("evaluate --data {}/good --config {}/short.toml --models mamba2 --model.backend mamba_ssm",
