@@ -410,12 +410,19 @@ def test_the_longest_label_ends_last():
 
 
 @pytest.mark.parametrize("ends, index, message", [
-    (END - pd.Timedelta("9h"), SIX, "before its own time"), (END[:5], SIX, "5 rows, index 6"),
+    (END - pd.Timedelta("9h"), SIX, "before the time of its row"), (END[:5], SIX, "5 rows, index 6"),
     (END[:0], SIX[:0], "index is empty"),
     (END, SIX + pd.Timedelta("1h"), "different times"),
 ])
 def test_bad_label_ends_are_named(ends, index, message):
     with pytest.raises(ValueError, match=message): leakage.ends_by_label(ends, index)
+
+
+def test_rows_mature_when_their_label_ends():
+    rows = leakage.MaturedRows(pd.DatetimeIndex(END))  # labels of two hours
+    assert list(rows(0, 6, until=SIX[4])) == [0, 1, 2] and list(rows(1, 2, until=SIX[4])) == [1]
+    in_no_order = leakage.MaturedRows(pd.DatetimeIndex(END)[[3, 0, 5, 1, 2, 4]])
+    assert list(in_no_order(0, 6, until=SIX[4])) == [1, 3, 4]
 
 
 def test_bounds_follow_durations_and_the_calendar():
@@ -425,7 +432,7 @@ def test_bounds_follow_durations_and_the_calendar():
 
 
 @pytest.mark.parametrize("step, message", [("-1D", "does not move forward"), (None, "does not move forward"),
-                                           ("soon", "'soon' is no length")])
+                                           ("soon", "'soon' is not a duration or calendar offset: give a positive one")])
 def test_a_step_that_does_not_move_forward_is_refused(step, message):
     with pytest.raises(ValueError, match=message): leakage.span_bounds(T("2018-03-01"), T("2018-03-02"), step)
 
@@ -532,6 +539,11 @@ def test_every_kind_of_column_is_audited(mixed):
     assert audit(lambda f: f, mixed).ok
 
 
+def test_an_array_becomes_a_frame_on_the_times_of_the_input():
+    frame = leakage.as_frame(np.ones((3, 2)), X.to_frame())
+    assert frame.index.equals(X.index) and list(frame) == ["0", "1"]
+
+
 def test_rows_in_another_order_are_sorted():
     assert leakage.as_frame(X[::-1], X.to_frame()).index.tolist() == SIX[:3].tolist()
 
@@ -559,7 +571,8 @@ def test_calls_that_raise_are_counted_unless_they_must_not():
     frame = pd.DataFrame(dict(x=[1., 2.]), index=SIX[:2])
     subject = subject_of(lambda f: f.x / (len(f) - 1), frame)
     assert (subject.call(frame).x.tolist(), subject.call(frame.x), subject.runs, subject.raised) == ([1., 2.], None, 2, 1)
-    with pytest.raises(AuditError, match="fn raised AttributeError on 2 rows"): subject.call(frame[[]], must=True)
+    with pytest.raises(AuditError, match="fn raised AttributeError.* on a frame of 2 rows: correct fn"):
+        subject.call(frame[[]], must=True)
 
 
 @pytest.mark.parametrize("base, other, gap", [
@@ -624,31 +637,31 @@ def test_the_calendar_has_holidays_and_gaps():
     assert (gaps.tolist(), sorted({str(t.date()) for t in year[holidays]})) == ([9], ["2020-12-25", "2021-01-01"])
 
 
-def suspected(fn, frame) -> list[np.ndarray]:
-    "Suspect rows of a function."
+def candidates(fn, frame) -> list[np.ndarray]:
+    "Rows of a function that a later row moves, by column and kind of change."
     subject = subject_of(fn, frame)
     base = subject.call(frame)
-    return leakage.suspect_rows(subject, base, {c: (1e-6, 1e-9) for c in base})
+    return leakage.candidate_rows(subject, base, {c: (1e-6, 1e-9) for c in base})
 
 
-def test_rare_leaks_are_suspected_at_their_rows(mixed):
+def test_rows_of_a_rare_leak_are_candidates(mixed):
     rare = np.random.default_rng(3).random(len(mixed)) < .002  # known to the function only
     peek = lambda f: f.low.where(~rare[:len(f)], f.low.shift(-1))
-    for found in suspected(peek, mixed[["low"]]): assert rare[found - 1].all() and len(found) >= 2
-    assert rare[suspected(lambda f: peek(f).diff(), mixed[["low"]])[0] - 1].any()  # behind a difference too
+    for found in candidates(peek, mixed[["low"]]): assert rare[found - 1].all() and len(found) >= 2
+    assert rare[candidates(lambda f: peek(f).diff(), mixed[["low"]])[0] - 1].any()  # behind a difference too
 
 
-def test_a_leak_at_new_highs_is_suspected(mixed):
+def test_rows_of_a_leak_at_new_highs_are_candidates(mixed):
     drift = pd.DataFrame(dict(x=np.random.default_rng(5).normal(size=len(mixed)).cumsum() + 500), index=mixed.index)
     highs = lambda f: f.x.rolling(9).mean().where(f.x < f.x.cummax(), f.x.shift(-1))  # large changes would undo the highs
-    assert (drift.x == drift.x.cummax()).iloc[suspected(highs, drift)[0] - 1].sum() >= 2
+    assert (drift.x == drift.x.cummax()).iloc[candidates(highs, drift)[0] - 1].sum() >= 2
 
 
-def test_nothing_is_suspected_where_every_row_moves(mixed):
-    assert suspected(lambda f: f.low.expanding().mean(), mixed[["low"]]) == []
+def test_no_row_is_a_candidate_where_every_row_moves(mixed):
+    assert candidates(lambda f: f.low.expanding().mean(), mixed[["low"]]) == []
 
 
-def test_cuts_meet_both_ends_suspects_and_midnights(mixed):
+def test_cuts_meet_both_ends_candidates_and_midnights(mixed):
     low = mixed[["low"]]
     cuts = leakage.choose_cuts(low, low, [np.array([77, 78])], 32, np.random.default_rng(0))
     assert {1, 2, 3, len(low) - 2, len(low) - 1} <= set(cuts) and len(cuts) == 32 and {77, 78} & set(cuts)
@@ -680,7 +693,7 @@ def test_local_and_whole_cuts_find_the_same(back):
     assert at_cut(lambda f: f.shift(1), back)[0] == set()
 
 
-def test_a_back_fill_needs_holes_to_be_found():
+def test_a_back_fill_is_found_where_values_are_missing():
     assert [at_cut(lambda f: f.bfill(), 2000, holes=h)[0] for h in (False, True)] == [set(), {"truncation"}]
 
 
@@ -722,10 +735,10 @@ def test_a_function_that_writes_into_its_input_spoils_nothing(bars):
 
 
 @pytest.mark.parametrize("fn, message", [
-    (lambda f: f.close.shift(freq="1h"), "keep the frame's own index"),
-    (lambda f: np.zeros(5), "returned shape .5,. for 3000 rows"),
-    (lambda f: f["nothing"], "fn raised KeyError on 3000 rows"),
-    (lambda f: f.close * np.nan, "nothing could be compared: fn returned no value"),
+    (lambda f: f.close.shift(freq="1h"), "^fn returned rows at times that the frame does not have: return rows on"),
+    (lambda f: np.zeros(5), "^fn returned shape .5,. for 3000 rows"),
+    (lambda f: f["nothing"], "fn raised KeyError.'nothing'. on a frame of 3000 rows"),
+    (lambda f: f.close * np.nan, "nothing could be compared: fn returned no value before any cut: give a longer frame"),
 ])
 def test_a_function_that_cannot_be_audited_is_named(bars, fn, message):
     with pytest.raises(AuditError, match=message): audit(fn, bars)
@@ -735,7 +748,8 @@ def test_a_function_that_accepts_one_frame_only_cannot_be_audited(bars):
     def refuses(f):
         if not f.equals(bars): raise RuntimeError("needs the whole history")
         return f.close
-    with pytest.raises(AuditError, match="nothing could be compared: RuntimeError on .* needs the whole"): audit(refuses, bars)
+    with pytest.raises(AuditError, match="nothing could be compared: fn raised RuntimeError.*needs the whole"):
+        audit(refuses, bars)
 
 
 @pytest.mark.parametrize("change, error, message", [
