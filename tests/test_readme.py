@@ -42,9 +42,9 @@ def test_findings_are_what_the_comparison_allows():
 
 def test_forest_figures_are_those_of_the_labels_notebook():
     text = (ROOT / "nbs" / "02_labels.ipynb").read_text(encoding="utf-8")
-    shown = re.search(r'"text": \[\s*"(\d+)%",\s*"(\d+)%",\s*"(\d+)%"', text)
+    shown = re.search(r'"text": \[\s*"(\d+)%",\s*"(\d+)%",\s*"(\d+)%",\s*"(\d+)%"', text)
     assert shown and "real data" in text
-    shuffled, purged, up = shown.groups()
+    shuffled, _, purged, up = shown.groups()
     assert f"{shuffled} % of cases when rows are split at random and in {purged} % when the split is purged" in TEXT
     assert f'"up" is right in {up} %' in TEXT
 
