@@ -34,7 +34,7 @@ from .labels import FORECAST_COLUMNS
 from .leakage import Fold, walk_forward
 from .multitask import DERIVED, PRESETS, ModelConfig, read_preset
 from .network import Network
-from .simulate import conditional_law
+from .simulate import conditional_distribution
 from .sources import price_gaps
 from .tbptt_trainer import TrainSettings
 
@@ -65,7 +65,7 @@ class Truth:
         rows: np.ndarray,  # positions to forecast at; 00:00 UTC only
     ) -> pd.DataFrame:
         "The conditional distribution of the labels at each row, given the panel up to it; a `ValueError` for other rows."
-        exact = conditional_law(panel)[FORECAST_COLUMNS].reindex(panel.index[rows])
+        exact = conditional_distribution(panel)[FORECAST_COLUMNS].reindex(panel.index[rows])
         unknown = exact.index[exact.isna().any(axis=1)]
         if len(unknown): raise ValueError(f"truth at {unknown[0]}: known only at 00:00 UTC of the simulated market")
         return exact
