@@ -102,7 +102,7 @@ SHIFTED = "time,PriceUSD,TxCnt\n" + "".join(f"{d:%Y-%m-%d},{RANDOM[24 * (k + 2) 
 # name -> (files in the folder, words that the error message must hold)
 REFUSED = {
     # 1. which asset a file holds
-    "ETH alone": ({"ETHUSDT-1h-2024-01.csv": klines("2024-01-01", prices(48, 2300))}, "ETHUSDT ETH/USDT Bitcoin of its own"),
+    "ETH alone": ({"ETHUSDT-1h-2024-01.csv": klines("2024-01-01", prices(48, 2300))}, "ETHUSDT ETH/USDT Bitcoin another folder"),
     "euro": ({"XBTEUR_60.csv": kraken("2024-01-01", prices(48, 39000))}, "XBTEUR Bitcoin in EUR"),
     "a month of BTC, the next of ETH": ({**BARS, "ETHUSDT-1h-2024-02.csv": klines("2024-02-01", prices(48, 2300))}, "ETHUSDT BTCUSDT ETH/USDT"),
     "another coin in a neutral zip": ({**BARS, "feb.zip": zipped("ETHUSDT-1h-2024-02.csv", klines("2024-02-01", prices(48, 2300)))}, "feb.zip ETH BTCUSDT"),
@@ -121,7 +121,7 @@ REFUSED = {
     "gold": ({"XAUUSD_60.csv": kraken("2018-01-01", prices(48, 1300))}, "XAUUSD_60.csv XAU/USD"),
     "two charts that differ": ({**BARS, "utxo-count.csv": chart(170e6), "utxo-count_2.csv": chart(50e6)}, "utxo-count.csv utxo-count_2.csv"),
     "index and future": ({**BARS, "DX-Y.NYB.csv": quotes(WORK), "DX=F.csv": quotes(WORK, 102.2)}, "DX=F.csv DX-Y.NYB.csv days"),
-    "neutral names, one after the other": ({"one.csv": headed("2024-01-01", prices(48)), "two.csv": headed("2024-01-03", prices(48, 2300))}, "one.csv two.csv opens closes"),
+    "neutral names, one after the other": ({"one.csv": headed("2024-01-01", prices(48)), "two.csv": headed("2024-01-03", prices(48, 2300))}, "one.csv two.csv jumps"),
     "neutral name, two coins in one file": ({"bars.csv": headed("2024-01-01", np.r_[prices(48), prices(48, 2300)])}, "bars.csv row 50 close"),
     "neutral name, same hours, another venue": ({**BARS, "bitstamp.csv": headed("2024-01-01", prices(48, 2300))}, "bitstamp.csv BTCUSDT closes are"),
     "euro under a neutral name": ({**BARS, "bitstamp.csv": headed("2024-01-01", prices(48, 38500))}, "bitstamp.csv BTCUSDT closes are"),
@@ -144,7 +144,7 @@ REFUSED = {
     "days that turn into months": ({**BARS, "DGS10.csv": fred([*WORK, *pd.date_range("2024-02-01", periods=5, freq="MS")])}, "DGS10.csv row month"),
     "weekly dollar index quotes": ({**BARS, "DX-Y.NYB.csv": quotes(pd.date_range("2023-11-06", periods=9, freq="7D"))}, "DX-Y.NYB.csv week daily"),
     "hourly quotes under Date": ({**BARS, "DX-Y.NYB.csv": quotes(HOURS, form="%Y-%m-%d %H:%M:%S+00:00")}, "DX-Y.NYB.csv DXY"),
-    "hourly on-chain rows": ({**BARS, "btc.csv": "time,TxCnt\n" + "".join(f"2024-01-01T{h:02}:00:00Z,{9000 + h}\n" for h in range(9))}, "btc.csv row several rows a day"),
+    "hourly on-chain rows": ({**BARS, "btc.csv": "time,TxCnt\n" + "".join(f"2024-01-01T{h:02}:00:00Z,{9000 + h}\n" for h in range(9))}, "btc.csv row several rows per day"),
     "one 1d kline per file": ({f"BTCUSDT-1d-2024-01-0{k}.csv": klines(f"2024-01-0{k}", [42000.], DAY) for k in (1, 2, 3)}, "BTCUSDT-1d row 1 1d"),
     "six 4h klines": ({"BTCUSDT-4h-2024-01-01.csv": klines("2024-01-01", prices(6), 4 * HOUR)}, "BTCUSDT-4h row 1 4h"),
     "six 4h klines named neutrally": ({"bars.csv": headed("2024-01-01", prices(6), step="4h")}, "bars.csv row 4h hour"),
@@ -158,7 +158,7 @@ REFUSED = {
     "months with empty days between": ({**BARS, "DGS10.csv": fred(DAYS, values=[4.1 if d.day == 1 else "" for d in DAYS])}, "DGS10.csv month daily"),
     "weeks on every day": ({**BARS, "DGS10.csv": fred(LONG, values=[f"{4 + (k // 5) % 7 / 100:.2f}" for k in range(len(LONG))])}, "DGS10.csv week daily"),
     "yields in basis points": ({**BARS, "DGS10.csv": fred(WORK, values=["401", "402"] * 6)}, "DGS10.csv per cent"),
-    "two hours apart in two small files": ({"a.csv": headed("2024-01-01", prices(3), step="2h"), "b.csv": headed("2024-01-02", prices(3), step="2h")}, "b.csv 2 h apart"),
+    "two hours apart in two small files": ({"a.csv": headed("2024-01-01", prices(3), step="2h"), "b.csv": headed("2024-01-02", prices(3), step="2h")}, "b.csv 2h apart"),
     "means of months on every day": ({**BARS, "DGS10.csv": fred(LONG, values=[f"{3 + d.month / 10:.2f}" for d in LONG])}, "DGS10.csv month daily"),
     "yields as fractions": ({**BARS, "DGS10.csv": fred(LONG, values=[f"{.04 + k % 9 / 1000:.3f}" for k in range(len(LONG))])}, "DGS10.csv per cent"),
     "days of the index shifted by a zone": ({**BARS, "DXY.csv": quotes([d - pd.Timedelta("1D") for d in WORK])}, "DXY.csv Sundays"),
@@ -184,7 +184,7 @@ REFUSED = {
     "a year of the last century": ({"bars.csv": headed("1924-01-01", prices(1)) + headed("2024-01-01", prices(48)).split("\n", 1)[1]}, "bars.csv row 2 year"),
     "a year typed wrong": ({"bars.csv": headed("2014-01-01", prices(1)) + headed("2024-01-01", prices(48)).split("\n", 1)[1]}, "bars.csv row 2 year"),
     "a jump where venues meet": ({"XBTUSD_60.csv": kraken("2018-12-01", prices(31 * 24, 3700)), "BTCUSDT.csv": klines("2019-01-01", prices(48, 37000))},
-                                 "XBTUSD_60.csv BTCUSDT.csv opens closes"),
+                                 "XBTUSD_60.csv BTCUSDT.csv jumps"),
     "base and quote volume swapped": ({"BTCUSDT-1h-2024-01.csv": SWAPPED}, "BTCUSDT row 1 volume swapped"),
     "volume in dollars": ({"bars.csv": headed("2024-01-01", prices(48), volume=5e7)}, "bars.csv volume bitcoins"),
     "volume in dollars next to another venue": ({**BARS, "bitstamp.csv": headed("2024-01-01", prices(48), volume=420000)}, "bitstamp.csv volume bitcoins"),
@@ -350,7 +350,7 @@ def test_the_running_bar_is_left_out_and_reported(tmp_path):
     place = make(tmp_path, {"BTC_USDT.csv": headed(str(begin.tz_localize(None)), prices(48))})
     panel = sources.load_panel(place)
     assert panel.index[-1] == now.floor("h") and len(panel) == 47
-    assert "unfinished, left out: 1" in sources.inventory(place).loc["BTC_USDT.csv", "note"]
+    assert "1 unfinished row left out" in sources.inventory(place).loc["BTC_USDT.csv", "note"]
 
 
 def test_a_bar_that_ends_after_its_file_was_written_is_left_out(tmp_path):
@@ -513,7 +513,7 @@ def test_gaps_of_a_daily_series_are_reported(tmp_path):
 
 def test_a_week_without_bars_is_named(tmp_path):
     place = make(tmp_path, {"BTCUSDT.csv": klines("2024-01-01", prices(240)) + klines("2024-01-18", prices(240))})
-    assert "longest stretch without a trade: 168 h from 2024-01-11 01:00" in sources.inventory(place).loc["(panel)", "note"]
+    assert "longest gap without a trade: 168 h from 2024-01-11 01:00" in sources.inventory(place).loc["(panel)", "note"]
 
 
 def test_a_level_out_of_range_is_noted_where_the_name_is_bitcoin(tmp_path):
@@ -587,7 +587,7 @@ def test_a_folder_without_bars_is_refused(tmp_path, contents, message):
 def test_a_panel_is_cut_at_start_and_end(tmp_path):
     place = make(tmp_path, {"BTCUSDT-1h-2024-01.csv": klines("2024-01-01", prices(96))})
     assert len(sources.load_panel(place, start=pd.Timestamp("2024-01-02"), end="2024-01-02")) == 24
-    with pytest.raises(ValueError, match="no hour between"): sources.load_panel(place, start="2030-01-01")
+    with pytest.raises(ValueError, match="no hour from 2030-01-01 on; it covers"): sources.load_panel(place, start="2030-01-01")
     with pytest.raises(ValueError, match="'soon' is not a time"): sources.load_panel(place, start="soon")
     bounds = [sources.slice_bound(t) for t in (None, "2024-01", pd.Timestamp("2024-01-01"), utc("2024-01-01"))]
     assert bounds == [None, "2024-01", *[utc("2024-01-01")] * 2]
