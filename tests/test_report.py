@@ -118,13 +118,6 @@ def test_seeds_are_listed_only_where_there_are_several(run, real):
     assert results.seed_table(real).index.tolist() == ["mamba2, 3 seeds"]
 
 
-def test_memory_figure_draws_what_was_measured():
-    vram = json.loads((ROOT / "results" / "vram.json").read_text(encoding="utf-8"))
-    assert all(r["losses_finite"] and r["status"] == "ok" for r in vram["sweep"])
-    assert all(r["losses_finite"] for r in vram["training"])
-    assert results.figure_vram(vram).data[0].y[0] == round(vram["sweep"][0]["peak_allocated"] / 1e9, 2)
-
-
 def test_sentences_on_audits():
     assert results.leak_sentence({}) == "No leak audit was made."
     found = results.leak_sentence(dict(disguise=SUSPECT))
