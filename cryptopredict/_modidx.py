@@ -1463,6 +1463,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'cryptopredict.vram.Estimate': ('vram.html#estimate', 'cryptopredict/vram.py'),
                                     'cryptopredict.vram.estimate': ('vram.html#estimate', 'cryptopredict/vram.py'),
                                     'cryptopredict.vram.extrapolate': ('vram.html#extrapolate', 'cryptopredict/vram.py'),
+                                    'cryptopredict.vram.figure_vram': ('vram.html#figure_vram', 'cryptopredict/vram.py'),
                                     'cryptopredict.vram.measure': ('vram.html#measure', 'cryptopredict/vram.py'),
                                     'cryptopredict.vram.measure_parts': ('vram.html#measure_parts', 'cryptopredict/vram.py'),
                                     'cryptopredict.vram.peak_while': ('vram.html#peak_while', 'cryptopredict/vram.py')},

@@ -31,7 +31,7 @@ from cryptopredict.checkpoint import (
 )
 from cryptopredict.storage import remove_orphans
 
-pytestmark = pytest.mark.filterwarnings("ignore:passed over", "ignore:.*fork")
+pytestmark = pytest.mark.filterwarnings("ignore:skipped", "ignore:.*fork")
 OPERATIONS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
 
 
@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_is_never_loaded(tmp_path, kind):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             assert load_latest(tmp_path)[0]["step"] == 1, "step 2 is neither loaded nor taken for a newer version"
-        assert len(caught) == 1 and "step-2" in str(caught[0].message)
+        assert len(caught) == 1 and str(caught[0].message).startswith("skipped step-2: ")
         file.write_bytes(whole)
     assert load_latest(tmp_path)[0]["step"] == 2
 
@@ -188,11 +188,11 @@ def test_sizes_are_checked_before_a_file_is_read(tmp_path, monkeypatch):
     with open(path / "metadata.json", "ab") as file: file.truncate(2**28 + 1)  # sparse: takes no space on the disk
     read = []
     monkeypatch.setattr(Path, "read_bytes", lambda self, plain=Path.read_bytes: read.append(self.name) or plain(self))
-    with pytest.raises(CheckpointError, match="metadata.json has 268,435,457 bytes, above"): load(path)
+    with pytest.raises(CheckpointError, match="metadata.json has 268,435,457 bytes, expected at most"): load(path)
     assert "metadata.json" not in read
     read.clear()
     with open(path / "tensors.safetensors", "ab") as file: file.truncate(2**34)  # within the bound, but not as saved
-    with pytest.raises(CheckpointError, match="tensors.safetensors has 17,179,869,184 bytes, above"): load(path)
+    with pytest.raises(CheckpointError, match="tensors.safetensors has 17,179,869,184 bytes, expected at most"): load(path)
     assert "tensors.safetensors" not in read
     shutil.rmtree(path)
     path = save(tmp_path / "step-1", content(1))
@@ -267,7 +267,7 @@ def test_a_folder_that_is_not_there_holds_no_checkpoint(tmp_path):
 def test_a_bounded_read_refuses_large_and_irregular_files(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     assert read_bounded(tmp_path / "abc", 3) == b"abc"
-    with pytest.raises(CheckpointError, match="abc has 3 bytes, above 2"): read_bounded(tmp_path / "abc", 2)
+    with pytest.raises(CheckpointError, match="abc has 3 bytes, expected at most 2"): read_bounded(tmp_path / "abc", 2)
     with pytest.raises(CheckpointError, match="is not a regular file"): read_bounded(tmp_path, 2**20)
 
 
@@ -281,7 +281,15 @@ def test_a_checkpoint_without_one_of_its_files_is_refused(tmp_path, name):
 def test_a_newer_version_is_an_error_and_not_skipped(tmp_path):
     save_two(tmp_path)
     _signed(tmp_path / "step-2", version=2)
-    with pytest.raises(NewerVersion, match="version 2 is not known here"): load_latest(tmp_path)
+    with pytest.raises(NewerVersion, match="has version 2, which this cryptopredict does not know"): load_latest(tmp_path)
+
+
+def test_the_warning_on_a_skipped_checkpoint_names_the_file_without_a_remedy(tmp_path):
+    two(tmp_path)
+    (tmp_path / "step-2" / "metadata.json").write_text("{")
+    with pytest.warns(RuntimeWarning) as heard: assert load_latest(tmp_path)[0]["step"] == 1
+    file = tmp_path / "step-2" / "metadata.json"
+    assert [str(w.message) for w in heard] == [f"skipped step-2: {file} is damaged (sha256 differs)"]
 
 
 def test_pruning_counts_no_damaged_checkpoint_and_removes_earlier_saves_of_a_step(tmp_path):
