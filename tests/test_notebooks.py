@@ -99,15 +99,13 @@ def tokens(text: str, exact: bool) -> list:
 
 
 def shown(outputs: list[dict], exact: bool) -> list:
-    "The outputs of a cell in a form to compare: figures as data, tables and text as words and numbers."
-    found = []
-    for output in outputs:
-        data = output.get("data", {})
-        if output["output_type"] == "stream": found.append(tokens("".join(output["text"]), exact))
-        elif PLOTLY in data: found.append(plain({k: data[PLOTLY][k] for k in ("data",)}))
-        elif text := "".join(data.get("text/plain") or data.get("text/markdown") or data.get("text/html") or ""):
-            found.append(tokens(text, exact))
-    return found
+    "What a cell shows, comparable: figures as data, tables and text as words and numbers; text that was printed as one."
+    found, printed = [], "".join("".join(o["text"]) for o in outputs if o["output_type"] == "stream")
+    for data in (o.get("data", {}) for o in outputs):
+        text = "".join(data.get("text/plain") or data.get("text/markdown") or data.get("text/html") or "")
+        if PLOTLY in data: found.append(plain(data[PLOTLY]["data"]))
+        elif text: found.append(tokens(text, exact))
+    return [tokens(printed, exact), *found]
 
 
 def test_execution_changes_no_output(notebooks, executed):
