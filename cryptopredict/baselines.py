@@ -194,7 +194,8 @@ def usable_rows(x: pd.Series | pd.DataFrame) -> pd.Series | pd.DataFrame:
 def require_complete(sigma: pd.Series, name: str) -> pd.Series:
     "`sigma` unchanged; a `ValueError` naming the first time where it is NaN."
     if sigma.isna().any():
-        raise ValueError(f"{name} at {sigma.index[sigma.isna()][0]}: the close is missing or the history before it is too short; "
+        raise ValueError(f"{name} at {sigma.index[sigma.isna()][0]}: "
+                         "the close is missing or the history before it is too short; "
                          "forecast at a later time, or load a panel that begins earlier")
     return sigma
 

@@ -38,7 +38,8 @@ def group_interval(
     if len(hit) < MIN_WINDOWS * overlap or frequency in (0, 1): return np.nan, np.nan
     shares = block_bootstrap(np.c_[inside & hit, inside].astype(float), block, n_boot, seed)
     shares = shares[shares[:, 1] > 0]  # a resample without any origin of the group has no frequency
-    return tuple(np.clip(widened_interval(shares[:, 0] / shares[:, 1], frequency, len(hit), overlap, .9), 0, 1))
+    ends = widened_interval(shares[:, 0] / shares[:, 1], frequency, len(hit), overlap, .9)
+    return tuple(np.clip(ends, 0, 1))
 
 def reliability_curve(
     p: np.ndarray,  # (origins,) forecast probabilities of one class

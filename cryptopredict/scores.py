@@ -178,7 +178,8 @@ def block_bootstrap(
     x = np.asarray(values, dtype=float)
     n = len(x)
     if not 1 <= block <= n:
-        raise ValueError(f"block of {block} rows, but there are {n} values: choose a block between 1 and {n}")
+        raise ValueError(f"block of {block} rows, but there are {n} values: "
+                         f"choose a block between 1 and {n}")
     if not np.isfinite(x).all():
         raise ValueError(f"value {int(np.argwhere(~np.isfinite(x))[0][0])} is not finite; "
                          "leave out origins without a label or with an infinite loss")
@@ -195,7 +196,8 @@ def block_standard_error(
     x: np.ndarray,  # (..., origins)
     block: int,  # rows per block
 ) -> np.ndarray:
-    "Standard error of the mean along the last axis by the circular block bootstrap, without resampling."
+    """Standard error of the mean along the last axis by the circular block bootstrap, computed without
+    resampling."""
     n = x.shape[-1]
     wrapped = np.concatenate([x, x[..., :block]], axis=-1) - x.mean(axis=-1, keepdims=True)
     total = np.cumsum(wrapped, axis=-1)
@@ -266,7 +268,8 @@ def widened_interval(
     overlap: int,  # origins that share a window
     level: float,  # nominal coverage, such as 0.9
 ) -> tuple[float, float]:
-    "Percentile interval whose distance from the estimate is multiplied by critical value / normal quantile."
+    """Percentile interval whose distance from the estimate is multiplied by the critical value of
+    `null_distribution` / the normal one."""
     normal = NormalDist().inv_cdf((1 + level) / 2)
     null = null_distribution(n, overlap, block_length(n, overlap))
     factor = max(np.quantile(null.t, level), np.quantile(null.t_skewed, level)) / normal
@@ -429,7 +432,7 @@ def verdict_of(
 def compare(
     losses: pd.DataFrame,  # from `loss_table`
     reference: str = "climatology",  # model that the others are compared with
-    scores: Iterable[str] | None = None,  # losses to compare, by their names in `SCORES`; None: all proper ones
+    scores: Iterable[str] | None = None,  # losses to compare, keys of `SCORES`; None: all proper ones
     horizon: str = "90D",  # window of the label r90
     vol_window: str = "30D",  # window of the label sigma
     n_boot: int = 1000,  # number of bootstrap resamples
