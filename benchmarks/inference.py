@@ -14,14 +14,14 @@ import numpy as np
 from scipy import optimize
 
 from cryptopredict.scores import (
-    LEAST_WINDOWS,
+    MIN_WINDOWS,
     block_bootstrap,
     block_length,
     block_standard_error,
     dm_test,
     null_distribution,
     overlapping_noise,
-    stretched_interval,
+    widened_interval,
 )
 from cryptopredict.storage import code_commit, write_atomic
 
@@ -63,8 +63,8 @@ def one(n: int, overlap: int, name: str, series: int, seed: int) -> dict:
     truth = LOSSES[name](np.random.default_rng(0).standard_normal(4_000_000)).mean()
     losses, block = LOSSES[name](x) - truth, block_length(n, overlap)
     inside = []
-    for k, v in enumerate(losses if n >= LEAST_WINDOWS * overlap else ()):
-        low, high = stretched_interval(block_bootstrap(v, block, 300, seed=k), v.mean(), n, overlap, .9)
+    for k, v in enumerate(losses if n >= MIN_WINDOWS * overlap else ()):
+        low, high = widened_interval(block_bootstrap(v, block, 300, seed=k), v.mean(), n, overlap, .9)
         inside.append(low <= 0 <= high)
     p = np.array([dm_test(v, overlap)[1] for v in losses])
     se, some = block_standard_error(losses, block), losses.std(axis=1) > 0  # a short series may be constant

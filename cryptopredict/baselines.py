@@ -17,74 +17,75 @@ from .leakage import Fold
 from .scores import effective_windows
 
 # %% auto #0
-__all__ = ['HISTORY', 'HOURS_A_YEAR', 'FLOOR', 'BASELINES', 'ForecastModel', 'origins', 'has_history', 'forecast_rows',
+__all__ = ['HISTORY', 'HOURS_PER_YEAR', 'FLOOR', 'BASELINES', 'ForecastModel', 'origins', 'has_history', 'forecast_rows',
            'realised_vol', 'ewma_vol', 'Climatology', 'Persistence', 'EWMA', 'LogHAR']
 
 # %% ../nbs/05c_baselines.ipynb #3713b8fe
 @runtime_checkable
 class ForecastModel(Protocol):
-    """A forecaster that the walk-forward can run. Every fold and seed gets a new one; an instance is
-    copied before it is fitted. Set the optional attribute `stochastic` (default False) to have it run
-    with several seeds."""
+    """A forecaster that the walk-forward can run. Every fold and seed starts from an unfitted copy. Set
+    the optional attribute `stochastic` to True (default False) to have it run once per seed."""
 
     def fit(
         self,
-        panel: pd.DataFrame,  # hourly decision times, with `close`
+        panel: pd.DataFrame,  # hourly panel, with `close`
         X: pd.DataFrame | None,  # features, same index; None for baselines
         y: pd.DataFrame,  # labels as from `make_labels`, same index; use only the rows of the fold
         fold: Fold,  # positions `train, valid, test, refit`; `fold.of("sigma_end")` are those of sigma
-        seed: int = 0,  # seed of random numbers
+        seed: int = 0,  # seed of the random numbers
     ) -> ForecastModel:
-        "Choose on `fold.train` and `fold.valid`, fit on `fold.refit`; return self."
+        """Make choices (such as the number of epochs) on `fold.train` and `fold.valid`, fit on
+        `fold.refit`; return self."""
 
     def predict(
         self,
-        panel: pd.DataFrame,  # may be longer than in `fit`
+        panel: pd.DataFrame,  # hourly panel; may have more rows than in `fit`
         X: pd.DataFrame | None,  # features, same index
         rows: np.ndarray,  # positions to forecast at
     ) -> pd.DataFrame:
-        """Columns `p_down p_flat p_up p10 p90 sigma` at `panel.index[rows]`; a row may use nothing
-        after its own time."""
+        """Forecasts in columns `p_down p_flat p_up p10 p90 sigma` at `panel.index[rows]`. A forecast may
+        use no row of `panel` or `X` after its own time."""
 
 # %% ../nbs/05c_baselines.ipynb #1a3d498c
-HISTORY = "90D"  # longest window that a baseline looks back on (log-HAR)
+HISTORY = "90D"  # longest look-back window of a baseline (log-HAR)
 
 def origins(
-    index: pd.DatetimeIndex,  # decision times
-    rows: np.ndarray,  # positions
+    index: pd.DatetimeIndex,  # times of the panel, UTC
+    rows: np.ndarray,  # positions in `index`
 ) -> np.ndarray:
-    "The official origins among `rows`: those at 00:00 UTC."
+    "The scored origins among `rows`: those at 00:00 UTC."
     return rows[np.asarray((index[rows].hour == 0) & (index[rows].minute == 0))]
 
 def has_history(
     panel: pd.DataFrame,  # hourly panel
 ) -> np.ndarray:
-    """For each hour, whether the close is known there and throughout the `HISTORY` before it, as far as
-    the panel reaches back. Hours without it get no forecast from any model."""
+    """Bool per hour: the close is known there and at every hour of the `HISTORY` before it (as far as
+    the panel reaches back). At other hours no model forecasts."""
     unknown = np.r_[0, panel["close"].isna().cumsum()]
     now = np.arange(1, len(panel) + 1)
     return unknown[now] == unknown[np.maximum(now - hours_in(HISTORY) - 1, 0)]
 
 def forecast_rows(
     panel: pd.DataFrame,  # hourly panel
-    rows: np.ndarray,  # positions of a test or validation span
+    rows: np.ndarray,  # positions of a test or validation span, or a single one
 ) -> np.ndarray:
-    "Official origins among `rows` where every model can forecast; a single row may be at any hour."
+    """The positions among `rows` at 00:00 UTC that have enough history (`has_history`). If `rows` is a
+    single position it may be at any hour, as for a live forecast."""
     rows = rows if len(rows) == 1 else origins(panel.index, rows)
     return rows[has_history(panel)[rows]]
 
 # %% ../nbs/05c_baselines.ipynb #d882597e
-HOURS_A_YEAR = 24 * 365  # hourly bars in a year of 365 days, as in the labels
-FLOOR = 0.01  # lowest annualised volatility, 1 %
+HOURS_PER_YEAR = 24 * 365  # as in the labels
+FLOOR = 0.01  # lower bound of an annualised volatility
 
 def realised_vol(
     close: pd.Series,  # hourly close, without gaps
-    days: int,  # length of the trailing window
+    days: int,  # length of the trailing window, days
 ) -> pd.Series:
     "Annualised root mean square of the last `days` of hourly log returns, at least `FLOOR`."
     squares = np.log(close).diff() ** 2
     # Rounding can make a rolling sum slightly negative after large values have left the window.
-    return np.sqrt(HOURS_A_YEAR * squares.rolling(24 * days).mean().clip(lower=0)).clip(lower=FLOOR)
+    return np.sqrt(HOURS_PER_YEAR * squares.rolling(24 * days).mean().clip(lower=0)).clip(lower=FLOOR)
 
 def ewma_vol(
     close: pd.Series,  # hourly close, without gaps
@@ -93,12 +94,12 @@ def ewma_vol(
     "Annualised volatility from exponentially weighted squared hourly log returns, at least `FLOOR`."
     squares = np.log(close).diff() ** 2
     mean = squares.ewm(halflife=24 * half_life, min_periods=round(24 * half_life)).mean()
-    return np.sqrt(HOURS_A_YEAR * mean).clip(lower=FLOOR)
+    return np.sqrt(HOURS_PER_YEAR * mean).clip(lower=FLOOR)
 
 # %% ../nbs/05c_baselines.ipynb #6237e205
 def smooth_frequencies(
     freq: np.ndarray,  # (..., 3) class frequencies
-    windows: int,  # independent windows they were counted on
+    windows: int,  # number of non-overlapping windows they were counted on
 ) -> np.ndarray:
     "Frequencies after adding one window that is spread evenly over the classes."
     return (freq * windows + 1 / 3) / (windows + 1)
@@ -106,7 +107,7 @@ def smooth_frequencies(
 # %% ../nbs/05c_baselines.ipynb #6b6ad127
 def labelled_rows(
     labels: pd.DataFrame,  # r90 and sigma by time
-    fold: Fold,  # each label may be used in the `refit` rows of its own end
+    fold: Fold,  # its `refit` rows are used, for sigma those of `fold.of("sigma_end")`
     label: str,  # "r90" or "sigma"
     begin: pd.Timestamp | None = None,  # earliest time used
 ) -> np.ndarray:
@@ -121,9 +122,9 @@ def labelled_rows(
     return known
 
 def forecast_frame(
-    index: pd.DatetimeIndex,  # decision times
+    index: pd.DatetimeIndex,  # forecast origins
     probs: np.ndarray,  # (3,) or (times, 3) class probabilities
-    p10: np.ndarray,
+    p10: np.ndarray,  # scalar or (times,), as the next two
     p90: np.ndarray,
     sigma: np.ndarray,
 ) -> pd.DataFrame:
@@ -133,12 +134,12 @@ def forecast_frame(
 
 # %% ../nbs/05c_baselines.ipynb #75b17964
 class Climatology:
-    "Class frequencies, quantiles of r90 and median sigma of the refit rows: a forecast without skill."
+    "The same forecast always: class frequencies, quantiles of r90 and median sigma of the refit rows."
 
     def __init__(
         self,
-        years: int | None = None,  # use only this many years before the test begins; None for all
-        horizon: str = "90D",  # window of r90
+        years: int | None = None,  # number of years before the test that are used; None: all
+        horizon: str = "90D",  # window of the label r90
     ):
         self.years, self.horizon = years, horizon
 
@@ -147,10 +148,10 @@ class Climatology:
         panel: pd.DataFrame,  # hourly panel
         X: pd.DataFrame | None,  # not used
         y: pd.DataFrame,  # labels as from `make_labels`, same index
-        fold: Fold,  # its `refit` rows are used, of the last `years` before its test
+        fold: Fold,  # its `refit` rows are used, those of the last `years` before its test
         seed: int = 0,  # not used
     ) -> Self:
-        "Count the labels of `fold.refit`; return self."
+        "Compute frequencies, quantiles and median on `fold.refit`; return self."
         begin = panel.index[fold.test[0]] - pd.DateOffset(years=self.years) if self.years else None
         rows, sigma_rows = (labelled_rows(y, fold, label, begin) for label in ("r90", "sigma"))
         known = y.iloc[rows]
@@ -171,10 +172,10 @@ class Climatology:
 
 # %% ../nbs/05c_baselines.ipynb #023a0438
 def scaled_history(
-    z: np.ndarray,  # sorted standardised returns
-    scale: np.ndarray,  # (times,) volatility over the horizon
-    threshold: float,  # class boundary, log return
-    windows: int,  # independent windows in z
+    z: np.ndarray,  # past returns in units of their forecast volatility, sorted
+    scale: np.ndarray,  # (times,) forecast volatility over the horizon, not annualised
+    threshold: float,  # log return beyond which a class is up or down
+    windows: int,  # number of non-overlapping windows in z
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Class probabilities (times, 3) and the 0.1 and 0.9 quantiles of scale * z."
     down = np.searchsorted(z, -threshold / scale, side="left") / len(z)
@@ -186,24 +187,26 @@ def scaled_history(
 def usable_rows(x: pd.Series | pd.DataFrame) -> pd.Series | pd.DataFrame:
     "The rows of `x` without NaN; a `ValueError` if there are none."
     if len(x.dropna()) == 0:
-        raise ValueError(f"no row of fold.refit has enough history before it (from {x.index[0]} on); load more history")
+        raise ValueError(f"no row of fold.refit has enough history before it (the first is {x.index[0]}); "
+                         "load a panel that begins earlier")
     return x.dropna()
 
 def require_complete(sigma: pd.Series, name: str) -> pd.Series:
     "`sigma` unchanged; a `ValueError` naming the first time where it is NaN."
     if sigma.isna().any():
-        raise ValueError(f"{name} at {sigma.index[sigma.isna()][0]}: the close is missing or its history too short; "
-                         "start later, or load a longer panel")
+        raise ValueError(f"{name} at {sigma.index[sigma.isna()][0]}: "
+                         "the close is missing or the history before it is too short; "
+                         "forecast at a later time, or load a panel that begins earlier")
     return sigma
 
 # %% ../nbs/05c_baselines.ipynb #01e63420
 class VolatilityForecaster:
-    "Forecasts from a causal volatility, `volatility(panel)`, by filtered historical simulation."
+    "Forecasts from `volatility(panel)`, which uses past prices only, by filtered historical simulation."
 
     def __init__(
         self,
-        horizon: str = "90D",  # window of r90
-        threshold: float = 0.05,  # class boundary, as in the labels
+        horizon: str = "90D",  # window of the label r90
+        threshold: float = 0.05,  # log return beyond which a class is up or down, as in the labels
     ):
         self.threshold, self.horizon = threshold, horizon
         self.root_years = np.sqrt(pd.Timedelta(horizon) / pd.Timedelta("365D"))
@@ -221,7 +224,7 @@ class VolatilityForecaster:
         labels: pd.DataFrame,  # `sigma` by time
         rows: np.ndarray,  # positions whose labels may be used
     ) -> None:
-        "Fit the parameters of `volatility`; nothing to do unless a subclass has some."
+        "Fit the parameters of `volatility`. Does nothing unless a subclass has parameters."
 
     def fit(
         self,
@@ -231,7 +234,7 @@ class VolatilityForecaster:
         fold: Fold,  # its `refit` rows are used
         seed: int = 0,  # not used
     ) -> Self:
-        "Estimate on the labels of `fold.refit` and standardise their returns; return self."
+        "Estimate the parameters and the distribution of z on `fold.refit`; return self."
         self.estimate(panel, y, labelled_rows(y, fold, "sigma"))
         rows = labelled_rows(y, fold, "r90")
         z = usable_rows(y["r90"].iloc[rows] / (self.volatility(panel).iloc[rows] * self.root_years))
@@ -272,7 +275,7 @@ class EWMA(VolatilityForecaster):
 
 # %% ../nbs/05c_baselines.ipynb #e3530a78
 class LogHAR(VolatilityForecaster):
-    "Sigma is exp of a regression of log sigma on log realised volatility of 1, 7, 30 and 90 days."
+    "Sigma from a regression of log sigma on log realised volatility of 1, 7, 30 and 90 days."
 
     def design(
         self,
@@ -296,7 +299,7 @@ class LogHAR(VolatilityForecaster):
         self,
         panel: pd.DataFrame,  # hourly panel
     ) -> pd.Series:
-        "The exponential of the regression."
+        "The exponential of the fitted log sigma."
         return np.exp(self.design(panel) @ self.coef)
 
 # %% ../nbs/05c_baselines.ipynb #4c015894

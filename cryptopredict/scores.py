@@ -17,17 +17,17 @@ import scoringrules as sr
 from .labels import FORECAST_COLUMNS, SCHEMA, check_labels
 
 # %% auto #0
-__all__ = ['SCORES', 'LEAST_WINDOWS', 'Score', 'seed_mean', 'loss_table', 'effective_windows', 'block_bootstrap', 'Null',
-           'summarise', 'seed_spread', 'dm_test', 'compare']
+__all__ = ['SCORES', 'MIN_WINDOWS', 'Score', 'seed_mean', 'loss_table', 'effective_windows', 'block_bootstrap',
+           'NullDistribution', 'summarise', 'seed_spread', 'dm_test', 'compare']
 
 # %% ../nbs/05b_scores.ipynb #156c7ef4
 class Score(NamedTuple):
-    "Label and summary of one loss."
+    "What one loss is computed from, and how its mean is reported."
 
-    label: str  # label it needs, "r90" or "sigma"
-    summary: str  # name of its mean in summaries
-    root: bool = False  # report the root of the mean
-    proper: bool = True  # False: a diagnostic that is never compared
+    label: str  # label that the forecast is compared with, "r90" or "sigma"
+    summary: str  # name of the score, as in the tables of `summarise` and `compare`
+    root: bool = False  # True: the score is the root of the mean loss
+    proper: bool = True  # False: a diagnostic that `compare` leaves out
 
 SCORES = {
     "log_loss": Score("r90", "log_loss"),
@@ -90,11 +90,11 @@ def prediction_faults(p: pd.DataFrame) -> Iterable[tuple[str, pd.Series, str]]:
     for c in FORECAST_COLUMNS:
         yield c, ~np.isfinite(p[c].astype(float)), "give a finite number, or leave the origin out"
     for c in probs:
-        yield c, p[c] < 0, "probabilities are at least 0"
+        yield c, p[c] < 0, "a probability must be at least 0"
     off = (p[probs].sum(axis=1) - 1).abs() > 1e-6
     yield "p_down, p_flat, p_up", off, "normalise them to sum to 1 within 1e-6"
     yield "p10, p90", p["p10"] > p["p90"], "keep p10 <= p90, for example by sorting them"
-    yield "sigma", p["sigma"] <= 0, "sigma is an annualised volatility above 0"
+    yield "sigma", p["sigma"] <= 0, "give an annualised volatility above 0"
     repeated = p.duplicated(["time", "model", "seed"])
     yield "time, model, seed", repeated, "keep one forecast per origin, model and seed"
 
@@ -127,7 +127,7 @@ def seed_mean(
 def loss_table(
     predictions: pd.DataFrame,  # prediction schema: time, fold, seed, model, p_down, ..., sigma
     labels: pd.DataFrame,  # r90, direction and sigma by time, as from `labels.make_labels`
-    by_seed: bool = False,  # score each seed separately instead of the seeds' mean forecast
+    by_seed: bool = False,  # True: score each seed separately; False: the mean forecast of the seeds
 ) -> pd.DataFrame:
     "All losses of `SCORES`, one row per model and origin; NaN where the label is not known yet."
     check_predictions(predictions)
@@ -154,7 +154,7 @@ def origin_spacing(times: pd.DatetimeIndex) -> pd.Timedelta:
     return pd.Timedelta(pd.Series(times).diff().median()) if len(times) > 1 else pd.Timedelta("1D")
 
 # %% ../nbs/05b_scores.ipynb #9ad7bfc2
-LEAST_WINDOWS = 8  # with fewer windows no interval is given
+MIN_WINDOWS = 8  # fewest windows for which an interval is given
 
 def effective_windows(
     times: Iterable,  # forecast origins, tz-aware
@@ -169,7 +169,7 @@ def effective_windows(
 
 # %% ../nbs/05b_scores.ipynb #a2381ca6
 def block_bootstrap(
-    values: np.ndarray,  # (origins,) or (origins, columns), in time order, finite
+    values: np.ndarray,  # finite values in time order, (origins,) or (origins, columns)
     block: int,  # rows per block
     n_boot: int = 1000,  # number of resamples
     seed: int = 0,  # seed of the random blocks
@@ -178,10 +178,11 @@ def block_bootstrap(
     x = np.asarray(values, dtype=float)
     n = len(x)
     if not 1 <= block <= n:
-        raise ValueError(f"block of {block} rows from {n} values: choose between 1 and the number of values")
+        raise ValueError(f"block of {block} rows, but there are {n} values: "
+                         f"choose a block between 1 and {n}")
     if not np.isfinite(x).all():
         raise ValueError(f"value {int(np.argwhere(~np.isfinite(x))[0][0])} is not finite; "
-                         "drop origins without a label first")
+                         "leave out origins without a label or with an infinite loss")
     centre = x.mean(axis=0)
     wrapped = np.concatenate([x, x[:block]]) - centre
     total = np.concatenate([np.zeros_like(wrapped[:1]), np.cumsum(wrapped, axis=0)])
@@ -195,7 +196,8 @@ def block_standard_error(
     x: np.ndarray,  # (..., origins)
     block: int,  # rows per block
 ) -> np.ndarray:
-    "Standard error of the mean along the last axis by the circular block bootstrap, in closed form."
+    """Standard error of the mean along the last axis by the circular block bootstrap, computed without
+    resampling."""
     n = x.shape[-1]
     wrapped = np.concatenate([x, x[..., :block]], axis=-1) - x.mean(axis=-1, keepdims=True)
     total = np.cumsum(wrapped, axis=-1)
@@ -207,19 +209,19 @@ def overlapping_noise(
     n: int,  # rows
     overlap: int,  # number of independent normals in each sum
     n_sim: int,  # number of series
-    seed: int,
+    seed: int,  # seed of the normals
 ) -> np.ndarray:  # (n_sim, n)
-    "Moving sums of independent normals, the simplest series whose neighbours share a window."
+    "Moving sums of `overlap` independent standard normals: rows closer than `overlap` are correlated."
     e = np.random.default_rng(seed).standard_normal((n_sim, n + overlap))
     total = np.cumsum(e, axis=1)
     return total[:, overlap:] - total[:, :-overlap]
 
 # %% ../nbs/05b_scores.ipynb #5da39243
-class Null(NamedTuple):
-    "Null distributions from 4000 simulated series of overlapping noise with mean zero."
+class NullDistribution(NamedTuple):
+    "Distribution of |t| in 4000 simulated series of overlapping noise whose true mean is zero."
     t: np.ndarray  # sorted |mean| / block standard error
-    t_skewed: np.ndarray  # the same for the squares of the noise minus their mean
-    n_eff_bias: float  # median of variance / squared block standard error, divided by its true value
+    t_skewed: np.ndarray  # the same for the squared noise minus its expectation
+    n_eff_bias: float  # median of variance / squared block standard error, divided by the true `n_eff`
 
 # %% ../nbs/05b_scores.ipynb #84ba0c0c
 @lru_cache(maxsize=256)
@@ -227,9 +229,10 @@ def null_distribution(
     n: int,  # number of origins
     overlap: int,  # origins that share a window
     block: int,  # rows per block
-) -> Null:
-    "Null distributions for `n` origins of which `overlap` share a window."
-    # Only ratios matter: a window of 15 steps represents a longer one, and 400 windows represent more.
+) -> NullDistribution:
+    "Simulated distribution of |t| for `n` origins of which `overlap` share a window."
+    # Only the ratios n : overlap : block matter. To save time, an overlap above 15 is scaled down
+    # to 15, and more than 400 windows are treated as 400.
     shrink = max(1.0, overlap / 15)
     n, overlap, block = (max(1, round(v / shrink)) for v in (n, overlap, block))
     n = min(n, 400 * overlap)
@@ -242,8 +245,8 @@ def null_distribution(
         ratio.append(x.var(axis=1) / se**2)
     lags = np.arange(1, min(overlap, n))
     true_n_eff = n / (1 + 2 * np.sum((1 - lags / n) * (1 - lags / overlap)))
-    return Null(np.sort(np.concatenate(t)), np.sort(np.concatenate(t_skewed)),
-                float(np.median(np.concatenate(ratio)) / true_n_eff))
+    return NullDistribution(np.sort(np.concatenate(t)), np.sort(np.concatenate(t_skewed)),
+                            float(np.median(np.concatenate(ratio)) / true_n_eff))
 
 # %% ../nbs/05b_scores.ipynb #aa2e4d5e
 def block_length(
@@ -255,28 +258,29 @@ def block_length(
 
 # %% ../nbs/05b_scores.ipynb #f1ff4e75
 def varies(x: np.ndarray, se: float | np.ndarray) -> bool:
-    "Whether the standard error `se` of `x` is more than rounding."
+    "Whether the standard error `se` of `x` is larger than what rounding errors explain."
     return bool(se > 1e-12 * np.abs(x).max())
 
-def stretched_interval(
+def widened_interval(
     draws: np.ndarray,  # bootstrap draws of the quantity
     point: float,  # its estimate
     n: int,  # number of origins
     overlap: int,  # origins that share a window
     level: float,  # nominal coverage, such as 0.9
 ) -> tuple[float, float]:
-    "Percentile interval, widened about the estimate by critical value / normal quantile."
+    """Percentile interval whose distance from the estimate is multiplied by the critical value of
+    `null_distribution` / the normal one."""
     normal = NormalDist().inv_cdf((1 + level) / 2)
     null = null_distribution(n, overlap, block_length(n, overlap))
-    stretch = max(np.quantile(null.t, level), np.quantile(null.t_skewed, level)) / normal
+    factor = max(np.quantile(null.t, level), np.quantile(null.t_skewed, level)) / normal
     lo, hi = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return point + stretch * (lo - point), point + stretch * (hi - point)
+    return point + factor * (lo - point), point + factor * (hi - point)
 
 # %% ../nbs/05b_scores.ipynb #890f3780
 def losses_by_origin(
     losses: pd.DataFrame,  # from `loss_table`
 ) -> pd.DataFrame:
-    "Losses by (model, time), in time order; a `ValueError` where a model has several at one time."
+    "Losses by (model, time), in time order; a `ValueError` if a model has several at one time."
     scores = [c for c in SCORES if c in losses.columns]
     if losses.empty or not scores:
         raise ValueError("losses hold no row or no score column; build them with loss_table(predictions, labels)")
@@ -291,13 +295,13 @@ def losses_by_origin(
 def describe_losses(
     x: pd.Series,  # one model's losses of one score by time, without NaN
     score: Score,
-    span: pd.Timedelta,  # window that the losses share
+    span: pd.Timedelta,  # length of the window behind each loss
     n_boot: int,  # bootstrap resamples
     level: float,  # nominal coverage of the interval
     seed: int,  # seed of the bootstrap
 ) -> dict:
-    """Mean, block interval and sample sizes: one row of the summary. The interval is NaN below
-    `LEAST_WINDOWS` windows, where a loss is infinite, and where the losses do not vary."""
+    """Score, block interval and sample sizes: one row of the summary. The interval is NaN below
+    `MIN_WINDOWS` windows, where a loss is infinite, and where the losses do not vary."""
     n, v = len(x), x.to_numpy(float)
     root = np.sqrt if score.root else np.asarray
     out = dict(mean=float(root(v.mean())) if n else np.nan, lo=np.nan, hi=np.nan)
@@ -306,22 +310,23 @@ def describe_losses(
     block = block_length(n, overlap)
     if block and np.isfinite(v).all() and varies(v, se := block_standard_error(v, block)):
         out["n_eff"] = min(n, v.var() / se**2 / null_distribution(n, overlap, block).n_eff_bias)
-        if n >= LEAST_WINDOWS * overlap:
+        if n >= MIN_WINDOWS * overlap:
             draws, top = root(block_bootstrap(v, block, n_boot, seed)), np.inf if score.proper else 1.0
-            out["lo"], out["hi"] = np.clip(stretched_interval(draws, out["mean"], n, overlap, level), 0, top)
+            out["lo"], out["hi"] = np.clip(widened_interval(draws, out["mean"], n, overlap, level), 0, top)
     return out
 
 # %% ../nbs/05b_scores.ipynb #8182edd2
 def summarise(
     losses: pd.DataFrame,  # from `loss_table`
-    horizon: str = "90D",  # window of the r90 scores
-    vol_window: str = "30D",  # window of the sigma scores
-    by: str | None = None,  # "year" for one row per calendar year of the origin; None for one in all
+    horizon: str = "90D",  # window of the label r90
+    vol_window: str = "30D",  # window of the label sigma
+    by: str | None = None,  # "year": one row per calendar year of the origins; None: all years together
     n_boot: int = 1000,  # number of bootstrap resamples
     level: float = 0.9,  # nominal coverage of the intervals
     seed: int = 0,  # seed of the bootstrap
 ) -> pd.DataFrame:
-    "Mean score and block interval per model and score (and year); RMSE scores are roots of means."
+    """One row per model and score (and year): the score `mean`, its block interval `lo, hi`, and the
+    sample sizes `n_origins, n_windows, n_eff`. RMSE scores are roots of mean squared errors."""
     if by not in (None, "year"):
         raise ValueError(f"by={by!r}: use None or 'year'")
     span = {"r90": pd.Timedelta(horizon), "sigma": pd.Timedelta(vol_window)}
@@ -340,7 +345,7 @@ def seed_spread(
     predictions: pd.DataFrame,  # prediction schema, several seeds per model
     labels: pd.DataFrame,  # r90, direction and sigma by time
 ) -> pd.DataFrame:
-    "Lowest and highest score of a single seed, per score and model with several seeds."
+    "Lowest and highest score among the seeds, for each score of each model that has several seeds."
     losses, rows = loss_table(predictions, labels, by_seed=True), []
     for model, table in losses.groupby("model", sort=False):
         means = table.groupby("seed")[[c for c in SCORES if c in table]].mean()
@@ -357,15 +362,16 @@ def dm_test(
     overlap: int,  # origins that share a window (90 for daily origins of a 90-day label)
 ) -> tuple[float, float]:
     """Diebold-Mariano statistic t = mean / block standard error, and its two-sided p-value (at least
-    1/4001). Both are NaN below two windows and where the difference does not vary. A `ValueError`
-    names the first difference that is not finite. With skewed losses and few windows the test rejects
-    too often: see `benchmarks/inference.py`."""
+    1/4001). Both are NaN if there are fewer than two windows or if the difference does not vary. A
+    `ValueError` names the first difference that is not finite. With skewed losses and few windows the
+    test rejects too often: see `benchmarks/inference.py`."""
     d = np.asarray(difference, dtype=float)
     wrong = np.flatnonzero(~np.isfinite(d))
     if len(wrong):
         raise ValueError(f"difference {wrong[0]} is {d[wrong[0]]}: "
                          "leave out origins without a label or with an infinite loss")
-    if overlap != int(overlap) or overlap < 1: raise ValueError(f"overlap is {overlap}: give a whole number, at least 1")
+    if overlap != int(overlap) or overlap < 1:
+        raise ValueError(f"overlap is {overlap}: give a whole number, at least 1")
     block = block_length(len(d), overlap)
     if block is None or not varies(d, se := block_standard_error(d, block)): return np.nan, np.nan
     t, null = d.mean() / se, null_distribution(len(d), overlap, block).t
@@ -376,7 +382,7 @@ def dm_test(
 def holm(
     p: np.ndarray,  # p-values; NaN entries are not tests and stay NaN
 ) -> np.ndarray:
-    "Holm (1979) adjusted p-values."
+    "P-values after Holm's (1979) step-down adjustment for the number of tests."
     out = np.full(len(p), np.nan)
     tested = np.flatnonzero(np.isfinite(p))
     order = tested[np.argsort(p[tested], kind="stable")]
@@ -388,7 +394,7 @@ def holm(
 def paired_difference(
     pair: pd.DataFrame,  # losses by time: the reference's, then the model's
     score: Score,
-    span: pd.Timedelta,  # window that the losses share
+    span: pd.Timedelta,  # length of the window behind each loss
     n_boot: int,  # bootstrap resamples
     level: float,  # nominal coverage of the intervals
     seed: int,  # seed of the bootstrap
@@ -405,10 +411,10 @@ def paired_difference(
     root = np.sqrt if score.root else np.asarray
     a, b = root(ref.mean()), root(v.mean())
     out |= dict(diff=b - a, relative=b / a - 1 if a else np.nan, p=dm_test(v - ref, overlap)[1])
-    if n >= LEAST_WINDOWS * overlap and a and (block := block_length(n, overlap)):
+    if n >= MIN_WINDOWS * overlap and a and (block := block_length(n, overlap)):
         da, db = root(block_bootstrap(pair.to_numpy(float), block, n_boot, seed)).T
-        out["lo"], out["hi"] = stretched_interval(db - da, out["diff"], n, overlap, level)
-        out["rel_lo"], out["rel_hi"] = stretched_interval(db / da - 1, out["relative"], n, overlap, level)
+        out["lo"], out["hi"] = widened_interval(db - da, out["diff"], n, overlap, level)
+        out["rel_lo"], out["rel_hi"] = widened_interval(db / da - 1, out["relative"], n, overlap, level)
     return out
 
 def verdict_of(
@@ -426,25 +432,28 @@ def verdict_of(
 def compare(
     losses: pd.DataFrame,  # from `loss_table`
     reference: str = "climatology",  # model that the others are compared with
-    scores: Iterable[str] | None = None,  # loss columns to compare; None for every proper score
-    horizon: str = "90D",  # window of the r90 scores
-    vol_window: str = "30D",  # window of the sigma scores
+    scores: Iterable[str] | None = None,  # losses to compare, keys of `SCORES`; None: all proper ones
+    horizon: str = "90D",  # window of the label r90
+    vol_window: str = "30D",  # window of the label sigma
     n_boot: int = 1000,  # number of bootstrap resamples
     level: float = 0.9,  # nominal coverage of the intervals
-    alpha: float = 0.05,  # a claim needs an adjusted p-value below this
+    alpha: float = 0.05,  # "better" and "worse" need an adjusted p-value below this
     seed: int = 0,  # seed of the bootstrap
 ) -> pd.DataFrame:
-    """Each model against the reference on the origins both have; negative differences favour the
-    model. `p_holm` is adjusted over the whole table."""
+    """Each model against the reference, on the origins that both have: one row per score and model.
+    `diff` is the model's score minus the reference's, so a negative value favours the model; `relative`
+    is `diff` divided by the reference's score. `lo, hi` and `rel_lo, rel_hi` are their block intervals,
+    NaN below `MIN_WINDOWS` windows. `p` is the p-value of `dm_test`, `p_holm` the same adjusted over the
+    whole table, `verdict` what may be claimed. `n_origins` and `n_windows` are the sample sizes."""
     table = losses_by_origin(losses)
     models = list(table.index.unique("model"))
     if reference not in models:
         raise ValueError(f"reference {reference!r} is not among the models {', '.join(map(str, models))}")
     span, rows = {"r90": pd.Timedelta(horizon), "sigma": pd.Timedelta(vol_window)}, []
     for name in scores or [c for c in table.columns if SCORES[c].proper]:
-        wide, s = table[name].unstack("model"), SCORES[name]
+        by_model, s = table[name].unstack("model"), SCORES[name]
         for model in (m for m in models if m != reference):
-            got = paired_difference(wide[[reference, model]].dropna(), s, span[s.label], n_boot, level, seed)
+            got = paired_difference(by_model[[reference, model]].dropna(), s, span[s.label], n_boot, level, seed)
             rows.append(dict(score=s.summary, model=model, reference=reference) | got)
     out = pd.DataFrame(rows, columns=None if rows else ["score", "model", "p", "identical"])
     out["p_holm"] = holm(out["p"].to_numpy(float))

@@ -9,7 +9,7 @@ from cryptopredict.baselines import (
     BASELINES,
     EWMA,
     FLOOR,
-    HOURS_A_YEAR,
+    HOURS_PER_YEAR,
     Climatology,
     ForecastModel,
     LogHAR,
@@ -43,7 +43,7 @@ def market():
     t = pd.date_range("2015-01-01", periods=24 * 1500, freq="h", tz="UTC", name="time")
     slow = pd.Series(r.normal(size=len(t) + burn)).ewm(halflife=24 * 20).mean().to_numpy()[burn:]
     vol = .6 * np.exp(.5 * slow / slow.std())
-    price = 300 * np.exp(np.cumsum(vol / np.sqrt(HOURS_A_YEAR) * r.normal(size=len(t))))
+    price = 300 * np.exp(np.cumsum(vol / np.sqrt(HOURS_PER_YEAR) * r.normal(size=len(t))))
     panel = pd.DataFrame({"close": price}, index=t)
     labels = make_labels(panel["close"])
     folds = walk_forward(t, labels["label_end"], first_test="2017-01-01", step="365D", validation="180D")
@@ -72,7 +72,7 @@ def test_ewma_volatility_by_hand(close):
     t, ev = 500, ewma_vol(close)
     weight = .5 ** (np.arange(t) / 240)  # by hours since each return, newest first
     squares = (np.log(close).diff() ** 2).to_numpy()[t:0:-1]
-    assert_allclose(ev.iloc[t], np.sqrt(HOURS_A_YEAR * (weight * squares).sum() / weight.sum()), atol=1e-10)
+    assert_allclose(ev.iloc[t], np.sqrt(HOURS_PER_YEAR * (weight * squares).sum() / weight.sum()), atol=1e-10)
     assert ev.isna().sum() == 240, "one half-life"
 
 

@@ -6,7 +6,7 @@ from numpy.testing import assert_allclose
 
 from cryptopredict.labels import SCHEMA
 from cryptopredict.scores import (
-    LEAST_WINDOWS,
+    MIN_WINDOWS,
     SCORES,
     band_losses,
     block_bootstrap,
@@ -27,9 +27,9 @@ from cryptopredict.scores import (
     seed_mean,
     seed_spread,
     sigma_losses,
-    stretched_interval,
     summarise,
     verdict_of,
+    widened_interval,
 )
 
 ORIGINS = pd.date_range("2018-01-01", "2024-09-30", freq="D", tz="UTC")
@@ -142,8 +142,8 @@ def test_a_loss_is_missing_until_its_label_has_matured(truth):
     assert missing == [[False] * 3, [True, True, False], [True] * 3]
 
 
-@pytest.mark.parametrize("values, message", [(dict(direction=5), "no class"), (dict(direction=-1), "no class"),
-                                             (dict(sigma=-.1), "no volatility")])
+@pytest.mark.parametrize("values, message", [(dict(direction=5), "not a class"), (dict(direction=-1), "not a class"),
+                                             (dict(sigma=-.1), "not a volatility")])
 def test_an_impossible_label_is_named_with_its_time(truth, values, message):
     labels = truth[["r90", "direction", "sigma"]].astype(float).assign(**values)
     with pytest.raises(ValueError, match=f"2020-01-01.*{message}"): loss_table(one_forecast(), labels)
@@ -243,7 +243,7 @@ def test_block_length_is_twice_the_overlap_or_half_the_origins(n, block):
 
 
 def test_the_interval_is_wider_than_its_percentiles_and_stays_symmetric():
-    lo, hi = stretched_interval(np.linspace(-1, 1, 2001), 0., 2465, 90, .9)
+    lo, hi = widened_interval(np.linspace(-1, 1, 2001), 0., 2465, 90, .9)
     assert hi > .9 and abs(lo + hi) < 1e-9
 
 
@@ -304,8 +304,8 @@ def test_a_year_has_intervals_only_where_it_holds_enough_windows(flat, actual):
     yearly = summarise(loss_table(flat, actual), by="year", n_boot=300).set_index("score")
     coverage, qlike = yearly.loc["coverage"], yearly.loc["qlike"]
     assert coverage["year"].tolist() == list(range(2018, 2025)) and coverage["n_windows"].tolist() == [4] * 6 + [3]
-    assert (coverage["n_windows"] < LEAST_WINDOWS).all() and coverage[["lo", "hi"]].isna().all(axis=None)
-    assert (qlike["n_windows"] >= LEAST_WINDOWS).all() and qlike[["lo", "hi"]].notna().all(axis=None)
+    assert (coverage["n_windows"] < MIN_WINDOWS).all() and coverage[["lo", "hi"]].isna().all(axis=None)
+    assert (qlike["n_windows"] >= MIN_WINDOWS).all() and qlike[["lo", "hi"]].notna().all(axis=None)
 
 
 def test_an_unknown_grouping_is_rejected(flat, actual):
