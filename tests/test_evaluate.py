@@ -136,7 +136,7 @@ def test_code_that_cannot_be_run_gets_one_line_and_no_folder(panel, tmp_path, mo
     (lambda p: p.reset_index(drop=True), "times"),
     (lambda p: p.rename(columns={"volume": 7}), "text"),
     (lambda p: p.assign(close=p["close"].astype(str)), "close numbers"),
-    (lambda p: [1, 2], "frame"),
+    (lambda p: [1, 2], "DataFrame"),
 ])
 def test_a_wrong_panel_gets_one_line(panel, tmp_path, change, words):
     with pytest.raises(ValueError) as error: cp.evaluate(change(panel), ["climatology"], tmp_path / "a", **SETTINGS)

@@ -208,8 +208,8 @@ def test_a_folder_in_use_is_refused_and_unchanged(tmp_path):
     train(config(), data(), out)
 
 
-@pytest.mark.parametrize("changes, message", [(dict(lr=.5), "lr: 0.003 there, 0.5 here"), (dict(), "data: "),
-                                           (dict(d_model=32), "model.d_model: 16 there, 32 here")])
+@pytest.mark.parametrize("changes, message", [(dict(lr=.5), "lr: 0.003 in the folder, 0.5 in this call"), (dict(), "data: "),
+                                           (dict(d_model=32), "model.d_model: 16 in the folder, 32 in this call")])
 def test_another_run_is_refused_and_nothing_changed(finished_training, changes, message):
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in finished_training.rglob("*") if p.is_file()}
     fold = data() if changes else data()._replace(stop=999)
@@ -223,7 +223,7 @@ def test_a_folder_with_damaged_checkpoints_only_is_refused(tmp_path):
         train(config(), data(), tmp_path, on_update=stop)
     for path in checkpoints(tmp_path / "checkpoints"): (path / "metadata.json").write_text("{}")
     metrics = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="no checkpoint in .* verifies"): train(config(), data(), tmp_path)
+    with pytest.raises(ValueError, match="holds no valid checkpoint"): train(config(), data(), tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
 
@@ -272,7 +272,7 @@ def test_ends_of_epochs_are_kept_without_validation_too(tmp_path, keep):
     if keep:
         with pytest.raises(ValueError, match="no checkpoint of epoch 1 .keep is 2"): run.at_epoch(1)
     else: assert run.at_epoch(1).epoch == 1
-    with pytest.raises(ValueError, match="no validation was made"): tbptt_trainer.best_epoch(tmp_path)
+    with pytest.raises(ValueError, match="no validation losses"): tbptt_trainer.best_epoch(tmp_path)
 
 
 def test_a_training_that_cannot_begin_writes_nothing(tmp_path):
@@ -293,8 +293,8 @@ def test_a_folder_that_lost_something_is_refused(finished_training, tmp_path, lo
 
 def test_a_checkpoint_that_is_no_training_is_refused(tmp_path):
     checkpoint.save(tmp_path / "checkpoints" / "step-1", {"a": 1})
-    with pytest.raises(ValueError, match="something else"): train(config(), data(), tmp_path)
-    with pytest.raises(ValueError, match="no checkpoint of a training"): Run.load(tmp_path)
+    with pytest.raises(ValueError, match="not of a training run"): train(config(), data(), tmp_path)
+    with pytest.raises(ValueError, match="not a checkpoint of a training run"): Run.load(tmp_path)
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -400,7 +400,7 @@ UNFIT = {  # change to a finished run, data it is trained on -> message of the e
     "another state": (lambda out: _rewrite(out, lambda c: c.update(carried=[1, 2])), data, "does not fit"),
     "odd history": (lambda out: (out / "timings.jsonl").write_text("[]\n"), data, "timings.jsonl is damaged"),
     "missing weight": (lambda out: _rewrite(out, lambda c: c["model"].popitem()), data, "does not fit"),
-    "other features": (lambda out: None, lambda: _renamed(data()), "features: f there, x here"),
+    "other features": (lambda out: None, lambda: _renamed(data()), "features: f only in the folder, x only in this call"),
     "other data": (lambda out: None, lambda: data()._replace(stop=990), "data: "),
 }
 
