@@ -1,4 +1,4 @@
-"Build the package from the one place where its metadata lives, `settings.ini`."
+"Build the package; all its metadata are in `settings.ini`."
 from configparser import ConfigParser
 from pathlib import Path
 

@@ -2,8 +2,8 @@
 
   python benchmarks/anchoring.py --out results/anchoring.json        12 seeds x 2 markets x 2 folds, about a quarter of an hour
 
-A rule sees validation spans only: the newest or three of them, the network alone or combined half and half with its baseline, and
-a level of the two-sided test. It is judged by the loss on the test year less the baseline's, 0 where the head is not enabled.
+A rule chooses the validation spans (the newest, or three), the forecast (the network's, or its mean with the baseline's), and the
+level of the two-sided test. Its score is the loss on the test year minus the baseline's, 0 where the head is not enabled.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process a core; read when numpy loads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core; numpy reads this when it is imported
 
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
@@ -37,18 +37,18 @@ OVERLAPS = dict(direction=90, band=90, volatility=30)
 
 
 def forecasts(model, run, inputs, panel, features, rows) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The network's and its baselines' forecasts at `rows`."""
+    """Forecasts of the network and of its baselines at `rows`."""
     return model.network_forecast(run.model, inputs, panel, features, rows), inputs.baselines.forecast(panel, rows)
 
 
 def evidence(pairs, labels, share: float) -> dict:
-    """`head_evidence` of the pairs' combinations in a row."""
+    """`head_evidence` for the combined forecasts of all pairs (network, baseline)."""
     mixed = pd.concat([combine(baseline, ours, list(HEADS), share) for ours, baseline in pairs])
     return head_evidence(mixed, pd.concat([baseline for _, baseline in pairs]), labels, OVERLAPS)
 
 
 def one_fold(model, panel, features, labels, fold, folder: Path) -> dict:
-    """Evidence of one fold's validation spans and of its test year, by share."""
+    """Evidence from the validation spans and the test year of one fold, by share of the network."""
     folds = choice_folds(labels, fold, 3)
     years = {head: chosen["years"] for head, chosen in choose_climatologies(panel, labels, folds).items()}
     trials = [model.trial(panel, features, labels, f, years, 0, folder / f"choice-{k}") for k, f in enumerate(folds)]
@@ -66,7 +66,7 @@ def one_fold(model, panel, features, labels, fold, folder: Path) -> dict:
 
 
 def one_market(job: tuple[bool, int]) -> list[dict]:
-    """The third and sixth fold of one market of eleven years."""
+    """Records of the third and sixth fold of one market of eleven years."""
     null, seed = job
     torch.set_num_threads(1)
     panel, _ = simulate_market(24 * 365 * 11, seed, null=null)
@@ -79,8 +79,8 @@ def one_market(job: tuple[bool, int]) -> list[dict]:
     return records
 
 
-def judge(records: list[dict], spans: str, share: float, level: float, head: str) -> dict:
-    """How often a rule enables a head (`left`), and what that does to the test loss: mean and worst of all folds."""
+def evaluate_rule(records: list[dict], spans: str, share: float, level: float, head: str) -> dict:
+    """How often a rule enables a head (`left`), and how that changes the test loss: mean and worst over all folds."""
     gains, left = [], 0
     for r in records:
         seen = r.get(f"{spans} {share}", {}).get(head, dict(difference=0., p=1.))
@@ -92,16 +92,16 @@ def judge(records: list[dict], spans: str, share: float, level: float, head: str
 
 
 def main() -> int:
-    """Markets side by side, then every rule."""
+    """Simulate and train the markets in parallel, then evaluate every rule."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", type=Path, required=True, help="JSON report")
-    p.add_argument("--seeds", type=int, default=12, help="markets with and without signal, each")
-    p.add_argument("--workers", type=int, default=2, help="processes")
+    p.add_argument("--seeds", type=int, default=12, help="number of markets of each kind, with and without signal")
+    p.add_argument("--workers", type=int, default=2, help="number of processes")
     args = p.parse_args()
     with ProcessPoolExecutor(args.workers) as pool:
         made = list(pool.map(one_market, [(null, seed) for seed in range(args.seeds) for null in (False, True)]))
     records = [r for market in made for r in market]
-    rules = [dict(market="no signal" if null else "signal", **judge([r for r in records if r["null"] == null], *rule))
+    rules = [dict(market="no signal" if null else "signal", **evaluate_rule([r for r in records if r["null"] == null], *rule))
              for null in (False, True) for rule in product(("newest", "all"), SHARES, LEVELS, HEADS)]
     report = dict(seeds=args.seeds, commit=code_commit(), date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
                   torch=str(torch.__version__), rules=rules, records=records)

@@ -1,10 +1,10 @@
-"""The scan and the attention by their backends on one GPU: errors against float64, and time.
+"""Backends of the scan and the attention on one GPU: errors relative to float64, and time.
 
     python benchmarks/backends.py --out results/backends.json
 
-`mamba_ssm` (and `causal_conv1d` where installed) beside the plain PyTorch scan, outputs, states and gradients of all arguments;
-flex attention beside PyTorch's fused attention. On random inputs. Needs what `vram.py run` needs, and the packages that are
-compared.
+On random inputs, compares `mamba_ssm` (and `causal_conv1d` where installed) with the plain PyTorch scan, in outputs, states and
+gradients of all arguments, and flex attention with PyTorch's fused attention. Needs the packages of `vram.py run` and
+those it compares.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from cryptopredict.ssd import choose_backend, mamba_ssm_scan, ssd_scan  # noqa: 
 
 HOW = dict(
     errors="norm of the difference to a float64 run of the PyTorch backend on the same (rounded) inputs, relative to its norm, "
-           "a tensor at a time; scan: batch 2, length 300, 8 heads of 64, 1 group, 128 states, an initial state, resets",
+           "per tensor; scan: batch 2, length 300, 8 heads of 64, 1 group, 128 states, an initial state, resets",
     time="forward and backward captured in a CUDA graph and replayed, milliseconds; scan: batch 16, length 1024, sizes as above; "
          "mixer: width 256 at the same sizes under bfloat16 autocast; attention: batch 16, length 512, 4 heads of 64, window 512")
 TOLERANCES = {"torch float32": 1e-5, "torch bfloat16": .02, "mamba_ssm float32": 5e-3, "mamba_ssm bfloat16": .02}
 
 
 def scan_inputs(b: int, t: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """x, dt, A, B, C, D, initial state at the baseline preset's sizes; step sizes and decays about as initialised."""
+    """x, dt, A, B, C, D and initial state with the sizes of preset baseline; dt and A are about as initialised."""
     r = torch.Generator().manual_seed(0)
     draw = lambda *s: torch.randn(*s, generator=r)
     dt, A = F.softplus(draw(b, t, 8) - 4), -torch.exp(draw(8).abs())
@@ -48,7 +48,7 @@ def scan_inputs(b: int, t: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def with_gradients(inputs: list[torch.Tensor], **options) -> dict[str, torch.Tensor]:
-    """Outputs, final state and gradients of every argument."""
+    """Outputs, final state, and the gradient of every argument."""
     inputs = [v.clone().requires_grad_() for v in inputs]
     y, state = ssd_scan(*inputs, **options)
     weights = torch.linspace(-1, 1, y.numel(), device="cuda", dtype=torch.float64).view_as(y)
@@ -58,7 +58,7 @@ def with_gradients(inputs: list[torch.Tensor], **options) -> dict[str, torch.Ten
 
 
 def scan_errors(found: dict[str, str]) -> list[dict]:
-    """Both backends in two precisions, without and with other series beginning inside."""
+    """Errors of each backend in two precisions, with and without resets."""
     rows, reset = [], torch.rand(2, 300, generator=torch.Generator().manual_seed(1)).cuda() < .02
     for backend in found:
         for dtype in (torch.float32, torch.bfloat16):
@@ -75,7 +75,7 @@ def scan_errors(found: dict[str, str]) -> list[dict]:
 
 
 def chunked_errors(found: dict[str, str]) -> list[dict]:
-    """A mixer in bfloat16 autocast, cut in uneven chunks with the state handed on, beside one pass of the float64 one."""
+    """Errors of a mixer under bfloat16 autocast, in one pass and in uneven chunks, relative to one pass in float64."""
     torch.manual_seed(0)
     rows, u = [], torch.randn(2, 300, 256, device="cuda")
     relative = lambda a, b: ((a.double() - b).norm() / b.norm()).item()
@@ -100,7 +100,7 @@ def chunked_errors(found: dict[str, str]) -> list[dict]:
 
 
 def replayed(work: Callable[[], None], repeats: int = 20) -> dict[str, float]:
-    """Milliseconds of `work`, captured and replayed."""
+    """Milliseconds of `work`, captured in a CUDA graph and replayed."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for _ in range(3): work()
@@ -117,7 +117,7 @@ def replayed(work: Callable[[], None], repeats: int = 20) -> dict[str, float]:
 
 
 def scan_time(backend: str) -> dict[str, float]:
-    """Forward and backward of the scan in bfloat16."""
+    """Milliseconds of the scan in bfloat16, forward and backward."""
     inputs = [v.requires_grad_() for v in scan_inputs(16, 1024, torch.bfloat16)]
     def work():
         y, state = ssd_scan(*inputs, backend=backend)
@@ -126,7 +126,7 @@ def scan_time(backend: str) -> dict[str, float]:
 
 
 def mixer_time(backend: str) -> dict[str, float]:
-    """Forward and backward of a mixer with a carried state."""
+    """Milliseconds of a mixer that starts from a state, forward and backward."""
     m, u = Mamba2(Mamba2Config(backend=backend)).cuda(), torch.randn(16, 1024, 256, device="cuda")
     state = m.init_state(16)
     def work():
@@ -136,7 +136,7 @@ def mixer_time(backend: str) -> dict[str, float]:
 
 
 def attention_time(kernel: str) -> dict[str, float]:
-    """Forward and backward of the attention with a full cache."""
+    """Milliseconds of the attention with a full cache, forward and backward."""
     m, u = MHSA(MHSAConfig(kernel=kernel)).cuda(), torch.randn(16, 512, 256, device="cuda")
     cache = m.init_state(16)
     cache = cache._replace(seen=torch.full_like(cache.seen, 512))
@@ -147,7 +147,7 @@ def attention_time(kernel: str) -> dict[str, float]:
 
 
 def attempt(work: Callable[[str], dict], what: str) -> dict:
-    """What `work` returns, or why it could not."""
+    """The result of `work`, or its error."""
     try: made = work(what)
     except Exception as error: made = dict(failed=f"{type(error).__name__}: {error}"[:300])
     print(work.__name__, what, made.get("median", made), flush=True)
@@ -156,18 +156,18 @@ def attempt(work: Callable[[str], dict], what: str) -> dict:
 
 
 def installed(package: str) -> str | None:
-    """Its version."""
+    """Version of a package, None if it is not installed."""
     try: return version(package)
     except PackageNotFoundError: return None
 
 
 def main() -> int:
-    """Measure and write; exit 1 where an error is above its tolerance."""
+    """Measure and write the report; exit code 1 if an error is above its tolerance."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", type=Path, required=True, help="JSON report")
     p.add_argument("--commit", default="", help="version of the code, for the report")
     args = p.parse_args()
-    if not torch.cuda.is_available(): p.error("no GPU here: nothing to compare")
+    if not torch.cuda.is_available(): p.error("this machine has no GPU: nothing to compare")
     kernels, why = mamba_ssm_scan()
     found = {"torch": "plain PyTorch"} | ({"mamba_ssm": why} if kernels is not None else {})
     packages = {name: installed(name) for name in ("mamba-ssm", "causal-conv1d")}

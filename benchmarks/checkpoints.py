@@ -1,10 +1,10 @@
-"""What checkpoints cost: their share of training time against `save_every`, their size, on the real data.
+"""What checkpoints cost on the real data: their size, and their share of the training time for each `save_every`.
 
     python benchmarks/checkpoints.py --data ../shared/data --out results/checkpoints.json     four minutes on two cores
     python benchmarks/checkpoints.py --data ../shared/data --out results/checkpoints_gpu.json --device cuda
 
-`share` is the time inside `Run.save` (content, hashes, writes, flushes, pruning) over the whole training's,
-validation included; trainings with different `save_every` take turns.
+`share` is the time in `Run.save` (content, hashes, writes, flushes, pruning) over the time of the training, validation included.
+Trainings with different `save_every` take turns.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from cryptopredict.streams import FoldData, fold_data  # noqa: E402
 from cryptopredict.tbptt_trainer import Run, TrainConfig, train, train_preset  # noqa: E402
 
 HOW = dict(share="seconds inside Run.save / seconds of the training, median of the repeats",
-           derived="share at save_every 500 from the seconds of one save and of one update: a preset too slow here to be trained")
+           derived="share at save_every 500, from the seconds of one save and one update: this preset is too slow to train here")
 
 
 def timed(config: TrainConfig, data: FoldData, stop: int | None = None) -> dict:
-    """Seconds of a training, of its checkpoints, and their size; ended after `stop` updates where given."""
+    """Seconds of a training and of its checkpoints, and their size; stops after `stop` updates if given."""
     spent, plain = [], Run.save
 
     def timed_save(run):
@@ -63,7 +63,7 @@ def timed(config: TrainConfig, data: FoldData, stop: int | None = None) -> dict:
 
 
 def shares(config: TrainConfig, data: FoldData, every: list[int], repeats: int) -> list[dict]:
-    """Share of checkpoints in trainings that save so often."""
+    """Share of the checkpoints in the training time, for each `save_every` in `every`."""
     made = {n: [] for n in every}
     for _ in range(repeats):
         for n in every: made[n].append(timed(replace(config, save_every=n), data))
@@ -78,7 +78,7 @@ def shares(config: TrainConfig, data: FoldData, every: list[int], repeats: int) 
 
 
 def large(data: FoldData, updates: int) -> dict:
-    """One save and one update of preset baseline, and the share they make at save_every 500."""
+    """Seconds of one save and one update of preset baseline, and the share of checkpoints at save_every 500 that follows."""
     config = train_preset("baseline", data.x.shape[1], epochs=1, batch=2, save_every=1)
     run = timed(config, data._replace(valid=None), stop=updates)
     update = (run["seconds"] - run["in_saves"]) / updates
@@ -87,13 +87,13 @@ def large(data: FoldData, updates: int) -> dict:
 
 
 def main() -> None:
-    """Measure, and write the report."""
+    """Measure and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--commit", default=None)
+    parser.add_argument("--data", type=Path, required=True, help="folder with source files")
+    parser.add_argument("--out", type=Path, required=True, help="JSON report")
+    parser.add_argument("--repeats", type=int, default=3, help="trainings per setting")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
+    parser.add_argument("--commit", default=None, help="version of the code, for the report")
     args = parser.parse_args()
     torch.set_num_threads(2)
     panel = load_panel(args.data)
@@ -103,7 +103,7 @@ def main() -> None:
     report = dict(device=describe_device(args.device), versions=versions(), commit=args.commit or code_commit(),
                   date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", how=HOW, hours=data.stop - data.start)
     often, preset = [0, 500, 50, 10, 1], partial(train_preset, n_features=data.x.shape[1], epochs=4, device=args.device)
-    if args.device == "cuda":  # kernels are loaded and tuned at their first use
+    if args.device == "cuda":  # warm up: kernels are loaded and tuned at first use
         for warm in (preset("tiny"), preset("baseline", amp="bf16")): shares(warm, data, [0], 1)
     report["tiny"] = shares(preset("tiny"), data, often, args.repeats)
     mixed = preset("baseline", amp="bf16")

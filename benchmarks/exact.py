@@ -1,10 +1,10 @@
-"""Exact backpropagation through the whole history beside truncated: memory and time against the length of the history.
+"""Exact backpropagation through the whole history compared with truncated: memory and time by length of history.
 
     python benchmarks/exact.py --device cuda --out results/exact.json         both presets and backends, bf16, 14 minutes
     python benchmarks/exact.py --device cpu --out results/exact_cpu.json      preset tiny, two threads, three minutes
 
-On random inputs. One update of `bptt="exact"` reads the same chunks as the truncated updates it is compared with, in turn with
-them. Needs what `vram.py run` needs.
+On random inputs. One update with `bptt="exact"` reads the same chunks as the truncated updates; both take turns. Needs the
+packages of `vram.py run`.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from cryptopredict.tbptt_trainer import Run, train_preset, train_step  # noqa: E
 
 HOW = dict(
     exact="one update: `train_step` on all chunks of the history, gradients through all of them",
-    truncated="as many updates as there are chunks: `train_step` on one chunk after another, the state handed on",
+    truncated="as many updates as there are chunks: `train_step` on one chunk after another, with the state carried",
     time="seconds from synchronised host clocks; tokens are steps times streams; the ratio is exact to truncated time per token, "
          "the two in turn, after a warm-up of both",
-    memory="bytes; peak_allocated on the GPU since weights, moments and gradients existed and the cache was emptied, of the last "
-           "exact update, truncated_peak of the truncated updates after it; boundary_states and inputs are what lies in pinned "
-           "host memory for them (on a CPU: in memory)")
+    memory="bytes; peak_allocated is the peak on the GPU during the last exact update, weights, moments and gradients included, "
+           "truncated_peak that of the truncated updates after it; boundary_states and inputs are in pinned host memory "
+           "(on a CPU: in memory)")
 
 
 def chunks_of(steps: int, batch: int, length: int, features: int, pin: bool) -> list[Chunk]:
-    """Random inputs and labels of a history, the inputs in pinned memory for a GPU."""
+    """Chunks of a history of random inputs and labels; `pin` puts the inputs into pinned memory."""
     hold = (lambda v: v.pin_memory()) if pin else (lambda v: v)
     draw = lambda: Targets(torch.randint(0, 3, (batch, length)).float(), *(torch.randn(batch, length) for _ in range(2)),
                            torch.rand(batch, length) + .1)
@@ -54,19 +54,19 @@ def chunks_of(steps: int, batch: int, length: int, features: int, pin: bool) -> 
 
 
 def now() -> str:
-    """UTC."""
+    """The time in UTC."""
     return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def state_bytes(run: Run, batch: int) -> int:
-    """Bytes of the state of one boundary."""
+    """Bytes of the state at one chunk boundary."""
     total = []
     map_state(lambda v: total.append(v.numel() * v.element_size()), run.model.init_state(batch))
     return sum(total)
 
 
 def timed(run: Run, chunks: list[Chunk], exact: bool) -> tuple[float, list[float]]:
-    """Seconds to read the history once, and the losses."""
+    """Seconds to train through the history once, and the losses."""
     synchronize(run.config.device)
     began, state, losses = time.perf_counter(), None, []
     for span in [chunks] if exact else [[chunk] for chunk in chunks]:
@@ -77,7 +77,7 @@ def timed(run: Run, chunks: list[Chunk], exact: bool) -> tuple[float, list[float
 
 
 def measure(args: argparse.Namespace, run: Run, steps: int, repeats: int, both: bool) -> dict:
-    """One length of history: exact, and truncated where asked."""
+    """Record of one length of history: exact, and truncated if `both`."""
     c = run.config
     chunks = chunks_of(steps, c.batch, c.tbptt_len, c.model.n_features, args.device == "cuda")
     clear(args.device)
@@ -101,7 +101,7 @@ def measure(args: argparse.Namespace, run: Run, steps: int, repeats: int, both: 
 
 
 def earlier_sweeps(path: Path | None, report: dict) -> list[dict]:
-    """Sweeps of an earlier report of the same device and versions, which is extended."""
+    """Sweeps of an existing report, which must be of the same device and versions and is extended."""
     if path is None or not path.is_file(): return []
     try: before = json.loads(path.read_text())
     except ValueError as broken: raise SystemExit(f"{path} cannot be read ({broken}): give another --out") from broken
@@ -112,7 +112,7 @@ def earlier_sweeps(path: Path | None, report: dict) -> list[dict]:
 
 
 def joined(sweeps: list[dict], made: dict) -> list[dict]:
-    """With another sweep; lengths it did not measure are kept where everything else is the same."""
+    """`sweeps` with `made` added; an earlier sweep of the same settings keeps the lengths that `made` lacks."""
     about = lambda sweep: {k: v for k, v in sweep.items() if k != "records"}
     measured = {r["steps"] for r in made["records"]}
     old = [r for s in sweeps if about(s) == about(made) for r in s["records"] if r["steps"] not in measured]
@@ -122,7 +122,7 @@ def joined(sweeps: list[dict], made: dict) -> list[dict]:
 
 
 def sweep(args: argparse.Namespace, name: str, backend: str) -> Iterator[dict]:
-    """One preset and backend of the scan, again after each length: what a run that is cut off has measured is written."""
+    """Measure one preset and backend; yields the sweep so far after each length, so that it can be saved."""
     gpu = args.device == "cuda"
     sizes = dict(batch=args.batch or train_preset(name).batch, amp="bf16" if gpu else "off", device=args.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -143,28 +143,28 @@ def sweep(args: argparse.Namespace, name: str, backend: str) -> Iterator[dict]:
 
 
 def whole(text: str) -> int:
-    """A number of at least one."""
+    """Parse a positive integer."""
     if (number := int(text)) < 1: raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
 
 
 def main() -> int:
-    """Measure and write."""
+    """Measure and write the report."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--out", type=Path, help="JSON report, also of a run cut off; an existing one is extended")
+    p.add_argument("--out", type=Path, help="JSON report, written after each length; an existing one is extended")
     p.add_argument("--commit", default="", help="version of the code, for the report")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to run")
-    p.add_argument("--threads", type=whole, default=2, help="of torch on a CPU")
-    p.add_argument("--presets", nargs="+", choices=PRESETS, help="models; default: both on a GPU, tiny on a CPU")
+    p.add_argument("--threads", type=whole, default=2, help="threads of torch on a CPU")
+    p.add_argument("--presets", nargs="+", choices=PRESETS, help="models; default: baseline and mhsa on a GPU, tiny on a CPU")
     p.add_argument("--backends", nargs="+", choices=BACKENDS,
-                   help="of the scan; default: mamba_ssm and torch on a GPU, torch on a CPU")
+                   help="backends of the scan; default: mamba_ssm and torch on a GPU, torch on a CPU")
     p.add_argument("--batch", type=whole, help="streams; default: the preset's")
     p.add_argument("--steps", type=whole, nargs="+",
                    help="lengths of history, multiples of tbptt_len; default: 8k to 256k on a GPU, 1k to 8k on a CPU")
-    p.add_argument("--compare", type=int, default=32768, help="longest history read truncated too")
-    p.add_argument("--repeats", type=whole, default=9, help="readings in turn where both are timed")
+    p.add_argument("--compare", type=int, default=32768, help="longest history that is also trained truncated")
+    p.add_argument("--repeats", type=whole, default=9, help="repetitions where both are timed in turn")
     args = p.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available(): p.error("--device cuda: no GPU here; give --device cpu")
+    if args.device == "cuda" and not torch.cuda.is_available(): p.error("--device cuda: there is no GPU; give --device cpu")
     gpu = args.device == "cuda"
     if not gpu: torch.set_num_threads(args.threads)
     args.presets = args.presets or (["baseline", "mhsa"] if gpu else ["tiny"])
@@ -175,12 +175,12 @@ def main() -> int:
     args.steps = args.steps or ([2**n for n in range(13, 19)] if gpu else [1024, 2048, 4096, 8192])
     for name, steps in itertools.product(args.presets, args.steps):
         length = train_preset(name).tbptt_len
-        if steps % length: p.error(f"--steps: {steps} is no multiple of {length}, the tbptt_len of {name}")
+        if steps % length: p.error(f"--steps: {steps} is not a multiple of {length}, the tbptt_len of {name}")
     report = dict(device=describe_device(args.device), versions=versions(), commit=args.commit, date=now(), how=HOW,
                   sweeps=[])
     report["sweeps"] = earlier_sweeps(args.out, report)
     try:
-        if args.out: write_atomic(args.out, report)  # a path that cannot be written is reported before anything is measured
+        if args.out: write_atomic(args.out, report)  # an unwritable path is reported before anything is measured
     except OSError as error: p.error(f"--out: {args.out} cannot be written ({error})")
     for name, backend in itertools.product(args.presets, args.backends):
         for made in sweep(args, name, backend):

@@ -1,7 +1,7 @@
 """What features and their audit cost: `python benchmarks/features.py --out results/features.json`, one thread, about a minute.
 
-All groups are built over panels of the built-in market of two lengths, one after the other in each round; bars are fed one by one
-to a `FeatureState` after years of history; the audit of the whole pipeline of features runs on 100,000 rows."""
+Builds all features on simulated panels of two lengths, in turn; updates a `FeatureState` with single bars after years of history;
+and audits `build_features` on 100,000 rows."""
 from __future__ import annotations
 
 import argparse
@@ -25,27 +25,28 @@ ROWS = (100_000, 200_000)
 
 
 def summary(values: list[float], digits: int) -> dict:
-    "Median, least and most."
+    "Median, smallest and largest value."
     values = sorted(values)
     return dict(median=round(statistics.median(values), digits), least=round(values[0], digits), most=round(values[-1], digits))
 
 
 def clock(work, *args) -> float:
-    "Seconds that a call takes."
+    "Seconds that `work(*args)` takes."
     begin = time.perf_counter()
     work(*args)
     return time.perf_counter() - begin
 
 
 def main() -> None:
+    "Measure, print, and write the report."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="builds of each length")
-    parser.add_argument("--bars", type=int, default=300, help="bars fed one by one")
+    parser.add_argument("--rounds", type=int, default=7, help="builds of each panel")
+    parser.add_argument("--bars", type=int, default=300, help="updates with a single bar")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
     whole, _ = simulate_market(max(ROWS), seed=0)
     panels = {rows: whole.iloc[:rows] for rows in ROWS}
-    build_features(whole.iloc[:5000])  # libraries are loaded
+    build_features(whole.iloc[:5000])  # load libraries
     rounds = [{rows: clock(build_features, panel) for rows, panel in panels.items()} for _ in range(args.rounds)]
     state, took = FeatureState.from_panel(panels[ROWS[0]].iloc[:3 * 8760]), []
     for bar in panels[ROWS[0]].iloc[:args.bars].reset_index().to_dict("records"):

@@ -1,11 +1,11 @@
-"""What does a leak pay? The false skill of each kind of leak on real data, beside the same pipeline without it.
+"""How much false skill does each kind of leak give on real data, compared with the same pipeline without it?
 
   python benchmarks/leaks.py --data DIR --out results/leaks.json        one thread, under four minutes; needs scikit-learn
 
-One learner for all: a forest whose trees see a tenth of the training rows each, since labels of neighbouring days overlap. A leak
-is one function of a flag: with it, the leak; without it, the honest twin (the trailing mean for the centred one, the choice on
-validation rows for the choice on test rows). Both are scored on the same origins, 00:00 UTC of every day since --first-test.
-Where the twin is worse than the pipeline without either, the leak flatters less than it seems: the gain over that is given, too.
+The learner is always a random forest whose trees see a tenth of the training rows each, since labels of neighbouring days
+overlap. Each leak has an honest twin (the trailing mean for the centred one, the choice on validation rows for the choice on test
+rows). Both are scored on the same origins, 00:00 UTC of every day since --first-test. Where the twin is worse than the plain
+pipeline, the gain of the leak is overstated, so its gain over the plain pipeline is reported too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when numpy loads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # numpy reads this when it is imported
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
@@ -47,17 +47,17 @@ from cryptopredict.storage import code_commit, write_atomic  # noqa: E402
 from cryptopredict.walkforward import panel_hash  # noqa: E402
 
 TREES, OVERLAP = 100, dict(direction=90, sigma=30)  # days that neighbouring labels share
-UNUSED = ["hour_sin", "hour_cos", "utxo_90d"]  # constant at 00:00; a source that ends in 2018
+UNUSED = ["hour_sin", "hour_cos", "utxo_90d"]  # constant at 00:00, or from a source that ends in 2018
 HOW = dict(
-    learner="random forest, 100 trees, at least 5 rows a leaf, max_samples as given; probabilities smoothed with one vote for "
-            "each class; every score is the mean over the seeds, or over the numbers of columns or components tried",
+    learner="random forest, 100 trees, at least 5 rows per leaf, max_samples as given; probabilities smoothed with one vote per "
+            "class; every score is the mean over the seeds, or over the numbers of columns or components tried",
     direction="90-day direction, 3 classes; accuracy and log loss (nats) of daily origins",
     sigma="log of the next 30 days' volatility; r2 = 1 - mean squared error / variance of the tested rows",
     honest="expanding folds of a year; fitted on the rows whose 90-day label matured before the year began",
-    gain="leak less honest twin, better is positive; with a 90 % block-bootstrap interval, blocks of two label lengths. What the "
-         "forest's own randomness adds is not in it: see control",
-    gain_plain="leak less the honest pipeline without the twin; other columns mean other random draws, so that differences of "
-               "about 0.02 in accuracy or log loss are nothing")
+    gain="leak minus honest twin, positive is better; with a 90 % block-bootstrap interval, blocks of two label lengths, which "
+         "does not include the randomness of the forest: see control",
+    gain_plain="leak minus the honest pipeline without the twin; other columns change the random draws, so that differences of "
+               "about 0.02 in accuracy or log loss mean nothing")
 
 
 # -- data and learner -----------------------------------------------------------------------------
@@ -69,13 +69,13 @@ def midnights(frame: pd.DataFrame | pd.Series) -> pd.DataFrame | pd.Series:
 
 
 def features_of(panel: pd.DataFrame) -> pd.DataFrame:
-    """The registered features at 00:00 UTC, 0 where not known."""
+    """The registered features at 00:00 UTC, 0 where missing."""
     return midnights(build_features(panel)).drop(columns=UNUSED).fillna(0)
 
 
 @dataclass
 class Data:
-    """Panel and tables, features of all midnights, labels of those that have one, folds of these."""
+    """Panel and tables, features of all midnights, labels of those that have one, and folds of the labelled midnights."""
     panel: pd.DataFrame
     tables: tuple
     features: pd.DataFrame
@@ -99,7 +99,7 @@ class Data:
 
 
 def read_data(args: argparse.Namespace) -> Data:
-    """Everything the leaks need, from the source files."""
+    """Read everything that the leaks need from the source files."""
     tables = load_tables(args.data)
     panel, _ = join_panel(*tables)
     labels = midnights(make_labels(panel["close"])).dropna()
@@ -108,7 +108,7 @@ def read_data(args: argparse.Namespace) -> Data:
 
 
 def fit(d: Data, x, rows, target: str = "direction", seed: int = 0, leaf: int = 5):
-    """The forest fitted on `rows`."""
+    """A forest fitted on `rows`."""
     make = RandomForestClassifier if target == "direction" else RandomForestRegressor
     how = dict(max_features="sqrt", min_samples_leaf=leaf, max_samples=d.max_samples if d.max_samples < 1 else None)
     return make(TREES, random_state=seed, n_jobs=1, **how).fit(x[rows], getattr(d, target)[rows])
@@ -123,14 +123,14 @@ def predict(model, x) -> np.ndarray:
 
 
 def in_order(d: Data, parts: list[tuple], forecasts: list[np.ndarray]) -> np.ndarray:
-    """Forecasts of several parts, by tested origin."""
+    """Forecasts of several parts in the order of the tested origins."""
     rows, values = np.concatenate([test for _, test in parts]), np.concatenate(forecasts)
     assert np.array_equal(np.sort(rows), d.tested)  # the same origins, whatever the split
     return values[np.argsort(rows)]
 
 
 def walk(d: Data, x, parts: list[tuple], target: str = "direction", seeds: int | None = None) -> np.ndarray:
-    """Forecasts of the tested origins, (seeds, origins, ...); `x` for all parts, or a list with one for each."""
+    """Forecasts of the tested origins, (seeds, origins, ...); `x` is one array for all parts, or a list with one per part."""
     xs = x if isinstance(x, list) else [x] * len(parts)
     one = lambda seed: [predict(fit(d, x, train, target, seed), x[test]) for x, (train, test) in zip(xs, parts)]
     return np.stack([in_order(d, parts, one(seed)) for seed in range(seeds or d.seeds)])
@@ -140,24 +140,24 @@ def walk(d: Data, x, parts: list[tuple], target: str = "direction", seeds: int |
 
 
 def shuffled(d: Data) -> list[tuple]:
-    """Five random parts."""
+    """Split at random into five parts."""
     parts = KFold(5, shuffle=True, random_state=0).split(d.x)
     return [(train, np.intersect1d(test, d.tested)) for train, test in parts]
 
 
 def unpurged(d: Data) -> list[tuple]:
-    """All rows before the test begins."""
+    """Train on all rows before the test, without a purge."""
     return [(np.arange(f.test[0]), f.test) for f in d.folds]
 
 
 def purged_by_sigma(d: Data) -> list[tuple]:
-    """Rows whose 30-day label has matured."""
+    """Train on rows whose 30-day label has matured."""
     begin, end = d.labels.index, d.labels["sigma_end"]
     return [(np.flatnonzero(end <= begin[f.test[0]]), f.test) for f in d.folds]
 
 
 def in_sample(d: Data) -> list[tuple]:
-    """All rows, the tested ones too."""
+    """Train on all rows, the tested ones included."""
     return [(np.arange(len(d.x)), f.test) for f in d.folds]
 
 
@@ -170,14 +170,14 @@ def log_close(panel: pd.DataFrame) -> pd.Series:
 
 
 def day_bar(panel: pd.DataFrame, leaky: bool) -> pd.DataFrame:
-    """High, low and close of a day relative to its open; the day is stamped with its begin or with its end."""
+    """High, low and close of a day relative to its open, stamped with the begin or the end of the day."""
     days = panel.resample("1D", closed="right", label="left" if leaky else "right")
     bars = np.log(days.agg(dict(open="first", high="max", low="min", close="last")))
     return bars[["high", "low", "close"]].sub(bars["open"], axis=0).reindex(midnights(panel).index)
 
 
 def centred_mean(panel: pd.DataFrame, leaky: bool) -> pd.Series:
-    """31-day mean of the log price relative to the price."""
+    """31-day mean of the log price, centred or trailing, relative to the price."""
     price = log_close(panel)
     return price.rolling(31, center=leaky, min_periods=16).mean() - price
 
@@ -190,14 +190,14 @@ def weekly(panel: pd.DataFrame, leaky: bool) -> pd.Series:
 
 
 def monthly(panel: pd.DataFrame, leaky: bool) -> pd.Series:
-    """MVRV of the first of each month, interpolated or carried, relative to today's."""
+    """MVRV of the first of each month, interpolated or carried forward, relative to today's."""
     mvrv = np.log(midnights(panel["mvrv"]).ffill())
     first = mvrv.where(mvrv.index.day == 1)
     return (first.interpolate() if leaky else first.ffill()) - mvrv
 
 
 def polynomial_slope(panel: pd.DataFrame, leaky: bool) -> pd.Series:
-    """Slope of a cubic through 181 days (Savitzky-Golay), in their middle or at their end."""
+    """Slope of a cubic through 181 days (Savitzky-Golay), at their middle or their end."""
     price = log_close(panel)
     if leaky: return pd.Series(savgol_filter(price, 181, 3, deriv=1), price.index)
     weights = savgol_coeffs(181, 3, deriv=1, pos=180, use="dot")
@@ -221,7 +221,7 @@ def fourier_slope(panel: pd.DataFrame, leaky: bool) -> pd.Series:
 
 
 def min_max(panel: pd.DataFrame, leaky: bool) -> pd.Series:
-    """Price between minimum and maximum of 456 days, which end 90 days ahead or today."""
+    """Price relative to minimum and maximum of 456 days, which end 90 days ahead or today."""
     price = log_close(panel)
     window = price.rolling(456, min_periods=180)
     low, high = (x.shift(-90 if leaky else 0) for x in (window.min(), window.max()))
@@ -236,7 +236,7 @@ def extremes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def zigzag(panel: pd.DataFrame, leaky: bool) -> pd.Series:
-    """1 where the price rises between extremes, else -1: to the next one of the whole series, or since the last one known."""
+    """1 where the price rises between extremes, else -1: towards the next extreme of the series, or since the last known one."""
     price = log_close(panel)
     x, out = price.to_numpy(), np.zeros(len(price))
     if leaky:
@@ -256,14 +256,14 @@ def chikou(panel: pd.DataFrame, leaky: bool) -> pd.Series:
 
 
 def disguised(panel: pd.DataFrame, leaky: bool) -> pd.Series:
-    """The next or the last 90 days' return with noise of the returns' own size."""
+    """The return of the next or of the last 90 days, with noise of about its size."""
     price = log_close(panel)
     move = price.shift(-90) - price if leaky else price - price.shift(90)
     return move + .4 * np.random.default_rng(0).standard_normal(len(price))
 
 
 def centred_volatility(panel: pd.DataFrame, leaky: bool) -> pd.Series:
-    """Log volatility of 31 days about today or up to today."""
+    """Log volatility of the 31 days around today or up to today."""
     squares = np.log(panel["close"]).diff() ** 2
     return midnights(np.log(squares.rolling(31 * 24, center=leaky, min_periods=24).mean().clip(lower=1e-8)) / 2)
 
@@ -272,7 +272,7 @@ def centred_volatility(panel: pd.DataFrame, leaky: bool) -> pd.Series:
 
 
 def quarterly(panel: pd.DataFrame, direction: str) -> pd.Series:
-    """MVRV known on the first day of each quarter, joined as of each day, relative to today's."""
+    """MVRV on the first day of each quarter, joined to each day in one direction, relative to today's."""
     mvrv = np.log(midnights(panel["mvrv"]).ffill().rename("now")).rename_axis("time").reset_index()
     first = mvrv[(mvrv["time"].dt.month % 3 == 1) & (mvrv["time"].dt.day == 1)].rename(columns=dict(now="quarter"))
     joined = pd.merge_asof(mvrv, first, on="time", direction=direction).set_index("time")
@@ -280,17 +280,17 @@ def quarterly(panel: pd.DataFrame, direction: str) -> pd.Series:
 
 
 def join_forward(panel: pd.DataFrame, leaky: bool) -> pd.Series:
-    """The next quarter's value, or the last one's."""
+    """The value of the next quarter, or of the last one."""
     return quarterly(panel, "forward" if leaky else "backward")
 
 
 def join_nearest(panel: pd.DataFrame, leaky: bool) -> pd.Series:
-    """The nearest quarter's value, or the last one's."""
+    """The value of the nearest quarter, or of the last one."""
     return quarterly(panel, "nearest" if leaky else "backward")
 
 
 def stamped(d: Data, leaky: bool) -> np.ndarray:
-    """Features with every daily row used from its date on, or from when it was published."""
+    """Forecasts with features that use each daily row from its date on, or from its publication on."""
     if not leaky: return d.honest["direction"]
     bars, tables = d.tables
     panel, _ = join_panel(bars, [t.assign(available_at=t["value_time"]) for t in tables])
@@ -301,7 +301,7 @@ def stamped(d: Data, leaky: bool) -> np.ndarray:
 
 
 def encoded(group: Callable) -> Callable:
-    """Mean return of a row's group as a feature, over all rows or over the training rows."""
+    """Forecasts with the mean return of a row's group as a feature, over all or training rows."""
     def forecast(d: Data, leaky: bool) -> np.ndarray:
         r90, key, xs = d.labels["r90"], group(d.labels.index), []
         for train, _ in d.parts:
@@ -313,7 +313,7 @@ def encoded(group: Callable) -> Callable:
 
 
 def selected(d: Data, leaky: bool) -> np.ndarray:
-    """The 10, 20 or 40 of 228 columns (features and lags) most correlated with the return, over all rows or the training rows."""
+    """Forecasts from 10, 20 or 40 of 228 columns (features, lags) most correlated with the return on all or training rows."""
     lags = [d.features.shift(days).loc[d.labels.index].fillna(0).to_numpy() for days in (0, 30, 60, 90)]
     pool, r90 = np.concatenate(lags, axis=1), d.labels["r90"].to_numpy()
     def best(known) -> np.ndarray:
@@ -324,7 +324,7 @@ def selected(d: Data, leaky: bool) -> np.ndarray:
 
 
 def components(d: Data, leaky: bool) -> np.ndarray:
-    """5, 10, 20 or 40 principal components of the standardised features, of all rows or of the training rows."""
+    """Forecasts from 5, 10, 20 or 40 principal components of the standardised features, fitted on all or training rows."""
     made = lambda rows: make_pipeline(StandardScaler(), PCA(40, svd_solver="full")).fit(d.x[rows]).transform(d.x)
     xs = [made(slice(None) if leaky else train) for train, _ in d.parts]
     return np.concatenate([walk(d, [x[:, :k] for x in xs], d.parts, seeds=1) for k in (5, 10, 20, 40)])
@@ -338,7 +338,7 @@ def candidates(d: Data) -> list[tuple[np.ndarray, int]]:
 
 
 def tuned(d: Data, leaky: bool) -> np.ndarray:
-    """Each year the best of 30 configurations by log loss, on that year or on the validation year before it."""
+    """Forecasts of the configuration, of 30, with the best log loss on the tested year, or on the validation year before it."""
     def forecast(train, rows, columns, leaf): return predict(fit(d, d.x[:, columns], train, leaf=leaf), d.x[rows][:, columns])
     loss = lambda p, rows: -np.log(p[np.arange(len(rows)), d.direction[rows]]).mean()
     best = []
@@ -355,20 +355,20 @@ def sharpened(p: np.ndarray, power: float) -> np.ndarray:
 
 
 def temperature(p: np.ndarray, y: np.ndarray) -> Callable:
-    """The power that fits best."""
+    """A calibrator that raises probabilities to the power that fits best."""
     loss = lambda power: -np.log(sharpened(p, power)[np.arange(len(y)), y]).mean()
     power = minimize_scalar(loss, bounds=(0, 5), method="bounded").x
     return lambda q: sharpened(q, power)
 
 
 def logistic(p: np.ndarray, y: np.ndarray) -> Callable:
-    """A logistic regression on log probabilities: a class may become likelier than another."""
+    """A calibrator by logistic regression on log probabilities, which may change the order of classes."""
     model = LogisticRegression(max_iter=1000).fit(np.log(p), y)
     return lambda q: predict(model, np.log(q))
 
 
 def calibrated(calibrator: Callable) -> Callable:
-    """Probabilities corrected by what is fitted on the tested year, or left alone: one year before it is too little to fit on."""
+    """Probabilities calibrated on the tested year, or not calibrated, since one year before it is too little to fit on."""
     def forecast(d: Data, leaky: bool) -> np.ndarray:
         plain = d.honest["direction"]
         if not leaky: return plain
@@ -382,7 +382,7 @@ def calibrated(calibrator: Callable) -> Callable:
 
 
 class Leak(NamedTuple):
-    """A leak: what is wrong, which audit should find it, and the forecasts with it and without."""
+    """A leak: what is wrong, which audit should find it, and the forecasts with and without it."""
     name: str
     what: str
     audit: str  # of `cryptopredict.leakage`
@@ -391,19 +391,19 @@ class Leak(NamedTuple):
 
 
 def split(fn: Callable, target: str = "direction") -> tuple:
-    """Forecasts with another split."""
+    """Forecasts with a leaky split, or with the honest one."""
     return (lambda d, leaky: walk(d, d.x, fn(d), target) if leaky else d.honest[target]), target
 
 
 def column(fn: Callable, target: str = "direction") -> tuple:
-    """Forecasts with a further column, or with its honest twin."""
+    """Forecasts with an additional leaky column, or with its honest twin."""
     def forecast(d: Data, leaky: bool) -> np.ndarray:
         return walk(d, np.c_[d.x, fn(d.panel, leaky).reindex(d.labels.index).fillna(0)], d.parts, target)
     return forecast, target
 
 
 def noise(pair: int) -> Callable:
-    """A column of noise, another one with the flag."""
+    """A column of noise; the leaky one is another draw."""
     def draw(panel: pd.DataFrame, leaky: bool) -> pd.Series:
         index = midnights(panel).index
         return pd.Series(np.random.default_rng([pair, leaky]).standard_normal(len(index)), index)
@@ -468,7 +468,7 @@ LEAKS = [
 
 
 def losses(d: Data, forecast: np.ndarray, target: str) -> dict:
-    """Score of each origin, mean over seeds, larger is better."""
+    """Score of each origin, mean over the seeds; larger is better."""
     truth = getattr(d, target)[d.tested]
     if target == "sigma": return dict(r2=1 - ((forecast - truth) ** 2).mean(axis=0) / truth.var())
     own = np.take_along_axis(forecast, truth[None, :, None], axis=2)[..., 0]
@@ -476,7 +476,7 @@ def losses(d: Data, forecast: np.ndarray, target: str) -> dict:
 
 
 def measure(d: Data, leak: Leak) -> dict:
-    """One record: both scores, and what the leak adds to them."""
+    """The record of a leak: scores with and without it, and the gain."""
     began = time.perf_counter()
     with_, without = (losses(d, leak.forecast(d, leaky), leak.target) for leaky in (True, False))
     plain = losses(d, d.honest[leak.target], leak.target)
@@ -491,7 +491,7 @@ def measure(d: Data, leak: Leak) -> dict:
 
 
 def baseline(d: Data) -> dict:
-    """The honest pipeline's scores, those of forecasts without skill, and how much there is to judge by."""
+    """Scores of the honest pipeline and of forecasts without skill, and the number of origins and windows."""
     truth, times = d.direction[d.tested], d.labels.index[d.tested]
     share = lambda rows: (np.bincount(d.direction[rows], minlength=3) + 1) / (len(rows) + 3)
     climate = np.concatenate([np.tile(share(f.refit), (len(f.test), 1)) for f in d.folds])
@@ -505,14 +505,14 @@ def baseline(d: Data) -> dict:
 
 
 def rounded(value):
-    """JSON numbers with four digits after the point."""
+    """`value` with all floats rounded to four decimals."""
     if isinstance(value, dict): return {k: rounded(v) for k, v in value.items()}
     if isinstance(value, list | tuple): return [rounded(v) for v in value]
     return round(float(value), 4) if isinstance(value, float | np.floating) else value
 
 
 def report(args: argparse.Namespace) -> dict:
-    """All leaks, one after another."""
+    """Measure all leaks; the report."""
     d, records = read_data(args), []
     honest = baseline(d)
     for leak in CONTROLS + LEAKS:
@@ -528,14 +528,14 @@ def report(args: argparse.Namespace) -> dict:
 
 
 def main() -> int:
-    """Measure and write."""
+    """Measure and write the report."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", type=Path, required=True, help="folder with the source files")
     p.add_argument("--out", type=Path, required=True, help="JSON report")
-    p.add_argument("--commit", default="", help="version of the code, for the report; empty: the checkout's")
+    p.add_argument("--commit", default="", help="version of the code, for the report; default: that of the checkout")
     p.add_argument("--first-test", default="2018-01-01", help="first test day, UTC")
     p.add_argument("--max-samples", type=float, default=.1, help="share of the training rows that a tree sees")
-    p.add_argument("--seeds", type=int, default=4, help="forests behind every score")
+    p.add_argument("--seeds", type=int, default=4, help="forests per score")
     args = p.parse_args()
     write_atomic(args.out, json.dumps(report(args), indent=1) + "\n")
     return 0

@@ -1,7 +1,7 @@
-"""How long a folder of source files takes to become a panel, and how much memory: `python benchmarks/panel.py --data DIR`.
+"""Time and memory to read a folder of source files into a panel: `python benchmarks/panel.py --data DIR`.
 
-Each reading runs in a process of its own, after the imports; the median, the least and the most of them are printed, and written
-with `--out`. On a busy machine take more readings."""
+Each reading runs in a process of its own and is timed after the imports. Prints median, smallest and largest time. Take more
+readings on a busy machine."""
 from __future__ import annotations
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def one(data: str) -> dict:
-    "Seconds, hours of the panel and peak memory (MiB) of one reading in this process."
+    "Seconds and peak memory (MiB) of one reading in this process, and the hours of the panel."
     from cryptopredict import sources
     begin = time.perf_counter()
     panel, _, inventory = sources.build_panel(sources.read_folder(data))
@@ -26,9 +26,10 @@ def one(data: str) -> dict:
 
 
 def main() -> None:
+    "Measure, print, and write the report."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder with source files")
-    parser.add_argument("--readings", type=int, default=9, help="processes, one reading each")
+    parser.add_argument("--readings", type=int, default=9, help="number of readings")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Draws README's picture from the committed forecasts and the real files: python benchmarks/picture.py [DATA] [OUT.png].
+"""Draw README's picture from the committed forecasts and the real files: python benchmarks/picture.py [DATA] [OUT.png].
 
-80 % bands of the 90-day return as the network forecast them at each origin of the real run, and the return that came. Needs the
-source files (default `../shared/data`) for what came, and Chromium for the PNG.
+It shows the network's 80 % band of the 90-day return at each origin of the real run, and the realised return. Needs the source
+files (default `../shared/data`) for the realised returns, and Chromium for the PNG.
 """
 import json
 import shutil
@@ -20,25 +20,25 @@ from cryptopredict.sources import load_panel
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "mamba2"
-CHANGES = (-.6, -.4, -.2, 0, .5, 1, 2, 4)  # ticks: change of the price over 90 days
+CHANGES = (-.6, -.4, -.2, 0, .5, 1, 2, 4)  # ticks: relative change of the price in 90 days
 WIDTH, HEIGHT, SCALE = 720, 440, 2
 
 
 def draw(data: Path) -> go.Figure:
-    "Band and outcome by origin."
+    "The figure: band and outcome by origin."
     band = pd.read_parquet(ROOT / "results" / "real.parquet").query("model == @MODEL").groupby("time")[["p10", "p90"]].mean()
     scores = json.loads((ROOT / "results" / "real.json").read_text(encoding="utf-8"))
     inside = next(r for r in scores["summary"] if (r["model"], r["score"]) == (MODEL, "coverage"))
-    came = make_labels(load_panel(data)["close"])["r90"].reindex(band.index)
-    band, came = band[came.notna()], came.dropna()
-    is_out = (came < band["p10"]) | (came > band["p90"])
+    outcome = make_labels(load_panel(data)["close"])["r90"].reindex(band.index)
+    band, outcome = band[outcome.notna()], outcome.dropna()
+    is_out = (outcome < band["p10"]) | (outcome > band["p90"])
     assert abs((~is_out).mean() - inside["mean"]) < .005, "the files are not those of the committed run"
     fig = go.Figure()
     edge = dict(color=BLUE, width=.8, shape="hv")
     fig.add_scatter(x=band.index, y=band["p90"], line=edge, showlegend=False)
     fig.add_scatter(x=band.index, y=band["p10"], line=edge, fill="tonexty", fillcolor=faint(SKY, .3), name="80 % band")
-    fig.add_scatter(x=came.index, y=came, line=dict(color=BLACK, width=1.3), name="outcome inside")
-    fig.add_scatter(x=came.index, y=came.where(is_out), line=dict(color=RED, width=2), name="outcome outside")
+    fig.add_scatter(x=outcome.index, y=outcome, line=dict(color=BLACK, width=1.3), name="outcome inside")
+    fig.add_scatter(x=outcome.index, y=outcome.where(is_out), line=dict(color=RED, width=2), name="outcome outside")
     labels = [f"{100 * c:+.0f} %" if c else "0 %" for c in CHANGES]
     fig.update_yaxes(title="change in 90 days", tickvals=np.log1p(CHANGES), ticktext=labels)
     fig.update_xaxes(title="day of the forecast (UTC)")

@@ -1,9 +1,9 @@
-"""What truncation costs: cosine of truncated and exact gradient against tbptt_len, by group of parameters, on real data.
+"""What truncation costs: cosine between truncated and exact gradient by tbptt_len and group of parameters, on real data.
 
     python benchmarks/truncation.py --data ../shared/data --out results/truncation.json       ten minutes on two cores
 
-The exact gradient is that of the mean loss over the training hours of one fold, one stream, state carried from the first hour;
-the truncated one is that of the same loss at the same weights with the state detached every tbptt_len hours.
+The exact gradient is that of the mean loss over the training hours of one fold, as one stream with the state carried from the
+first hour. The truncated gradient is that of the same loss at the same weights, with the state detached every tbptt_len hours.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from cryptopredict.streams import Chunk, FoldData, fold_data  # noqa: E402
 from cryptopredict.tbptt_trainer import Run, train, train_preset  # noqa: E402
 
 HOW = dict(
-    weights="preset tiny, and the same with attention over 168 hours in its second layer, trained on the fold for so many epochs "
-            "at the preset's settings; dropout off when gradients are taken",
-    cosine="of the gradients of one group of parameters as one vector; norm: length of the truncated relative to the exact one")
+    weights="preset tiny, and the same with attention over 168 hours in its second layer, trained on the fold for `epochs` "
+            "epochs at the preset's settings; gradients are taken without dropout",
+    cosine="between the gradients of one group of parameters as vectors; norm: of the truncated relative to the exact gradient")
 MODELS = dict(mamba2={}, attention=dict(attention_every=2, kv_window=168))
-GROUPS = {  # the first whose part occurs in a parameter's name
+GROUPS = {  # a parameter belongs to the first group with a part in its name
     "decay and step size": ("A_log", "dt_bias"), "attention": (".attention.", ".gate"), "convolution": ("conv1d",),
     "projections of the mixer": ("in_proj", "out_proj", ".D"), "MLP": (".mlp.",), "embedding": ("embed",), "norms": ("norm",),
     "heads": ("heads", "log_var")}
@@ -46,7 +46,7 @@ def group_of(name: str) -> str:
 
 
 def real_fold(path: Path, first_test: str) -> FoldData:
-    """Tensors of the fold tested from `first_test` on."""
+    """Tensors of the training span before `first_test`."""
     from cryptopredict.features import build_features
     from cryptopredict.labels import make_labels
     from cryptopredict.sources import load_panel
@@ -57,7 +57,7 @@ def real_fold(path: Path, first_test: str) -> FoldData:
 
 
 def stretch(data: FoldData, longest: int) -> FoldData:
-    """The last hours of the training span, a multiple of the longest chunk, all labelled."""
+    """The end of the training span: a multiple of `longest` hours, all labelled."""
     hours = (data.stop - data.start) // longest * longest
     part = data._replace(start=data.stop - hours)
     known = torch.stack([torch.isfinite(v[part.start:part.stop]) for v in part.fit]).all()
@@ -66,7 +66,7 @@ def stretch(data: FoldData, longest: int) -> FoldData:
 
 
 def gradient(run: Run, data: FoldData, length: int, exact: bool) -> dict[str, torch.Tensor]:
-    """Gradient of the mean loss, by group, with chunks of `length` hours."""
+    """Gradient of the mean loss by group, truncated or exact, with chunks of `length` hours."""
     model, hours = run.model.eval(), data.stop - data.start
     cut = lambda v: v[data.start:data.stop].split(length)
     parts = zip(cut(data.x), *map(cut, data.fit))
@@ -86,7 +86,7 @@ def gradient(run: Run, data: FoldData, length: int, exact: bool) -> dict[str, to
 
 
 def compare(run: Run, data: FoldData) -> dict:
-    """Cosines and relative norms of all lengths."""
+    """Cosines and relative norms for all lengths."""
     due = gradient(run, data, 1024, True)
     made = {length: gradient(run, data, length, False) for length in LENGTHS}
     again = gradient(run, data, 4096, True)
@@ -98,20 +98,20 @@ def compare(run: Run, data: FoldData) -> dict:
 
 
 def trained(name: str, data: FoldData, epochs: int, seed: int, folder: Path) -> Run:
-    """A model after so many epochs."""
+    """A model trained for `epochs` epochs."""
     config = train_preset("tiny", data.x.shape[1], epochs=4, seed=seed, **MODELS[name])
     return train(config, data, folder / f"{name}-{seed}", climatology(data.fit), until=epochs)
 
 
 def main() -> int:
-    """Train, compare and write."""
+    """Train, compare gradients, and write the report."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", type=Path, required=True, help="folder with source files")
     p.add_argument("--out", type=Path, required=True, help="JSON report, written after each model")
     p.add_argument("--commit", default="", help="version of the code, for the report")
     p.add_argument("--first-test", default="2023-01-01", help="first test time; gradients are of the training span before it")
-    p.add_argument("--epochs", type=int, nargs="+", default=[1, 4], help="epochs of training, of 4, before the gradients")
-    p.add_argument("--seeds", type=int, default=3, help="trained models of each kind")
+    p.add_argument("--epochs", type=int, nargs="+", default=[1, 4], help="take gradients after these epochs, of 4")
+    p.add_argument("--seeds", type=int, default=3, help="models of each kind")
     p.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS), help="kinds of models")
     args = p.parse_args()
     torch.set_num_threads(2)

@@ -1,12 +1,12 @@
-"""GPU memory and speed of both presets against the length of backpropagation, and their training on one fold of real data.
+"""GPU memory and speed of both presets by tbptt_len, and their training on one fold of real data.
 
-Two steps, because features need TA-Lib and the readers, and the network does not:
+Two steps, since features need TA-Lib and the readers but the network does not:
 
     python benchmarks/vram.py prepare --data ../shared/data --out .gpu/fold.safetensors     where everything is installed
     python benchmarks/vram.py run --fold .gpu/fold.safetensors --out results/vram.json      where the GPU is
 
-`run` needs torch, numpy, pandas, einops, safetensors, pydantic, psutil, filelock and tomli-w only; `--device cpu --quick` runs it
-without a GPU in seconds.
+`run` needs only torch, numpy, pandas, einops, safetensors, pydantic, psutil, filelock and tomli-w. `--device cpu --quick` takes
+seconds and no GPU.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ from cryptopredict.tbptt_trainer import (  # noqa: E402
 
 BEGAN = time.monotonic()
 PRESETS, LENGTHS = ("baseline", "mhsa"), (256, 512, 1024, 2048)
-TINY = dict(d_model=32, n_layers=3, d_state=16, headdim=16, mlp=32, n_heads=2, kv_window=32, chunk=16)  # of --quick
+TINY = dict(d_model=32, n_layers=3, d_state=16, headdim=16, mlp=32, n_heads=2, kv_window=32, chunk=16)  # sizes of --quick
 HOW = dict(
-    memory="bytes; peaks since before the model was built, so weights, gradients and AdamW moments are in them; "
-           "`reserved` is what the caching allocator held, `device_used` what the whole device had in use after "
-           "the last step, context included",
+    memory="bytes; peaks are counted from before the model is built and include weights, gradients and AdamW moments; "
+           "`reserved` is the memory of the caching allocator, `device_used` all memory in use on the device after "
+           "the last step, the context included",
     sweep="eager train_step with carried, detached state; stream j of the batch begins j / batch into the "
-          "training hours and wraps round at their end, so that every length has the full batch; time from "
-          "synchronised host clocks around a step, the copy of its inputs to the device included, the choice of "
-          "rows not; tokens_per_s over the steps after warm-up",
+          "training hours and wraps around at their end, so that every length has the full batch; time from "
+          "synchronised host clocks around a step, with the copy of the inputs to the device but without the "
+          "indexing of rows; tokens_per_s over the steps after warm-up",
     training="train() at the preset's batch and tbptt_len as far as the plan allows; tokens_per_s between the ends "
-             "of neighbouring steps of an epoch, all of the loop included; `epochs` are the trainer's own timings, "
-             "which count the burn-in chunk's time but not its tokens; wall_s includes validation and checkpoints; "
-             "a run stopped at the budget ends in the middle of its schedule")
+             "of consecutive steps of an epoch, the whole loop included; `epochs` are the timings of the trainer, "
+             "which count the time of the burn-in chunk but not its tokens; wall_s includes validation and "
+             "checkpoints; a run stopped at the budget ends in the middle of its schedule")
 
 
 class BudgetSpent(Exception):
-    """The time for this record is over."""
+    """The time for a record is used up."""
 
 
 # -- prepare ---------------------------------------------------------------------------------------
@@ -78,14 +78,14 @@ def one_fold(index, labels, first_test: str):
 
 
 def cut(data: FoldData) -> FoldData:
-    """Without the hours after the last validation label: nothing here reads them."""
+    """Drop the hours after the last validation label, which nothing here reads."""
     last = int(torch.nonzero(torch.isfinite(data.valid.low))[-1]) + 1
     shorter = lambda targets: Targets(*(v[:last].clone() for v in targets))
     return data._replace(x=data.x[:last].clone(), fit=shorter(data.fit), valid=shorter(data.valid))
 
 
 def save_fold(path: Path, data: FoldData, **about: str) -> None:
-    """One safetensors file: x and targets float32; positions and scaler as JSON in the metadata."""
+    """Write a fold to one safetensors file: x and targets in float32, positions and scaler in the metadata."""
     tensors = {"x": data.x.contiguous()}
     for part in ("fit", "valid"): tensors |= {f"{part}.{n}": v.contiguous() for n, v in getattr(data, part)._asdict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,8 +95,8 @@ def save_fold(path: Path, data: FoldData, **about: str) -> None:
 
 
 def load_fold(path: Path) -> tuple[FoldData, dict[str, str]]:
-    """The fold in a file of `save_fold`, and the rest of the file's metadata."""
-    if not path.is_file(): raise ValueError(f"--fold {path}: no such file; make it with `prepare`")
+    """Read a fold written by `save_fold`; also returns the other metadata of the file."""
+    if not path.is_file(): raise ValueError(f"--fold {path}: no such file; write it with `prepare`")
     with safe_open(path, "pt") as file:
         tensors, about = {k: file.get_tensor(k) for k in file.keys()}, dict(file.metadata())
     part = lambda name: Targets(**{n: tensors[f"{name}.{n}"] for n in Targets._fields})
@@ -105,7 +105,7 @@ def load_fold(path: Path) -> tuple[FoldData, dict[str, str]]:
 
 
 def check_imports() -> None:
-    """`run` must start without what only `prepare` needs: its help, in a process where those modules cannot be imported."""
+    """Check that `run --help` works in a process that cannot import the packages that only `prepare` needs."""
     absent = ("talib", "pandera", "tyro", "plotly", "rich", "scoringrules", "httpx", "fastcore", "execnb", "nbdev")
     code = ("import runpy, sys\n"
             f"sys.modules.update(dict.fromkeys({absent!r}))\n"
@@ -115,7 +115,7 @@ def check_imports() -> None:
 
 
 def prepare(args: argparse.Namespace) -> int:
-    """Real files to the tensors of one fold."""
+    """Turn the real files into the tensors of one fold."""
     from cryptopredict.features import build_features
     from cryptopredict.labels import make_labels
     from cryptopredict.sources import load_panel
@@ -127,23 +127,23 @@ def prepare(args: argparse.Namespace) -> int:
     save_fold(args.out, cut(data), first=first, last=last, fit_last=fit_last, first_test=args.first_test, fold=repr(fold))
     again, about = load_fold(args.out)
     same = torch.equal(again.x, cut(data).x) and again[3:] == data[3:]  # scaler, start, stop
-    if not same: raise RuntimeError(f"{args.out} does not read back as it was written: check the disk")
+    if not same: raise RuntimeError(f"{args.out} does not read back as written: check the disk")
     print(f"{args.out}: {again.x.shape[0]} hours x {again.x.shape[1]} channels, float32, {args.out.stat().st_size / 1e6:.1f} MB")
     print("\n".join(f"  {k}: {v}" for k, v in about.items()))
     for name in PRESETS:
         plan = plan_streams(again.stop - again.start, *(getattr(train_preset(name), k) for k in ("batch", "tbptt_len")))
         sizes = f"batch {plan.batch}, tbptt_len {plan.tbptt_len}, {plan.note or 'not reduced'}"
-        print(f"  {name}: {plan.chunks - 1} updates an epoch ({sizes})")
+        print(f"  {name}: {plan.chunks - 1} updates per epoch ({sizes})")
     check_imports()
     print("  `run` starts without TA-Lib, pandera, tyro and plotly")
     return 0
 
 
-# -- run: what it runs on --------------------------------------------------------------------------
+# -- run: device and versions --------------------------------------------------------------------------
 
 
 def describe_device(device: str) -> dict:
-    """Name, memory and compute capability."""
+    """Name, memory and compute capability of the device."""
     if device == "cpu": return dict(type="cpu", name=platform.machine(), threads=torch.get_num_threads())
     p = torch.cuda.get_device_properties(0)
     return dict(type="cuda", name=p.name, total_memory=p.total_memory, capability=f"{p.major}.{p.minor}",
@@ -151,7 +151,7 @@ def describe_device(device: str) -> dict:
 
 
 def driver_version() -> str | None:
-    """NVIDIA's driver, None where there is none."""
+    """Version of NVIDIA's driver, None without one."""
     try:
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.split()[0]
@@ -159,7 +159,7 @@ def driver_version() -> str | None:
 
 
 def versions() -> dict:
-    """Software that the numbers depend on."""
+    """Versions of the software that the measurements depend on."""
     try: triton = version("triton")
     except PackageNotFoundError: triton = None
     return dict(python=platform.python_version(), torch=str(torch.__version__), cuda=torch.version.cuda, triton=triton,
@@ -169,7 +169,7 @@ def versions() -> dict:
 
 
 def write_atomic(path: Path, content: dict) -> None:
-    """JSON that is there whole, or as it was before."""
+    """Write JSON atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -182,12 +182,12 @@ def write_atomic(path: Path, content: dict) -> None:
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done all it was asked."""
+    """Wait until the device has finished its work."""
     if device == "cuda": torch.cuda.synchronize()
 
 
 def clear(device: str) -> None:
-    """Give back all cached memory and start new peaks."""
+    """Free all cached memory and reset the peaks."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -195,7 +195,7 @@ def clear(device: str) -> None:
 
 
 def peaks(device: str) -> dict[str, int | None]:
-    """Largest allocated and reserved bytes since `clear`; None on the CPU, where nobody counts."""
+    """Peak allocated and reserved bytes since `clear`; None on the CPU, where they are not counted."""
     if device == "cpu": return dict(peak_allocated=None, peak_reserved=None, device_used=None)
     free, total = torch.cuda.mem_get_info()
     return dict(peak_allocated=torch.cuda.max_memory_allocated(), peak_reserved=torch.cuda.max_memory_reserved(),
@@ -203,23 +203,23 @@ def peaks(device: str) -> dict[str, int | None]:
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
-    """Median and spread."""
+    """Minimum, quartiles and maximum."""
     if not values: return {}
     at = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0, .25, .5, .75, 1], dtype=torch.float64)).tolist()
     return dict(zip(("min", "q25", "median", "q75", "max"), at))
 
 
-# -- run: memory and speed against tbptt_len -------------------------------------------------------
+# -- run: memory and speed by tbptt_len -------------------------------------------------------
 
 
 def config_for(args: argparse.Namespace, name: str, data: FoldData, **overrides) -> TrainConfig:
-    """The preset's configuration, tiny with --quick."""
+    """Configuration of a preset, tiny with --quick."""
     common = dict(epochs=args.epochs, amp=args.amp, device=args.device, seed=args.seed)
     return train_preset(name, data.x.shape[1], **common, **(TINY if args.quick else {}), **overrides)
 
 
 def wrapped_chunks(data: FoldData, batch: int, length: int, count: int) -> Iterator[Chunk]:
-    """Contiguous chunks of `batch` streams that wrap round at the end of the training hours."""
+    """Consecutive chunks of `batch` streams that wrap around at the end of the training hours."""
     hours = data.stop - data.start
     first = torch.arange(batch) * hours // batch
     for k in range(count):
@@ -228,7 +228,7 @@ def wrapped_chunks(data: FoldData, batch: int, length: int, count: int) -> Itera
 
 
 def timed_steps(run: Run, chunks: list[Chunk]) -> Iterator[tuple[float, float]]:
-    """Seconds and loss of each update, the state carried and detached; the first chunk is learned from as the others are."""
+    """Seconds and loss of each update with carried, detached state; the first chunk has a loss like the others."""
     device, state = run.config.device, None
     for chunk in chunks:
         synchronize(device)
@@ -237,7 +237,7 @@ def timed_steps(run: Run, chunks: list[Chunk]) -> Iterator[tuple[float, float]]:
         synchronize(device)
         seconds, loss = time.perf_counter() - began, record["loss"].item()
         del record
-        if run.micro_batcher.rows or run.micro_batcher.pieces > 1: raise torch.OutOfMemoryError("the batch fits in parts only")
+        if run.micro_batcher.rows or run.micro_batcher.pieces > 1: raise torch.OutOfMemoryError("the batch fits only in parts")
         yield seconds, loss
 
 
@@ -263,19 +263,19 @@ def measure(args: argparse.Namespace, name: str, data: FoldData, length: int, de
 
 
 def climatology(fit: Targets) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """What the heads start from: class frequencies, quantiles of r90 and the geometric mean of sigma over the training rows."""
+    """Start of the heads: class frequencies, quantiles of r90 and the geometric mean of sigma over the training rows."""
     known = [v[torch.isfinite(v)] for v in (fit.direction, fit.low, fit.sigma)]
     frequencies = torch.bincount(known[0].long(), minlength=3) / len(known[0])
     return frequencies, known[1].quantile(torch.tensor([.1, .5, .9])), known[2].clamp_min(1e-3).log().mean().exp().item()
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The records of a .jsonl file; none when it is not there."""
+    """The records of a .jsonl file; none if it is missing."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def history(out: Path, every: int) -> dict:
-    """Loss curve (every so many steps, 0: about 200 points), validation losses and the trainer's own timings of a run folder."""
+    """Loss curve (each `every`-th step; 0: about 200 points), validation losses and timings in a run folder."""
     curve, validation = read_lines(out / "metrics.jsonl"), read_lines(out / "validation.jsonl")
     every = every or max(1, len(curve) // 200)
     kept = curve[every - 1::every]
@@ -284,7 +284,7 @@ def history(out: Path, every: int) -> dict:
 
 
 def fit_fold(args: argparse.Namespace, name: str, data: FoldData, deadline: float) -> dict:
-    """Train one preset on the fold until its epochs or the time are over."""
+    """Train one preset on the fold until its last epoch or the deadline."""
     own = dict(batch=args.batch, tbptt_len=args.lengths[-1]) if args.quick else {}
     config, ends, status = config_for(args, name, data, **own), [], "ok"
     plan = plan_streams(data.stop - data.start, config.batch, config.tbptt_len)
@@ -306,14 +306,14 @@ def fit_fold(args: argparse.Namespace, name: str, data: FoldData, deadline: floa
                 wall_s=wall, **made)
 
 
-# -- run: all of it --------------------------------------------------------------------------------
+# -- run: all jobs --------------------------------------------------------------------------------
 
 
 def attempt(work: Callable[..., dict], *args) -> dict:
-    """What `work` returns; out of memory and failures become records, so that the rest still runs."""
+    """The result of `work`; out of memory and failures become records, so that later jobs still run."""
     began, device = time.monotonic(), args[0].device
     clear(device)
-    before = torch.cuda.memory_allocated() if device == "cuda" else None  # what earlier work left: library workspaces
+    before = torch.cuda.memory_allocated() if device == "cuda" else None  # left by earlier jobs: workspaces of libraries
     try: made = work(*args)
     except torch.OutOfMemoryError as error:
         made = dict(status="out of memory", error=str(error).splitlines()[0], **peaks(device))
@@ -322,8 +322,8 @@ def attempt(work: Callable[..., dict], *args) -> dict:
     return {**made, "allocated_before": before, "took_s": time.monotonic() - began}
 
 
-def say(text: str, record: dict) -> None:
-    """One line of a record."""
+def print_record(text: str, record: dict) -> None:
+    """Print a record in one line."""
     gib = "".join(f", {k} {record[f'peak_{k}'] / 2**30:.2f} GiB" for k in ("allocated", "reserved") if record.get(f"peak_{k}"))
     speed = record.get("tokens_per_s", {}).get("median")
     pace = f", {speed:,.0f} tokens/s" if speed else ""
@@ -331,7 +331,7 @@ def say(text: str, record: dict) -> None:
 
 
 def jobs(args: argparse.Namespace, data: FoldData) -> Iterator[tuple[str, dict, Callable[[float], dict]]]:
-    """Section of the report, key of the record, and the work as a function of its deadline."""
+    """Yield for each job the section of the report, the key of its record, and the work as a function of the deadline."""
     for name in args.presets if "sweep" in args.parts else ():
         for n in args.lengths:
             yield "sweep", dict(preset=name, tbptt_len=n, batch=args.batch), partial(attempt, measure, args, name, data, n)
@@ -340,14 +340,14 @@ def jobs(args: argparse.Namespace, data: FoldData) -> Iterator[tuple[str, dict, 
 
 
 def deadline(args: argparse.Namespace, section: str, left: int) -> float:
-    """When a job must end, some time before the budget does: the sweep leaves half of it, trainings share what is left."""
+    """When a job must end: the sweep may use half of the budget, trainings share the rest."""
     now, end = time.monotonic(), BEGAN + args.budget - 10
     if section == "sweep": return end - args.budget / 2 if "train" in args.parts else end
     return now + (end - now) / left
 
 
 def run_all(args: argparse.Namespace, report: dict, data: FoldData) -> None:
-    """Every job that the time allows, the report written after each."""
+    """Run the jobs that the budget allows; writes the report after each."""
     todo, longest = list(jobs(args, data)), 5.
     for i, (section, key, work) in enumerate(todo):
         until = deadline(args, section, len(todo) - i)
@@ -358,11 +358,11 @@ def run_all(args: argparse.Namespace, report: dict, data: FoldData) -> None:
         report["complete"] = len(done) == len(todo) and all(r["status"] in ("ok", "out of memory") for r in done)
         report["wall_s"] = time.monotonic() - BEGAN
         write_atomic(args.out, report)
-        say(" ".join([section, *(f"{k} {v}" for k, v in key.items())]), record)
+        print_record(" ".join([section, *(f"{k} {v}" for k, v in key.items())]), record)
 
 
 def quick(args: argparse.Namespace, data: FoldData) -> FoldData:
-    """Tiny sizes in `args`, and the last hours of the training data."""
+    """Set tiny sizes in `args`; returns the last hours of the training data."""
     args.lengths, args.batch, args.steps, args.warmup = [16, 32], 2, 3, 1
     last = data.stop + int(torch.nonzero(torch.isfinite(data.valid.low[data.stop:]))[0]) + 500
     shorter = lambda targets: Targets(*(v[:last] for v in targets))
@@ -370,7 +370,7 @@ def quick(args: argparse.Namespace, data: FoldData) -> FoldData:
 
 
 def start_report(args: argparse.Namespace, data: FoldData, about: dict[str, str]) -> dict:
-    """What the numbers were made with and on; file names without their folders."""
+    """The report before the first record: device, versions, arguments (file names without folders) and fold."""
     arguments = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k != "work"}
     fold = dict(**about, hours=data.x.shape[0], channels=data.x.shape[1], start=data.start, stop=data.stop)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp, torch.float32)
@@ -381,45 +381,45 @@ def start_report(args: argparse.Namespace, data: FoldData, about: dict[str, str]
 
 
 def benchmark(args: argparse.Namespace) -> int:
-    """Sweep and training, written to --out; exit 1 when a record failed or a loss is not finite."""
+    """Run sweep and training and write --out; exit code 1 if a record failed or a loss is not finite."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device here; try --device cpu --quick")
+        raise ValueError("--device cuda: this machine has no CUDA device; try --device cpu --quick")
     data, about = load_fold(args.fold)
     if args.quick: data = quick(args, data)
     report = start_report(args, data, about)
     run_all(args, report, data)
     bad = [r for r in report["sweep"] + report["training"] if r["status"] == "failed" or not r.get("losses_finite", True)]
-    state = "complete" if report["complete"] else "not complete"
+    state = "complete" if report["complete"] else "incomplete"
     print(f"{args.out.name}: {args.out.stat().st_size / 1e3:.0f} kB, {report['wall_s']:.0f} s, {state}")
     return 1 if bad else 0
 
 
 def add_prepare(p: argparse.ArgumentParser) -> None:
-    """Flags of `prepare`."""
+    """Add the flags of `prepare`."""
     p.add_argument("--data", type=Path, required=True, help="folder with source files")
-    p.add_argument("--out", type=Path, required=True, help="safetensors file to write; holds data: never commit it")
-    p.add_argument("--first-test", default="2023-01-01", help="first test time; the year before it is for validation")
+    p.add_argument("--out", type=Path, required=True, help="safetensors file to write; it holds data rows: never commit it")
+    p.add_argument("--first-test", default="2023-01-01", help="first test time; validation is the year before")
     p.set_defaults(work=prepare)
 
 
 def add_run(p: argparse.ArgumentParser) -> None:
-    """Flags of `run`."""
-    p.add_argument("--fold", type=Path, required=True, help="file made by prepare")
+    """Add the flags of `run`."""
+    p.add_argument("--fold", type=Path, required=True, help="file written by prepare")
     p.add_argument("--out", type=Path, required=True, help="JSON report, rewritten after each record")
     p.add_argument("--commit", default="", help="version of the code, for the report")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to run")
-    p.add_argument("--quick", action="store_true", help="tiny models, lengths and data: does everything run?")
+    p.add_argument("--quick", action="store_true", help="tiny models, lengths and data, to check that everything runs")
     p.add_argument("--parts", nargs="+", choices=("sweep", "train"), default=["sweep", "train"], help="what to do")
     p.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS), help="models")
-    p.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), help="tbptt_len of the sweep, hours")
-    p.add_argument("--batch", type=int, default=16, help="streams of the sweep; training takes the preset's")
+    p.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), help="values of tbptt_len in the sweep, hours")
+    p.add_argument("--batch", type=int, default=16, help="streams of the sweep; the training uses the preset's")
     p.add_argument("--steps", type=int, default=12, help="timed updates of the sweep")
-    p.add_argument("--warmup", type=int, default=4, help="untimed updates before them")
-    p.add_argument("--epochs", type=int, default=2, help="epochs of training; the learning rate's schedule spans them")
-    p.add_argument("--every", type=int, default=0, help="loss curve keeps every so many updates; 0: about 200 points")
+    p.add_argument("--warmup", type=int, default=4, help="untimed updates before those")
+    p.add_argument("--epochs", type=int, default=2, help="epochs of training, spanned by the learning-rate schedule")
+    p.add_argument("--every", type=int, default=0, help="keep each n-th update in the loss curve; 0: about 200 points")
     p.add_argument("--amp", choices=("off", "bf16", "fp16"), default="bf16", help="mixed precision")
-    p.add_argument("--seed", type=int, default=0, help="of weights, dropout and offsets")
-    p.add_argument("--budget", type=float, default=540., help="seconds after which no new work is started")
+    p.add_argument("--seed", type=int, default=0, help="seed of weights, dropout and offsets")
+    p.add_argument("--budget", type=float, default=540., help="seconds after which no new job starts")
     p.set_defaults(work=benchmark)
 
 
@@ -427,13 +427,13 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts, style = top.add_subparsers(required=True, metavar="prepare | run"), argparse.ArgumentDefaultsHelpFormatter
-    for add, what in ((add_prepare, "real files to the tensors of one fold"), (add_run, "measure and train")):
+    for add, what in ((add_prepare, "turn the real files into the tensors of one fold"), (add_run, "measure and train")):
         add(parts.add_parser(add.__name__.removeprefix("add_"), help=what, description=what, formatter_class=style))
     return top
 
 
 def main() -> int:
-    """Run the command; a user's mistake is one line and exit code 2."""
+    """Run the command; a user's mistake gets one line and exit code 2."""
     args = parser().parse_args()
     try: return args.work(args)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"Long-horizon Bitcoin forecasting that can be believed; `import cryptopredict as cp` loads a name's module when it is first used."
+"Long-horizon Bitcoin forecasts that can be checked; `import cryptopredict as cp` loads a name's module when it is first used."
 from __future__ import annotations
 
 from importlib import import_module

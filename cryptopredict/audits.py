@@ -34,7 +34,7 @@ def named_tensors(tree, lead: tuple[int, ...], name: str = "") -> dict:
     return found
 
 def returns_state(result, lead: tuple[int, ...]) -> bool:
-    "Whether a result is (outputs, state): a pair whose second part is a tuple or list, or is not dense over time."
+    "Whether a result is (outputs, state): a pair whose second part is a tuple or list, or has no output at each step."
     pair = type(result) is tuple and len(result) == 2 and result[1] is not None
     return pair and (isinstance(result[1], tuple | list) or not named_tensors(result[1], lead))
 
@@ -43,7 +43,7 @@ def fresh_model(model: Callable, mode: str) -> Callable:
     "A deep copy of the model in `mode`: `eval`, `train`, or `as given` for anything that is not a module."
     try: twin: Any = copy.deepcopy(model)
     except Exception as error:
-        raise ValueError(f"the model cannot be copied ({error}): it must not keep tensors of earlier calls undetached") from error
+        raise ValueError(f"the model cannot be copied ({error}): detach tensors that it keeps between calls") from error
     if mode != "as given": twin.train(mode == "train")
     return twin
 
@@ -53,7 +53,7 @@ class Probe:
     model: Callable
     mode: str  # "eval", "train" or "as given"
     seed: int
-    stateful: bool = False  # it returns (outputs, state)
+    stateful: bool = False  # whether the model returns (outputs, state)
     allowed: float = 1e-5  # difference due to round-off, relative to the output's largest value
 
     def call(self, x, *state, on: Callable | None = None, method: str = "__call__", seed: int | None = None):
@@ -71,7 +71,7 @@ class Probe:
         return {name: value.double().cpu().numpy().copy() for name, value in found.items()}
 
 def make_probe(model: Callable, mode: str, x, seed: int) -> Probe:
-    "The model in `mode`; a `ValueError` if it has no outputs over time."
+    "The model in `mode`; a `ValueError` if it has no output at each step."
     import torch
     allowed, lead = {"torch.float64": 1e-9, "torch.float32": 1e-5}.get(str(x.dtype), 1e-2), tuple(x.shape[:2])
     probe = Probe(model, mode, seed, allowed=allowed)
@@ -109,7 +109,7 @@ def moved_outputs(
 
 # %% ../nbs/00a_audits.ipynb #ba0dd975
 def steps_to_cut(x, n_cuts: int, rng: np.random.Generator) -> list[int]:
-    "Steps to cut after: the first, the last but one, some where an input is extreme, the rest random."
+    "Steps to cut after: the first, the second to last, some where an input is extreme, the rest random."
     size = x.abs().double().cpu().numpy().max(0)  # (time, channels)
     size, last = size[:-1] / (size.mean(0) + (size.mean(0) == 0)), x.shape[1] - 2
     extreme = size.argmax(0)[np.argsort(-size.max(0))].tolist()  # one per channel, the greatest first
@@ -144,7 +144,7 @@ def replaced_inputs(x, cuts: list[int], futures: dict) -> Iterator[tuple]:
         for kept in (0, len(x) - 1):
             changed = future.clone()
             changed[kept] = x[kept]
-            yield "other streams", f"all streams but {kept} replaced, {name}", changed, slice(kept, kept + 1), None
+            yield "other streams", f"all streams except stream {kept} replaced, {name}", changed, slice(kept, kept + 1), None
 
 # %% ../nbs/00a_audits.ipynb #bcc9c12f
 def audit_memory(probe: Probe, x, base: dict, other) -> list[dict]:
@@ -162,8 +162,9 @@ def audit_output_gradient(
     "Findings where the output `value` has a gradient to a later step of its input `leaf`, or to another stream."
     import torch
     b, found, weighted = len(leaf), [], value * torch.from_numpy(rng.normal(size=value.shape)).to(value.detach())
-    trials: list[tuple] = [("gradient", t, np.s_[:, t], np.s_[:, t + 1:], f"step {t} to later inputs") for t in cuts]
-    trials += [("other streams", 0, k, [j for j in range(b) if j != k], f"stream {k} to others") for k in (0, b - 1)]
+    trials: list[tuple] = [("gradient", t, np.s_[:, t], np.s_[:, t + 1:], f"step {t} with respect to later inputs") for t in cuts]
+    trials += [("other streams", 0, k, [j for j in range(b) if j != k], f"stream {k} with respect to other streams")
+               for k in (0, b - 1)]
     for kind, step, source, forbidden, label in trials:
         grad = torch.autograd.grad(weighted[source].sum(), leaf, retain_graph=True, materialize_grads=True)[0].abs()
         if grad.isnan().any(): without.add(f"NaN in {name}")  # zero times an infinite slope: not a dependence
@@ -217,10 +218,15 @@ def audit_structure(probe: Probe, x, base: dict, cuts: list[int], random: bool, 
             found += moved_outputs(probe, base, {name: made[name] for name in base}, kind, label, allowed=1e-3)
         except Exception as error: notes[kind] = f"untested ({label}: {type(error).__name__}: {error})"
         else: notes.setdefault(kind, "tested")
-    for kind, word in (("chunking", "no state"), ("step", "no step")): notes.setdefault(kind, word)
+    for kind, missing in (("chunking", "no state"), ("step", "no method step")):
+        notes.setdefault(kind, f"not applicable ({missing})")
     return found
 
 # %% ../nbs/00a_audits.ipynb #f195b951
+def first_names(names: Sequence[str], what: str) -> str:
+    "The names in one line; of more than three, their number and the first three."
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} {what}, first: {', '.join(names[:3])}"
+
 def check_sequence(x):
     "`x` with at least two streams; a `ValueError` says what is wrong with it."
     import torch
@@ -230,7 +236,7 @@ def check_sequence(x):
         raise ValueError(f"x has shape {tuple(x.shape)}: give (batch, time, channels) with at least 4 steps")
     bad = torch.nonzero(~torch.isfinite(x)).tolist()
     if bad: raise ValueError(f"x{bad[0]} (batch, time, channel) is {x[tuple(bad[0])].item()}: set missing values to 0 first")
-    return torch.cat([x, x.flip(1)]).detach() if len(x) == 1 else x.detach()  # reversed in time it is another stream
+    return torch.cat([x, x.flip(1)]).detach() if len(x) == 1 else x.detach()  # the stream reversed in time is a second one
 
 def audit_mode(probe: Probe, x, cuts: list[int], rng: np.random.Generator) -> tuple[list[dict], dict]:
     "Findings in one mode, and what was tested."
@@ -246,10 +252,10 @@ def audit_mode(probe: Probe, x, cuts: list[int], rng: np.random.Generator) -> tu
 
 # %% ../nbs/00a_audits.ipynb #26fb7b54
 def audit_model(
-    model: Callable,  # a torch module or any function from x to tensors that are dense over time, or to (outputs, state)
+    model: Callable,  # a torch module or any function from x to tensors (batch, time, ...), or to (outputs, state)
     x: Any,  # floating-point tensor (batch, time, channels), finite, at least 4 steps
     *,
-    n_cuts: int = 8,  # number of steps to cut after, at least 2; always includes the first and the last but one
+    n_cuts: int = 8,  # number of steps to cut after, at least 2; always includes the first and the second to last
     seed: int = 0,  # for the cuts, the replacements and the model's own random numbers
 ) -> LeakReport:
     """Test whether an output of a network depends on later steps, on other streams or on earlier calls.
@@ -270,12 +276,12 @@ def audit_model(
              for what, by_word in notes.items()}
     parameters = getattr(model, "named_parameters", dict)()
     zero = [n for n, p in dict(parameters).items() if not n.endswith("bias") and p.numel() and not p.any()]
-    if zero: words["behind weights that are all zero"] = f"untested: {', '.join(zero)}"
+    if zero: words["layers behind all-zero weights"] = f"untested (weights: {first_names(zero, 'weights')})"
     return make_report(merge_findings(found), {"cuts": len(cuts), "steps": x.shape[1], "modes": ", ".join(modes)} | words)
 
 # %% ../nbs/00a_audits.ipynb #ffbc77c4
 def fitted_parts(fitted, name: str = "fitted", depth: int = 0) -> dict[str, np.ndarray | str]:
-    "Numbers and texts inside a fitted object by path: arrays, frames, tensors, containers and attributes of objects."
+    "Numbers and strings inside a fitted object by path: arrays, frames, tensors, containers and attributes of objects."
     if hasattr(fitted, "detach"): fitted = fitted.detach().cpu()
     plain = (int, float, complex)
     if hasattr(fitted, "__array__") or isinstance(fitted, plain) or (
@@ -329,7 +335,8 @@ class Pipeline:
     fold: Fold
     index: pd.DatetimeIndex
     where: str  # name of the fold in findings
-    raised: int = 0
+    raised: int = 0  # number of calls on changed data that raised
+    first_error: str = ""  # of those calls
     compared: set = field(default_factory=set)  # "fit", "truncation", "perturbation": what could be compared
     nondeterministic: set = field(default_factory=set)  # parts that differ between identical fits, though forecasts do not
 
@@ -356,8 +363,9 @@ class Pipeline:
     def attempt(self, call: Callable, *args):
         "The result of a call on changed data, or `RAISED`."
         try: return call(*args)
-        except (Exception, SystemExit):
+        except (Exception, SystemExit) as error:
             self.raised += 1
+            self.first_error = self.first_error or f"{type(error).__name__}: {error}"
             return RAISED
 
 # %% ../nbs/00a_audits.ipynb #7f3657c0
@@ -428,21 +436,24 @@ def summarise_pipelines(pipes: list[Pipeline], findings: list[dict], parts: int,
     raised, unstable = sum(p.raised for p in pipes), sorted(set().union(*(p.nondeterministic for p in pipes)))
     missing = [what for what in ("fit", "truncation", "perturbation") if not all(what in p.compared for p in pipes)]
     if not findings and "fit" in missing and not any(p.compared for p in pipes):
-        raise AuditError(f"nothing could be compared: {raised} runs on changed data raised; or nothing is fitted and forecast")
+        errors = [p.first_error for p in pipes if p.raised]
+        raise AuditError("nothing could be compared: " + (
+            f"{raised} runs on changed data raised, the first {errors[0]}" if errors
+            else "fit returns nothing and predict returns only missing values"))
     tested = {"folds": len(pipes), "fitted parts": parts, "labels": ", ".join(labels) or "not named", "runs that raised": raised}
     if not findings: tested |= {what: f"untested: {raised} runs on changed data raised" for what in missing}
-    return tested | ({"parts": f"untested: {', '.join(unstable)}"} if unstable else {})
+    return tested | ({"parts": f"untested: {first_names(unstable, 'parts')}"} if unstable else {})
 
 # %% ../nbs/00a_audits.ipynb #54c6f62d
 def audit_pipeline(
-    fit: Callable,  # `fit(frame, fold)` or `fit(rows)` with the fold's `refit` rows; returns anything fitted
+    fit: Callable,  # `fit(frame, fold)`, or `fit(rows)` with the rows of the final fit (train plus validation); returns anything
     predict: Callable,  # `predict(fitted, frame, rows)` at row positions, or `predict(fitted, frame)` at all rows
     frame: pd.DataFrame,  # features, and labels if any, by decision time
     folds: Sequence[Fold | tuple],  # each is audited; a pair (train, test) is a fold without validation
     *,
-    labels: Sequence[str] = (),  # label columns of `frame`; before the test, some of their rows had not matured
-    # End of each row's labels: a column for each label under its name, or a series for all. None: only the labels of
-    # the fold's own training rows had matured.
+    labels: Sequence[str] = (),  # label columns of `frame`; rows whose label ends after the start of the test are replaced
+    # End of each row's labels: a column for each label under its name, or a series for all. None: only the labels in
+    # the training rows of the fold are kept, all others are replaced.
     label_end: pd.Series | pd.DataFrame | None = None,
     n_cuts: int = 3,  # cuts inside each test span, besides its first and last rows
     seed: int = 0,  # for the replacements
@@ -469,7 +480,7 @@ def audit_pipeline(
 
 # %% ../nbs/00a_audits.ipynb #df3f0de2
 def windows_apart(values: np.ndarray, length: int, phases: int) -> np.ndarray:
-    "Rows one `length` apart, in several phases: (phases, windows, columns)."
+    "Rows one `length` apart, from several starting rows (phases): (phases, windows, columns)."
     count = len(values) // length
     starts = np.linspace(0, length - 1, min(phases, length)).astype(int)
     starts = starts[starts + (count - 1) * length < len(values)]
@@ -493,17 +504,18 @@ def dependence(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # %% ../nbs/00a_audits.ipynb #60d79fd6
 def same_time_dependence(x: pd.DataFrame, y: pd.Series, length: int, n_perm: int, rng: np.random.Generator) -> pd.DataFrame:
     """By feature: `square` and `xi` (as from `dependence`), their p-values `p` and `p_xi` against permuted windows over all
-    features, and `own`, the squared rank correlation of the label with the newest matured one."""
+    features, and `matured`, the squared rank correlation of the label with the last matured one."""
     values, target = windows_apart(x.to_numpy(float), length, 24), windows_apart(y.to_numpy(float)[:, None], length, 24)[..., 0]
     usable = np.isfinite(values).mean((0, 1)) > .8
     kept = rng.permutation(np.flatnonzero(np.isfinite(target).all(0)))  # in random order, so that ties are not ranked by time
-    own = dependence(target[:, :-1, None], target[:, 1:])[0][0] if target.shape[1] > 2 else 0.
+    matured = dependence(target[:, :-1, None], target[:, 1:])[0][0] if target.shape[1] > 2 else 0.
     values, target = np.nan_to_num(values[:, kept][..., usable], nan=0.), target[:, kept]
-    if target.shape[1] < 8 or not usable.any(): return pd.DataFrame(columns=["square", "xi", "p", "p_xi", "own"])
+    if target.shape[1] < 8 or not usable.any(): return pd.DataFrame(columns=["square", "xi", "p", "p_xi", "matured"])
     observed = dependence(values, target)
     null = [[v.max() for v in dependence(values, target[:, rng.permutation(target.shape[1])])] for _ in range(n_perm)]
     p = [(1 + (np.array(null)[:, k, None] >= observed[k]).sum(0)) / (1 + n_perm) for k in (0, 1)]
-    return pd.DataFrame(dict(square=observed[0], xi=observed[1], p=p[0], p_xi=p[1], own=own), index=x.columns[usable])
+    measures = dict(square=observed[0], xi=observed[1], p=p[0], p_xi=p[1], matured=matured)
+    return pd.DataFrame(measures, index=x.columns[usable])
 
 # %% ../nbs/00a_audits.ipynb #c6d00ef2
 def lagged_correlation(x: np.ndarray, y: np.ndarray, lags: np.ndarray) -> np.ndarray:
@@ -521,20 +533,21 @@ def lagged_correlation(x: np.ndarray, y: np.ndarray, lags: np.ndarray) -> np.nda
     return np.where(moves, np.clip(level, -1, 1), 0.)
 
 def shifted_copies(x: pd.DataFrame, y: pd.Series, length: int) -> pd.DataFrame:
-    """By feature: the `lag` at which it leaves least of the label unexplained relative to the newest matured label, and the
-    unexplained shares of both there, `open` and `honest`."""
-    step = max(1, length // 180)  # rows between those compared
+    """By feature: the `lag` at which it leaves least of the label unexplained relative to the last matured label, and the
+    unexplained shares of both there, `unexplained` and `unexplained_by_matured`."""
+    step = max(1, length // 180)  # only every `step`-th row is compared
+    columns = ["lag", "unexplained", "unexplained_by_matured"]
     x, y, length = x.iloc[::step], y.iloc[::step].rank().to_numpy(float), -(-length // step)
-    if 3 * length > len(y): return pd.DataFrame(columns=["lag", "open", "honest"])
+    if 3 * length > len(y): return pd.DataFrame(columns=columns)
     lags = np.arange(1 - length, length + 1)  # at -length it has matured
-    honest = np.maximum(1 - lagged_correlation(y, y, lags + length) ** 2, 1e-9)  # of the newest matured label
+    by_matured = np.maximum(1 - lagged_correlation(y, y, lags + length) ** 2, 1e-9)
     rows = {}
     for name, column in x.items():
         if column.notna().sum() < 3 * length or column.nunique() < 3: continue
-        left = 1 - lagged_correlation(column.rank().to_numpy(float), y, lags) ** 2
-        best = np.argmin(left / honest)
-        rows[name] = dict(lag=int(lags[best] * step), open=left[best], honest=honest[best])
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["lag", "open", "honest"])
+        by_feature = 1 - lagged_correlation(column.rank().to_numpy(float), y, lags) ** 2
+        best = np.argmin(by_feature / by_matured)
+        rows[name] = int(lags[best] * step), by_feature[best], by_matured[best]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 # %% ../nbs/00a_audits.ipynb #268bf9bf
 def label_rows(index: pd.DatetimeIndex, end: pd.Series) -> int:
@@ -560,14 +573,16 @@ def audit_label(x: pd.DataFrame, y: pd.Series, length: int, level: float, n_perm
     def add(severity, feature, kind, size, detail):
         findings.append(dict(severity=severity, column=feature, kind=kind, magnitude=float(size), detail=detail))
     for f, r in now.iterrows():
-        beyond, best = 1 - (1 - r.own) / 2, "square" if r.square > r.xi else "xi"
+        beyond, best = 1 - (1 - r.matured) / 2, "square" if r.square > r.xi else "xi"
         if not ((r.square > beyond and r.p <= level) or (r.xi > beyond and r.p_xi <= level)): continue
-        severity, p = "leak" if r[best] > 1 - (1 - r.own) / 4 else "suspect", r.p if best == "square" else r.p_xi
-        detail = f"{best} {r[best]:.3f}, the matured label {r.own:.3f}; p {p:.3f} over all features"
+        severity, p = "leak" if r[best] > 1 - (1 - r.matured) / 4 else "suspect", r.p if best == "square" else r.p_xi
+        measure = "squared rank correlation" if best == "square" else "xi"
+        detail = f"{measure} {r[best]:.3f}, that of the last matured label {r.matured:.3f}; p {p:.3f} over all features"
         add(severity, f, "label in disguise", r[best], detail)
     for f, r in other.iterrows():
-        if r.open >= .1 * r.honest: continue
-        add("leak", f, "shifted label", 1 - r.open, f"follows the one {r.lag:.0f} rows away, which had not matured")
+        if r.unexplained >= .1 * r.unexplained_by_matured: continue
+        where = f"{abs(r.lag):.0f} rows {'ahead' if r.lag > 0 else 'back'}" if r.lag else "of the same row"
+        add("leak", f, "shifted label", 1 - r.unexplained, f"follows the label {where}, which had not matured")
     return findings, [f for f in x if f not in now.index or f not in other.index]
 
 # %% ../nbs/00a_audits.ipynb #da1c5b07
@@ -582,9 +597,10 @@ def audit_labels(
 ) -> LeakReport:
     """Find features that are a transform or a shifted copy of a label.
 
-    A feature that explains half of what the newest matured label leaves unexplained is a suspect, since honest features of
-    simulated markets reach that now and then; one that explains three quarters of it, or copies a label that had not
-    matured, is a leak. An `AuditError` says why nothing could be compared."""
+    Let r2 be the squared rank correlation of the last matured label with the label. A feature is a suspect if its squared
+    rank correlation or Chatterjee's xi with the label is significant and exceeds (1 + r2) / 2, which honest features of
+    simulated markets do now and then. It is a leak above (3 + r2) / 4, or if it follows a label that had not matured.
+    An `AuditError` says why nothing could be compared."""
     index, rng, findings, blind = check_times(features.index, "features.index"), np.random.default_rng(seed), [], {}
     x = check_features(features, level, n_perm)
     labels = labels.to_frame(labels.name or "label") if isinstance(labels, pd.Series) else labels
@@ -597,7 +613,7 @@ def audit_labels(
         if unseen: blind[name] = unseen
     if all(len(blind.get(name, ())) == x.shape[1] for name in labels):
         raise AuditError("no feature could be compared with a label: give more history, at least 8 lengths of the label")
-    words = {f"against {name}": f"untested: {', '.join(unseen)}" for name, unseen in blind.items()}
+    words = {f"against {name}": f"untested: {first_names(unseen, 'columns')}" for name, unseen in blind.items()}
     counts = {"features": x.shape[1], "labels": labels.shape[1], "permutations": n_perm, "level": level}
     return make_report(findings, counts | words)
 
@@ -611,7 +627,7 @@ def certificate(
     "Result of all audits as JSON values: `ok` (None if nothing was audited), `audits`, `untested` and `provenance`."
     records = lambda frame: json.loads(frame.to_json(orient="records", double_precision=12, date_format="iso"))
     audits = {k: dict(ok=r.ok, tested=r.tested, findings=records(r.findings)) for k, r in reports.items()}
-    known = AUDITS if not reports or set(reports) & set(AUDITS) else ()  # a user's own function has one audit, under its name
+    known = AUDITS if not reports or set(reports) & set(AUDITS) else ()  # not for the user's code alone
     notes = [(k, what, str(text)) for k, r in reports.items() for what, text in r.tested.items()]
     left = [f"{k}: not audited in this run" for k in known if k not in reports]
     left += [f"{k}: {what} {text}" for k, what, text in notes if text.startswith("untested")]

@@ -34,25 +34,28 @@ def flatten(
     value: Any,  # nested dicts, lists and tuples of tensors and JSON values
     name: str = "",  # path of the value
 ) -> tuple[dict[str, Tensor], Any]:
-    "Tensors by path, and the same nesting for JSON with `{\"$tensor\": path}` in place of each tensor."
+    "Tensors by path, and the structure for JSON with `{\"$tensor\": path}` in place of each tensor."
     if isinstance(value, Tensor):  # a copy: safetensors refuses tensors that share memory
-        return {name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)}, {"$tensor": name}
+        copied = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return {name: copied}, {"$tensor": name}
     if not isinstance(value, (dict, list, tuple)): return {}, value
     items = value.items() if isinstance(value, dict) else enumerate(value)
     parts = [(k, *flatten(v, f"{name}/{k}" if name else str(k))) for k, v in items]
     tensors: dict[str, Tensor] = {}
     for _, inner, _ in parts:
-        if twice := tensors.keys() & inner.keys(): raise ValueError(f"two tensors would be named {min(twice)!r}: rename a key")
+        if twice := tensors.keys() & inner.keys():
+            raise ValueError(f"two tensors would be named {min(twice)!r}: rename a key")
         tensors |= inner
-    if isinstance(value, dict): return tensors, {"$dict": [[k, rest] for k, _, rest in parts]}  # JSON would turn keys into texts
+    if isinstance(value, dict):  # pairs, as JSON would turn keys into strings
+        return tensors, {"$dict": [[k, rest] for k, _, rest in parts]}
     return tensors, [rest for _, _, rest in parts]
 
 # %% ../nbs/04c_checkpoint.ipynb #c9ca1ef9
 def unflatten(
-    shape: Any,  # nesting from `flatten`, with paths in place of tensors
+    shape: Any,  # structure from `flatten`, with paths in place of tensors
     tensors: Mapping[str, Tensor],  # by path
 ) -> Any:
-    "The nested value that `flatten` took apart; tuples come back as lists."
+    "The nested value, the inverse of `flatten`; tuples come back as lists."
     if isinstance(shape, dict):
         if "$tensor" in shape: return tensors[shape["$tensor"]]
         return {k: unflatten(v, tensors) for k, v in shape["$dict"]}
@@ -60,13 +63,13 @@ def unflatten(
 
 # %% ../nbs/04c_checkpoint.ipynb #f7eccf81
 class CheckpointError(ValueError):
-    "A checkpoint that is incomplete or differs from its manifest."
+    "A checkpoint cannot be written, is incomplete, or differs from its manifest."
 
 class NewerVersion(CheckpointError):
-    "An intact checkpoint of an unknown version of the format; it is neither skipped nor removed."
+    "An intact checkpoint in an unknown version of the format; it is neither skipped nor removed."
 
 # %% ../nbs/04c_checkpoint.ipynb #456d044c
-STEP_NAME = re.compile(r"step-(\d{1,18})(?:\.(\d{1,9}))?")  # number of the step, how often it was saved before
+STEP_NAME = re.compile(r"step-(\d{1,18})(?:\.(\d{1,9}))?")  # step number, number of earlier saves
 
 def step_of(
     path: Path,  # checkpoint folder
@@ -78,19 +81,20 @@ def checkpoints(
     folder: str | Path,  # folder of a run's checkpoints; it may be missing
 ) -> list[Path]:
     "Checkpoints, newest step first; if a step was saved several times, the last save first."
-    try: names = os.listdir(folder)  # unlike glob, it raises if the folder may not be read
+    try: names = os.listdir(folder)  # unlike glob, it raises if there is no permission to read the folder
     except (FileNotFoundError, NotADirectoryError): names = []
     found = [(m, Path(folder) / name) for name in names if (m := STEP_NAME.fullmatch(name))]
-    return [p for _, p in sorted(found, key=lambda pair: tuple(int(v or 0) for v in pair[0].groups()), reverse=True)]
+    numbers = lambda pair: tuple(int(v or 0) for v in pair[0].groups())
+    return [p for _, p in sorted(found, key=numbers, reverse=True)]
 
 # %% ../nbs/04c_checkpoint.ipynb #2557fbd4
 VERSION = 1
-FILES = {"tensors.safetensors": 2**36, "metadata.json": 2**28}  # files of a checkpoint and their largest size, bytes
+FILES = {"tensors.safetensors": 2**36, "metadata.json": 2**28}  # files and their largest size, bytes
 
 def manifest_of(
-    files: Mapping[str, Mapping],  # by name, `size` in bytes and `sha256`
+    files: Mapping[str, Mapping],  # by name: `size` in bytes and `sha256`
 ) -> bytes:
-    "The manifest of some files, with its own sha256."
+    "The manifest of some files, as JSON: `version`, `files`, and the `sha256` of these two."
     body = dict(version=VERSION, files=files)
     return json.dumps(dict(body, sha256=hashlib.sha256(json.dumps(body).encode()).hexdigest())).encode()
 
@@ -99,7 +103,8 @@ def next_free_path(
     path: Path,  # `step-<number>` in the folder of the checkpoints
 ) -> Path:
     "`path` itself, or `step-<number>.<n>` with the next n if the step was saved before."
-    before = [int(STEP_NAME.sub(r"\2", p.name) or 0) for p in checkpoints(path.parent) if step_of(p) == step_of(path)]
+    same_step = [p for p in checkpoints(path.parent) if step_of(p) == step_of(path)]
+    before = [int(STEP_NAME.sub(r"\2", p.name) or 0) for p in same_step]
     return path.with_name(f"{path.name}.{max(before) + 1}") if before else path
 
 # %% ../nbs/04c_checkpoint.ipynb #0665e69e
@@ -107,10 +112,12 @@ def save(
     path: str | Path,  # folder `step-<number>`
     content: dict,  # nested dicts, lists, tensors and JSON values
 ) -> Path:
-    """Write a checkpoint, all or nothing, and return its path. A step that was saved before is not overwritten:
-    `step-<number>.<n>` is written. A `CheckpointError` if the disk refuses reports the bytes needed."""
+    """Write a checkpoint atomically and return its path. A step that was saved before is not overwritten:
+    the new folder is `step-<number>.<n>`. If writing fails, a `CheckpointError` states how many bytes are
+    needed."""
     path = Path(path)
-    if not re.fullmatch(r"step-\d{1,18}", path.name): raise CheckpointError(f"{path}: name a checkpoint step-<number>")
+    if not re.fullmatch(r"step-\d{1,18}", path.name):
+        raise CheckpointError(f"{path}: name a checkpoint step-<number>")
     tensors, shape = flatten(content)
     parts = dict(zip(FILES, (save_tensors(tensors), json.dumps(shape).encode())))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -125,20 +132,23 @@ def save(
         flush_folder(place.parent)
     except OSError as error:
         need = sum(map(len, parts.values()))
-        raise CheckpointError(f"{path} cannot be written ({error.strerror or error}): it needs {need:,} bytes; earlier "
-                              "checkpoints are unchanged") from error
+        raise CheckpointError(f"{path} cannot be written ({error.strerror or error}): it needs {need:,} bytes; "
+                              "earlier checkpoints are unchanged") from error
     finally: shutil.rmtree(temporary, ignore_errors=True)
     return place
 
 # %% ../nbs/04c_checkpoint.ipynb #3da8a45f
+REMEDY = ": use an earlier checkpoint"
+
 def read_bounded(
     path: Path,  # of a regular file
     most: int,  # largest size, bytes
 ) -> bytes:
     "The content of a regular file of at most `most` bytes; else a `CheckpointError`."
     about = os.lstat(path)
-    if not stat.S_ISREG(about.st_mode): raise CheckpointError(f"{path} is not a regular file: use an earlier checkpoint")
-    if about.st_size > most: raise CheckpointError(f"{path} has {about.st_size:,} bytes, above {most:,}: use an earlier one")
+    if not stat.S_ISREG(about.st_mode): raise CheckpointError(f"{path} is not a regular file{REMEDY}")
+    if about.st_size > most:
+        raise CheckpointError(f"{path} has {about.st_size:,} bytes, expected at most {most:,}{REMEDY}")
     return path.read_bytes()
 
 def read_manifest(
@@ -148,58 +158,63 @@ def read_manifest(
     content = json.loads(read_bounded(path / "manifest.json", 2**16))
     claimed = content.pop("sha256")
     if hashlib.sha256(json.dumps(content).encode()).hexdigest() != claimed:
-        raise CheckpointError(f"{path / 'manifest.json'} is damaged (sha256): use an earlier checkpoint")
+        raise CheckpointError(f"{path / 'manifest.json'} is damaged (sha256 differs){REMEDY}")
     if (version := content["version"]) != VERSION:
-        raise NewerVersion(f"{path}: version {version} is not known here: load it with the cryptopredict that wrote it")
+        raise NewerVersion(f"{path} has version {version}, which this cryptopredict does not know: "
+                           "load it with the version that wrote it")
     if content["files"].keys() != FILES.keys():
-        raise CheckpointError(f"{path / 'manifest.json'} names other files than {', '.join(FILES)}: use an earlier checkpoint")
+        raise CheckpointError(f"{path / 'manifest.json'} names other files than {', '.join(FILES)}{REMEDY}")
     return content["files"]
 
 # %% ../nbs/04c_checkpoint.ipynb #d8a0e845
 def verify(
     path: str | Path,  # checkpoint folder
 ) -> dict[str, bytes]:
-    "The files of a checkpoint, equal to what the manifest records; a `CheckpointError` names what differs."
+    """The content of a checkpoint's files, after comparing them with the manifest. A `CheckpointError`
+    names the file that differs."""
     path, data = Path(path), {}
     try:
         for name, about in read_manifest(path).items():
-            data[name] = read_bounded(path / name, min(about["size"], FILES[name]))  # a file that has grown is not even read
+            data[name] = read_bounded(path / name, min(about["size"], FILES[name]))
             if len(data[name]) != about["size"] or hashlib.sha256(data[name]).hexdigest() != about["sha256"]:
-                raise CheckpointError(f"{path / name} is damaged (sha256): use an earlier checkpoint")
+                raise CheckpointError(f"{path / name} is damaged (sha256 differs){REMEDY}")
     except CheckpointError: raise
-    except PermissionError as error: raise CheckpointError(f"{error.filename} may not be read: change its permissions") from error
+    except PermissionError as error:
+        raise CheckpointError(f"no permission to read {error.filename}: change its permissions") from error
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError, MemoryError) as error:
-        raise CheckpointError(f"{path} is not a complete checkpoint ({error}): use an earlier one") from error
+        raise CheckpointError(f"{path} is not a complete checkpoint ({error}){REMEDY}") from error
     return data
 
 # %% ../nbs/04c_checkpoint.ipynb #2e5660af
 def load(
     path: str | Path,  # checkpoint folder
 ) -> dict:
-    "The content of a checkpoint, after `verify`; a `CheckpointError` states what is wrong."
+    "The saved content of a checkpoint, after `verify`; a `CheckpointError` states what is wrong."
     data = verify(path)
     try: return unflatten(json.loads(data["metadata.json"]), load_tensors(data["tensors.safetensors"]))
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} holds no checkpoint ({error}): use an earlier one") from error
+        raise CheckpointError(f"{path} holds no checkpoint ({error}){REMEDY}") from error
 
 # %% ../nbs/04c_checkpoint.ipynb #11141573
 def load_latest(
     folder: str | Path,  # holds `step-*` checkpoints
 ) -> tuple[dict, Path] | None:
-    "The newest checkpoint that verifies, and its path, or None. A damaged one is a warning, one of a newer version an error."
+    """The content and path of the newest intact checkpoint, or None if there is none. Damaged ones are
+    skipped with a warning; one of a newer version or without read permission raises an error."""
     for path in checkpoints(folder):
         try: return load(path), path
         except NewerVersion: raise
         except CheckpointError as error:
-            if isinstance(error.__cause__, PermissionError): raise  # it may well be good
-            warnings.warn(f"passed over: {error}", RuntimeWarning, stacklevel=2)
+            if isinstance(error.__cause__, PermissionError): raise  # it may be intact
+            why = str(error).removesuffix(REMEDY)
+            warnings.warn(f"skipped {path.name}: {why}", RuntimeWarning, stacklevel=2)
     return None
 
 # %% ../nbs/04c_checkpoint.ipynb #a01d9995
 def remove(
     path: Path,  # checkpoint folder
 ) -> None:
-    "Remove a checkpoint: first its name, then its files."
+    "Remove a checkpoint: rename it to a hidden name, then delete its files."
     hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(path, hidden)
@@ -209,10 +224,11 @@ def remove(
 def is_whole(
     path: Path,  # checkpoint folder
 ) -> bool:
-    "Whether a checkpoint verifies; it is read again only if one of its files has changed since."
+    "Whether a checkpoint is intact; it is read again only if one of its files has changed since."
     try:
         files = [os.stat(path / name) for name in (*FILES, "manifest.json")]
-        return verify_unchanged(path, tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in files))
+        key = tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in files)
+        return verify_unchanged(path, key)
     except (OSError, CheckpointError): return False
 
 @lru_cache(64)
@@ -220,16 +236,17 @@ def verify_unchanged(
     path: Path,  # checkpoint folder
     files: tuple,  # device, inode, size and times of each of its files
 ) -> bool:
-    "True if the checkpoint verifies, else what `verify` raises; only True is cached, under `files`."
+    "True if the checkpoint is intact, else the error of `verify`; only True is cached, under `files`."
     return bool(verify(path))
 
 # %% ../nbs/04c_checkpoint.ipynb #100560fe
 def prune(
     folder: str | Path,  # holds `step-*` checkpoints
-    keep: int = 3,  # number of newest steps to keep, of those that verify
+    keep: int = 3,  # number of newest intact steps to keep
     also: Collection[int] = (),  # further steps to keep
 ) -> list[Path]:
-    "Remove older checkpoints, and earlier saves of a step that was saved again, if they verify. Returns the removed paths."
+    """Remove intact checkpoints of older steps, and intact earlier saves of a step that was saved again.
+    Returns the removed paths."""
     if keep < 1: raise ValueError(f"keep is {keep}: give at least 1")
     kept: dict[int, Path] = {}
     gone: list[Path] = []

@@ -43,7 +43,7 @@ NOT_COINS = {*("MY ALL GET THE IN TO RAW DATA SPOT PERP HOURLY DAILY PRICE PRICE
 
 # %% ../nbs/00e_checks.ipynb #4f075f51
 class Asset(NamedTuple):
-    "What a price is for, and in which currency; a part is empty if it is not known."
+    "An asset and the currency in which it is priced; a part is empty if it is unknown."
     base: str = ""  # "BTC", "ETH", "DXY", ...
     quote: str = ""  # "USDT", "EUR", ...
 
@@ -103,7 +103,7 @@ def contradict(one: Asset, other: Asset) -> bool:
     return bool(other_coin) or len({*dollars}) == 2
 
 def symbol_asset(symbol: str) -> Asset:
-    "The asset of a symbol; an unknown symbol, such as a share's, is its own asset."
+    "The asset of a symbol; an unknown symbol, such as that of a stock, is an asset of that name."
     return asset_in(symbol) if any(asset_in(symbol)) else Asset(shorten(symbol, 20))
 
 # %% ../nbs/00e_checks.ipynb #f81570ca
@@ -113,7 +113,7 @@ def asset_of(
     """The asset of a file according to its name, the name inside a zip, a ticker line and a symbol
     column. `SourceError` if they differ."""
     named = [(f"the name {raw.path.name}", asset_in(raw.path.name)),
-             (f"the file inside, {raw.member},", asset_in(raw.member))]
+             (f"the name inside the zip, {raw.member},", asset_in(raw.member))]
     for column in raw.header:
         if column.lower() not in SYMBOL_COLUMNS: continue
         symbols = raw.frame[column].dropna().astype(str)
@@ -121,18 +121,18 @@ def asset_of(
         if len({*assets.values()}) > 1:
             row = (symbols != symbols.iloc[0]).idxmax()
             problem = f"holds several assets: {shorten(', '.join(assets))}"
-            raise SourceError(raw.path, problem, "Put each asset into a file of its own", row=row, column=column)
+            raise SourceError(raw.path, problem, "Store each asset in a separate file", row=row, column=column)
         for symbol, asset in assets.items():
             if asset.base not in USD: named.append((f"column {column} ({shorten(symbol, 20)})", asset))
     volume = re.search(r"volume[ _(]+([a-z]+)", " ".join(raw.header).lower())
     if volume and volume[1].upper() in COINS:
-        named.append((f"the volume's name '{volume[0]}'", asset_in(volume[1].upper())))
+        named.append((f"the volume column '{volume[0]}'", asset_in(volume[1].upper())))
     if raw.ticker: named.append((f"the ticker {raw.ticker}", symbol_asset(raw.ticker)))
     found = [(where, asset) for where, asset in named if any(asset) and asset.base not in USD]
     for where, asset in found[1:]:
         if contradict(found[0][1], asset):
-            problem = f"{found[0][0]} says {found[0][1]}, {where} says {asset}"
-            raise SourceError(raw.path, problem, "Name the file after what it holds")
+            problem = f"{found[0][0]} states {found[0][1]}, {where} states {asset}"
+            raise SourceError(raw.path, problem, "Rename the file after the asset it holds, or remove it")
     base = next((a.base for _, a in found if a.base), "")
     return Asset(base, next((a.quote for _, a in found if a.quote), ""))
 
@@ -141,16 +141,16 @@ def pandera_check(test: Callable, problem: str, remedy: str) -> pa.Check:
     "A pandera check whose error text holds the problem and the remedy."
     return pa.Check(test, error=f"{problem}|{remedy}", ignore_na=False)
 
-DROP = "Repair it, or drop the row with repairs=('drop_invalid',)"
+DROP = "Repair it, or drop the row with repairs=('drop_invalid',) or --repair drop_invalid"
 FAR = "differs from the neighbouring rows by more than {}"
 TIME_RULES = [
     pandera_check(lambda t: ~t.duplicated(), "repeats the time of an earlier row",
-                  "Drop one of them, or pass repairs=('drop_duplicates',) to keep the last"),
+                  "Remove one of them, or keep the last with repairs=('drop_duplicates',) or --repair drop_duplicates"),
     pandera_check(lambda t: t >= t.cummax(), "comes before the row above",
-                  "Sort the file, or pass repairs=('sort',)")]
+                  "Sort the file, or pass repairs=('sort',) or --repair sort")]
 
 # %% ../nbs/00e_checks.ipynb #164ec94f
-PRESENT = pandera_check(lambda x: x.notna(), "is empty", "Fill it in, or drop the row with repairs=('drop_invalid',)")
+PRESENT = pandera_check(lambda x: x.notna(), "is empty", DROP.replace("Repair it", "Fill it in"))
 PRICE = [PRESENT, pandera_check(lambda x: ~(x <= 0) & ~np.isinf(x), "is not a price", DROP)]
 VOLUME = [PRESENT, pandera_check(lambda x: ~(x < 0) & ~np.isinf(x), "is not a volume", DROP)]
 ROUNDING = 1 + 1e-9  # prices written as text differ in their last digit
@@ -170,9 +170,9 @@ def deviation(
     values: pd.Series,  # values in order of time
     rows: int = 3,  # number of rows compared on each side
 ) -> pd.Series:
-    """How far each value lies outside the range between the median of the `rows` before it and the
-    median of the `rows` after it; 0 inside. The first and the last value are compared with their
-    only neighbour."""
+    """Signed distance of each value to the interval between the median of the `rows` before it and
+    the median of the `rows` after it; 0 inside the interval. The first and the last value are
+    compared with their only neighbour."""
     before = values.rolling(rows, min_periods=1).median().shift()
     after = values[::-1].rolling(rows, min_periods=1).median().shift()[::-1]
     before, after = before.fillna(values.shift(-1)), after.fillna(values.shift())
@@ -180,7 +180,8 @@ def deviation(
 
 # %% ../nbs/00e_checks.ipynb #6fd30664
 def stays_near(factor: float) -> Callable:
-    "A test of whether positive values stay within `factor` of their neighbours; other values pass."
+    """A test that a positive value lies within `factor` of the interval between the medians of its
+    neighbours; other values pass."""
     def test(x: pd.Series) -> pd.Series:
         known = np.log(x[(x > 0) & np.isfinite(x)])
         return ~(deviation(known).abs() > np.log(factor)).reindex(x.index, fill_value=False)
@@ -190,9 +191,9 @@ SPIKE_RULE = pandera_check(stays_near(SPIKE), FAR.format(f"a factor of {SPIKE}")
 bar_body = lambda f: f[["open", "close"]]
 WICKS = [
     pandera_check(lambda f: ~(f["high"] > WICK * bar_body(f).max(axis=1)),
-                  f"high: is over {WICK:.0f} times the rest of its bar", DROP),
+                  f"high: is more than {WICK:.0f} times the open and close of its bar", DROP),
     pandera_check(lambda f: ~(f["low"] * WICK < bar_body(f).min(axis=1)),
-                  f"low: is below 1/{WICK:.0f} of the rest of its bar", DROP)]
+                  f"low: is less than 1/{WICK:.0f} of the open and close of its bar", DROP)]
 
 # %% ../nbs/00e_checks.ipynb #fb716e2e
 def largest_step(
@@ -214,23 +215,25 @@ def check_steps(
     if wrong.any():
         row = wrong.idxmax()
         factor = f"{np.exp(step[row]):.3g}"
-        problem = f"{table.loc[row, 'close']:g} is {factor} times the close of the row above and stays there"
-        remedy = "Split what was joined here: two coins, two units or a wrong year"
+        problem = f"{table.loc[row, 'close']:g} is {factor} times the close of the row above"
+        remedy = "Split the file here if it joins two coins or two units, or repair the year"
         raise SourceError(path, problem, remedy, row=row, column="close")
 
 # %% ../nbs/00e_checks.ipynb #a1c839d2
 LEVEL = 6.  # largest factor between a month's median close and the year's range
-YEARLY_RANGE = {2011: (.3, 30), 2012: (4, 14), 2013: (13, 1200), 2014: (300, 1000), 2015: (170, 490), 2016: (360, 980),
-          2017: (750, 19900), 2018: (3100, 17200), 2019: (3300, 13900), 2020: (3800, 29300),
-          2021: (28800, 69000), 2022: (15500, 48100), 2023: (16500, 44700),
-          2024: (38500, 108400)}  # year -> lowest and highest price in US dollars, rounded
+# Year -> lowest and highest price in US dollars, rounded.
+YEARLY_RANGE = {2011: (.3, 30), 2012: (4, 14), 2013: (13, 1200), 2014: (300, 1000), 2015: (170, 490),
+                2016: (360, 980), 2017: (750, 19900), 2018: (3100, 17200), 2019: (3300, 13900),
+                2020: (3800, 29300), 2021: (28800, 69000), 2022: (15500, 48100), 2023: (16500, 44700),
+                2024: (38500, 108400)}
 
 # %% ../nbs/00e_checks.ipynb #32401886
 def level_problem(
     table: pd.DataFrame,  # table with `value_time` and `close`
 ) -> tuple[str, float]:
-    """A description of the first month whose median close lies outside Bitcoin's range by more than
-    a factor of `LEVEL` (empty if there is none), and the share of such months."""
+    """The first month whose median close lies outside Bitcoin's range by more than a factor of
+    `LEVEL`, as a text that continues a sentence beginning with the file name (empty if there is no
+    such month), and the share of such months."""
     months = table["value_time"].dt.tz_localize(None).dt.to_period("M")
     median = table["close"].groupby(months).median()
     low, high = (np.array([YEARLY_RANGE.get(p.year, (0, np.inf))[k] for p in median.index]) for k in (0, 1))
@@ -244,7 +247,8 @@ def level_problem(
 PRICES = {c: pa.Column(float, PRICE, nullable=True) for c in ("open", "high", "low", "close")}
 
 # %% ../nbs/00e_checks.ipynb #2cc6d4ee
-VOLUME_LIMIT = pandera_check(lambda x: ~(x > 3e5), "is more than any exchange trades in an hour", DROP)  # real: <= 137,000
+# The largest volume of an hour in real files is 137,000.
+VOLUME_LIMIT = pandera_check(lambda x: ~(x > 3e5), "is above 300,000 BTC, more than any exchange has traded in an hour", DROP)
 TIMES = {"value_time": pa.Column(None, TIME_RULES)}
 VOLUMES = {"volume": pa.Column(float, VOLUME, nullable=True)}
 BITCOIN_VOLUMES = {"volume": pa.Column(float, [*VOLUME, VOLUME_LIMIT], nullable=True)}
@@ -263,7 +267,9 @@ def find_faults(
     table: pd.DataFrame,  # table by row of the file
     schema: pa.DataFrameSchema,  # its rules, such as `BARS`
 ) -> pd.DataFrame:
-    "All values that break a rule, as a frame `row, column, problem, remedy` sorted by row."
+    """The values that break a rule, as a frame `row, column, problem, remedy` sorted by row. It has
+    one line per row and problem; if several columns of a row have the same problem, it names the
+    first."""
     try: schema.validate(table, lazy=True)
     except pa.errors.SchemaErrors as errors:
         cases = errors.failure_cases
@@ -271,7 +277,7 @@ def find_faults(
         named = text[0].str.extract(r"^(\w+): ", expand=False)
         faults = pd.DataFrame(dict(row=cases["index"], column=named.fillna(cases["column"]),
                                    problem=text[0].str.replace(r"^\w+: ", "", regex=True), remedy=text[1]))
-        faults = faults.iloc[np.argsort(named.notna(), kind="stable")]  # a bad field before the comparison it spoils
+        faults = faults.iloc[np.argsort(named.notna(), kind="stable")]  # a bad field before comparisons with it
         faults = faults.dropna(subset=["row"]).astype({"row": int}).drop_duplicates(["row", "problem"])
         return faults.sort_values("row", kind="stable", ignore_index=True)
     return pd.DataFrame(columns=["row", "column", "problem", "remedy"])
@@ -308,7 +314,7 @@ def repair(
     table: pd.DataFrame,  # table with `value_time`, by row of the file
     schema: pa.DataFrameSchema,  # its rules, such as `BARS`
     repairs: Container[str],  # opt-in repairs from `REPAIRS`
-    counts: dict[str, int],  # filled with the number of rows that each repair changed
+    counts: dict[str, int],  # filled with the number of rows that each repair dropped or found out of order
 ) -> pd.DataFrame:
     "`table` after the requested repairs; `SourceError` for the first fault that remains."
     if "drop_duplicates" in repairs:
@@ -327,7 +333,7 @@ def repair(
         value = table.loc[first["row"], first["column"]]
         problem = first["problem"] if pd.isna(value) else f"{value} {first['problem']}"
         raise SourceError(path, problem, first["remedy"], row=first["row"], column=first["column"])
-    if table.empty: raise SourceError(path, "no row is left after the repairs", "Download it again")
+    if table.empty: raise SourceError(path, "no row is left after the repairs", "Download the file again")
     return table
 
 # %% ../nbs/00e_checks.ipynb #ffa56e96
@@ -339,13 +345,13 @@ def utc_now() -> pd.Timestamp:
 def drop_unfinished(
     path: str | Path,  # the file; its modification time is looked up if it exists
     table: pd.DataFrame,  # table with `value_time`, by row of the file
-    known: pd.Series,  # the time at which each row is known
-    notes: list[str],  # gets a line about the rows that are left out
-    ahead: str = "1D",  # how far in the future a row may begin
+    known: pd.Series,  # time at which each row became known, in UTC
+    notes: list[str],  # receives a line about the rows that are left out
+    ahead: str = "1D",  # a row that begins more than this after now raises an error
 ) -> pd.DataFrame:
-    """`table` without rows that become known in the future, and without a last row that was still
-    open when the file was written. `SourceError` for a row that begins more than `ahead` in the
-    future, or if no row is left."""
+    """`table` without rows that become known in the future, and without a last row whose period had
+    not ended when the file was written. `SourceError` for a row that begins more than `ahead` after
+    now, or if no row is left."""
     now, path = utc_now(), Path(path)
     future = table["value_time"] > now + pd.Timedelta(ahead)
     if future.any():
@@ -357,7 +363,8 @@ def drop_unfinished(
     written = pd.Timestamp(path.stat().st_mtime, unit="s", tz="UTC") if path.exists() else now
     running.iloc[-1] |= (written >= table["value_time"].iloc[-1]) & (written < known.iloc[-1])
     if not running.any(): return table
-    if running.all(): raise SourceError(path, "holds no finished row yet", "Wait for its end, or add earlier data")
-    first = table.loc[running.idxmax(), "value_time"]
-    notes.append(f"unfinished, left out: {int(running.sum())} (from {first:%Y-%m-%d %H:%M} on)")
+    if running.all():
+        raise SourceError(path, "no row is complete yet", "Wait until the period of its first row has ended, or add earlier data")
+    first, count = f"{table.loc[running.idxmax(), 'value_time']:%Y-%m-%d %H:%M}", int(running.sum())
+    notes.append(f"1 unfinished row left out ({first})" if count == 1 else f"{count} unfinished rows left out (from {first} on)")
     return table[~running]

@@ -148,11 +148,11 @@ def default_settings(
 ) -> tuple[Any, bool]:
     """The `EvaluateConfig` from `--preset` and `--config`, which flags win over, and whether
     models were named."""
-    from cryptopredict.protocol import load_config
+    from cryptopredict.protocol import read_config
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--config", "--preset"): scan.add_argument(flag, nargs="?")
     given, _ = scan.parse_known_args(words)
-    config = load_config(given.config, preset=given.preset)
+    config = read_config(given.config, dict(preset=given.preset), "flags")
     named = any(word == "--models" or word.startswith("--models=") for word in words)
     return config, named or "models" in config.model_fields_set
 

@@ -25,7 +25,7 @@ __all__ = ['ALL', 'registry', 'Expr', 'Column', 'Clock', 'Const', 'Map', 'Lag', 
 class Expr:
     "A causal expression over panel columns: an array form (`batch`) and a bar-by-bar form (`step`)."
     args: tuple[Expr, ...] = ()
-    # Rows before t that this operator itself needs, and the share of older rows it keeps per bar (0: none).
+    # Rows before t that can enter this operator's value, and the share of its memory kept per row (0: finite memory).
     span, decay = 0, 0.0
     def __add__(self, other): return Map("+", self, other)
     def __sub__(self, other): return Map("-", self, other)
@@ -37,7 +37,7 @@ class Expr:
         self,
         panel: pd.DataFrame,  # hourly panel
     ) -> np.ndarray | np.float64:
-        "Values of an expression without arguments, for every row of a panel."
+        "Values of a leaf (an expression without arguments) for every row of a panel."
         raise NotImplementedError
 
     def load_bar(
@@ -45,7 +45,7 @@ class Expr:
         time: pd.Timestamp,  # decision time, UTC
         bar: Mapping | pd.Series,  # the panel's row at that time
     ) -> np.float64:
-        "Value of an expression without arguments at one bar."
+        "Value of a leaf (an expression without arguments) at one bar."
         raise NotImplementedError
 
     def batch(
@@ -56,7 +56,7 @@ class Expr:
         raise NotImplementedError
 
     def start(self) -> np.ndarray:
-        "State before the first bar; empty for an expression that remembers nothing."
+        "State before the first bar; empty for an expression without memory."
         return np.empty(0)
 
     def resume(
@@ -136,7 +136,7 @@ class Map(Expr):
     "An elementwise function of expressions and numbers."
     def __init__(
         self,
-        name: str,  # the function: a key of `MAPS`
+        name: str,  # + - * / log log1p sqrt square max min sin cos width missing
         *args: Expr | float,  # its arguments
     ):
         self.name, self.fn = name, MAPS[name]
@@ -149,16 +149,16 @@ class Map(Expr):
 
 # %% ../nbs/01_features.ipynb #1c32ee26
 class Lag(Expr):
-    "The value `rows` bars ago."
+    "The value `rows` rows ago."
     name = "lag"
     def __init__(
         self,
         x: Expr,  # the expression
-        rows: int,  # number of bars
+        rows: int,  # number of rows
     ): self.args, self.rows, self.span = (x,), rows, rows
     def __str__(self): return f"{self.name}({self.args[0]}, {self.rows})"
     def batch(self, x): return np.concatenate([np.full(min(self.rows, len(x)), np.nan), x[:-self.rows]])
-    def start(self): return np.r_[0., np.full(self.rows, np.nan)]
+    def start(self): return np.r_[0., np.full(self.rows, np.nan)]  # position of the oldest value, ring buffer
     def resume(self, x): return np.r_[self.start(), x][[0, *range(-self.rows, 0)]]
     def step(self, state, x):
         i = int(state[0])
@@ -167,16 +167,16 @@ class Lag(Expr):
 
 # %% ../nbs/01_features.ipynb #25e94b22
 class Window(Lag):
-    "`mean`, `std`, `max` or `min` over the last `rows` bars, the current one included."
+    "`mean`, `std`, `max` or `min` over the last `rows` rows, the current one included."
     def __init__(
         self,
         name: str,  # `mean`, `std`, `max` or `min`
         x: Expr,  # the expression
-        rows: int,  # length of the window, bars
+        rows: int,  # length of the window
     ):
         super().__init__(x, rows)
         self.name, self.span, self.reduce = name, rows - 1, getattr(np, name)
-        self.need = -(-9 * rows // 10)  # known bars required for a value
+        self.need = -(-9 * rows // 10)  # known rows required for a value
     def batch(self, x):
         rolling = pd.Series(x).rolling(self.rows, min_periods=self.need)
         y = rolling.std(ddof=0) if self.name == "std" else getattr(rolling, self.name)()
@@ -247,7 +247,7 @@ class Ema(Recursive):
     def __init__(
         self,
         x: Expr,  # the expression
-        n: int,  # span, bars
+        n: int,  # span, rows
     ): self.args, self.rows, self.span, self.decay = (x,), (n,), n - 1, 1 - 2 / (n + 1)
     def indicator(self, x): return talib.EMA(x, self.rows[0])
     def advance(self, state, x):  # state: bars seen, EMA (sum until the seed)
@@ -261,7 +261,7 @@ class Rsi(Recursive):
     def __init__(
         self,
         x: Expr,  # the expression
-        n: int,  # Wilder's period, bars
+        n: int,  # Wilder's period, rows
     ): self.args, self.rows, self.span, self.decay = (x,), (n,), n, 1 - 1 / n
     def indicator(self, x): return talib.CMO(x, self.rows[0]) / 100
     def advance(self, state, x):  # state: bars seen, last x, mean gain and loss (sums until the seed)
@@ -281,9 +281,9 @@ class Macd(Recursive):
     def __init__(
         self,
         x: Expr,  # the expression
-        fast: int,  # span of the fast EMA, bars
-        slow: int,  # span of the slow EMA, bars
-        signal: int,  # span of the signal line, bars
+        fast: int,  # span of the fast EMA, rows
+        slow: int,  # span of the slow EMA, rows
+        signal: int,  # span of the signal line, rows
         part: int = 0,  # 0 for the MACD line, 1 for the signal line
     ):
         self.args, self.rows = (x,), (fast, slow, signal)
@@ -302,14 +302,14 @@ class Macd(Recursive):
 def lookback(
     expr: Expr,  # any expression
 ) -> int:
-    "Number of rows before `t` that the value at `t` needs; for a recursive expression, its warm-up."
+    "Number of rows before `t` that can enter the value at `t`; for a recursive expression, its warm-up."
     return expr.span + max(map(lookback, expr.args), default=0)
 
 # %% ../nbs/01_features.ipynb #eeacb573
 def decay(
     expr: Expr,  # any expression
 ) -> float:
-    "Share of its memory a recursive expression keeps per bar after the warm-up; 0 for finite memory."
+    "Share of its memory that a recursive expression keeps per row; 0 for a windowed one."
     return max(expr.decay, *map(decay, expr.args), 0.0)
 
 # %% ../nbs/01_features.ipynb #e3f31ad0
@@ -433,7 +433,7 @@ def time_features() -> dict[str, Expr]:
 class Feature:
     "One column of the feature table; inputs, lookback, decay and formula follow from the expression."
     name: str  # column name
-    group: str  # one of `ALL`
+    group: str  # `market`, `onchain`, `technical`, `macro` or `time`
     expr: Expr  # how it is computed
 
     def __post_init__(self) -> None:
@@ -447,12 +447,12 @@ class Feature:
 
     @property
     def lookback(self) -> int:
-        "Number of rows before `t` that the value at `t` needs; see `lookback`."
+        "Number of rows before `t` that can enter the value at `t`; for a recursive feature, its warm-up."
         return lookback(self.expr)
 
     @property
     def decay(self) -> float:
-        "Share of its memory kept per bar after the warm-up; see `decay`."
+        "Share of its memory that a recursive feature keeps per row; 0 for a windowed one."
         return decay(self.expr)
 
     @property
@@ -489,7 +489,7 @@ def registry_table(
     groups: str | Iterable[str] = ALL,  # groups of features to list
 ) -> pd.DataFrame:
     """The registry as a table: name, group, inputs, lookback (rows), halflife (rows), formula.
-    `halflife` is that of the memory beyond the lookback, 0 where there is none."""
+    `halflife` is the number of rows in which a recursive feature's memory halves, 0 for a windowed one."""
     halflife = lambda f: round(np.log(.5) / np.log(f.decay), 1) if f.decay else 0.
     rows = [(f.name, f.group, " ".join(f.inputs), f.lookback, halflife(f), f.formula)
             for f in select_features(groups)]
@@ -572,7 +572,7 @@ def own_columns(
     fn: Callable[[pd.DataFrame], Any],  # function from a panel to a frame or series on its times
     panel: pd.DataFrame,  # hourly panel
 ) -> pd.DataFrame:
-    "What a user's function returns, as float32 columns on the panel's times; errors name the function."
+    "The result of a user's function as float32 columns on the panel's times; errors name the function."
     name = getattr(fn, "__name__", type(fn).__name__)
     try:
         out = fn(panel.copy())
@@ -591,7 +591,7 @@ def own_columns(
 def build_features(
     panel: pd.DataFrame,  # hourly panel, as from `sources.load_panel` or `simulate_market`
     groups: str | Iterable[str] = ALL,  # groups of registered features
-    extra: Iterable[Feature | Callable[[pd.DataFrame], Any]] = (),  # your own `Feature`s or functions
+    extra: Iterable[Feature | Callable[[pd.DataFrame], Any]] = (),  # your own `Feature` objects or functions
 ) -> pd.DataFrame:
     """Features of a panel: float32 columns on the panel's index; NaN where unknown, never infinite.
     A function in `extra` maps the panel to a frame or series on times of the panel.
@@ -637,7 +637,7 @@ def bar_time(bar: Mapping | pd.Series, previous: pd.Timestamp | None) -> pd.Time
 
 # %% ../nbs/01_features.ipynb #c7917e4d
 class FeatureState:
-    "Features of one bar after another; equal to `build_features` over all bars so far, within 1e-5."
+    "Registered features of one bar after another; equal to `build_features` over all bars so far, within 1e-5."
     def __init__(
         self,
         groups: str | Iterable[str] = ALL,  # groups of features
@@ -663,7 +663,7 @@ class FeatureState:
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        "What each operator remembers, by its formula."
+        "Memory of each operator, by its formula."
         return {str(self.plan.nodes[i]): s for i, s in self.states.items()}
 
     def update(

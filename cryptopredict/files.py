@@ -5,6 +5,7 @@
 # %% ../nbs/00d_files.ipynb #c1d8e8b4
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import lzma
@@ -20,9 +21,9 @@ import numpy as np
 import pandas as pd
 
 # %% auto #0
-__all__ = ['MAX_BYTES', 'MAX_ROWS', 'MAX_LINE', 'MAX_COLUMNS', 'MAX_FILES', 'REPAIRS', 'EARLIEST', 'LATEST', 'shorten',
-           'SourceError', 'read_bytes', 'check_is_data', 'check_lines', 'RawTable', 'is_number', 'read_table',
-           'list_files', 'to_number', 'epoch_times', 'known_repairs', 'iso_times', 'utc_times', 'utc_dates']
+__all__ = ['MAX_FILES', 'MAX_BYTES', 'MAX_ROWS', 'MAX_LINE', 'MAX_COLUMNS', 'REPAIRS', 'EARLIEST', 'LATEST', 'shorten',
+           'SourceError', 'list_files', 'read_bytes', 'check_is_data', 'check_lines', 'RawTable', 'is_number',
+           'read_table', 'to_number', 'epoch_times', 'known_repairs', 'iso_times', 'utc_times', 'utc_dates']
 
 # %% ../nbs/00d_files.ipynb #15dcb9ef
 def shorten(
@@ -51,20 +52,75 @@ class SourceError(ValueError):
         super().__init__(f"{', '.join(filter(None, where))}: {shorten(problem, 600)}. {remedy}.")
 
 # %% ../nbs/00d_files.ipynb #a478683f
+DATA_SUFFIXES = (".csv", ".gz", ".zip", ".parquet", ".pq", ".feather")
+REMEDIES = {".json": "JSON is not read: export it as CSV", ".txt": "rename it to .csv if it holds comma-separated values",
+            ".tsv": "export it with commas, as .csv", ".xlsx": "save the sheet as .csv",
+            ".xls": "save the sheet as .csv",
+            **dict.fromkeys((".bz2", ".xz", ".7z", ".tar", ".rar", ".zst"), "unpack it")}
+
+class Listing(NamedTuple):
+    "The files below a folder."
+    files: list[Path]  # data files, sorted by path
+    skipped: dict[Path, str]  # other files and folders -> why they are not read
+    hidden: int  # number of hidden files and folders
+
+def folder_identity(place: Path) -> tuple[int, int]:
+    "Device and inode of a folder, which are the same whichever link leads to it."
+    status = os.stat(place)
+    return status.st_dev, status.st_ino
+
+# %% ../nbs/00d_files.ipynb #5b946286
+MAX_FILES = 20_000  # files and folders below a data folder
+
+def list_files(
+    data_dir: str | Path,  # folder with source files, in any sub-folders
+) -> Listing:
+    """The data files below a folder, the other files with the reason they are skipped, and the
+    number of hidden entries."""
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir(): raise SourceError(data_dir, "there is no such directory", "Check the path (--data)")
+    files, skipped, hidden, seen, entries = [], {}, 0, set(), 0
+    def refuse(error: OSError):
+        raise SourceError(error.filename, f"cannot be listed ({error.strerror})", "Change its permissions")
+    for place, folders, names in os.walk(data_dir, followlinks=True, onerror=refuse):
+        here, entries = Path(place), entries + len(folders) + len(names)
+        if entries > MAX_FILES:
+            raise SourceError(data_dir, f"holds more than {MAX_FILES:,} files and folders",
+                              "Use the folder that holds only the source files")
+        hidden += sum(n.startswith((".", "__MACOSX")) for n in folders + names)
+        seen.add(folder_identity(here))
+        found, folders[:] = sorted(n for n in folders if not n.startswith((".", "__MACOSX"))), []
+        for name in sorted(found, key=lambda n: (here / n).is_symlink()):  # real folders before links to them
+            if folder_identity(here / name) in seen: skipped[here / name] = "already read through another path"
+            else:
+                seen.add(folder_identity(here / name))
+                folders.append(name)
+        for name in sorted(n for n in names if not n.startswith((".", "__MACOSX"))):
+            path, suffix = here / name, Path(name).suffix.lower()
+            if suffix in DATA_SUFFIXES and path.is_file(): files.append(path)
+            elif not path.exists(): skipped[path] = "broken link"
+            else: skipped[path] = REMEDIES.get(suffix, f"not a data file ({' '.join(DATA_SUFFIXES)})")
+    if not files:
+        others = f", only {', '.join(shorten(p.name) for p in list(skipped)[:3])}" if skipped else ""
+        raise SourceError(data_dir, f"holds no {', '.join(DATA_SUFFIXES)} file{others}",
+                          "Use a folder with source files")
+    return Listing(sorted(files), skipped, hidden)
+
+# %% ../nbs/00d_files.ipynb #252f9963
 MAX_BYTES = 2**28  # per file, decompressed: 256 MiB
 MAX_ROWS = 2_000_000  # per file
 MAX_LINE = 2**16  # bytes per line
 MAX_COLUMNS = 1000
-MAX_FILES = 20_000  # files and folders below a data folder
 
-# %% ../nbs/00d_files.ipynb #5b946286
-def limit_size(path: Path, data: bytes, limit: int) -> bytes:
+# %% ../nbs/00d_files.ipynb #246ceb43
+def limit_size(path: Path, data: bytes, limit: int, compressed: bool = True) -> bytes:
     "Return `data`, or raise `SourceError` if it is longer than `limit` bytes."
     if len(data) <= limit: return data
-    raise SourceError(path, f"holds more than {limit / 2**20:.0f} MiB (decompressed)",
-                      "Hourly bars of a century fit into that: resample the file to hours, or split it")
+    when = " when decompressed" if compressed else ""
+    raise SourceError(path, f"holds more than {limit / 2**20:.0f} MiB{when}",
+                      "Resample it to hourly rows, or split it")
 
-# %% ../nbs/00d_files.ipynb #d005d6d2
+# %% ../nbs/00d_files.ipynb #2b11f5a0
 def read_bytes(
     path: str | Path,  # plain, gzip or zip file; the compression is recognised by content
     limit: int = MAX_BYTES,  # maximum number of decompressed bytes
@@ -80,43 +136,48 @@ def read_bytes(
             if head[:2] == b"\x1f\x8b":
                 with gzip.GzipFile(fileobj=file) as inside:
                     return limit_size(path, inside.read(limit + 1), limit), ""
-            if head != b"PK\x03\x04": return limit_size(path, file.read(limit + 1), limit), ""
+            if head != b"PK\x03\x04": return limit_size(path, file.read(limit + 1), limit, False), ""
             with zipfile.ZipFile(file) as archive:
                 names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith("__MACOSX")]
                 if any(n == "[Content_Types].xml" for n in names):
                     raise SourceError(path, "is an Excel workbook", "Save the sheet as CSV")
                 if len(names) != 1:
-                    raise SourceError(path, f"the zip holds {len(names)} files", "Unpack it, keep those needed")
+                    problem = f"the zip holds {len(names)} files, only one is allowed"
+                    raise SourceError(path, problem, "Unpack it and keep the files you need")
                 with archive.open(names[0]) as inside:
                     return limit_size(path, inside.read(limit + 1), limit), names[0]
     except PermissionError as error:
-        raise SourceError(path, "may not be read", "Change its permissions") from error
+        raise SourceError(path, "cannot be read: permission denied", "Change its permissions") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # not raised by a decompressor
+            problem = f"cannot be read: {error.strerror}"
+            raise SourceError(path, problem, "Check the disk or the network drive, then try again") from error
         raise SourceError(path, f"is damaged ({shorten(error)})", "Download it again") from error
     except (RuntimeError, NotImplementedError) as error:  # encrypted, or an unsupported compression
         raise SourceError(path, f"the zip cannot be read ({error})", "Unpack it") from error
 
 # %% ../nbs/00d_files.ipynb #fb220f6d
+LOG_IN = "Log in if the site asks for it, and download the file again"
 NOT_DATA = {  # first bytes, lower case -> what the file is, what to do
     b"version https://git-lfs": ("is a Git LFS pointer, not the data", "Fetch the data: git lfs pull"),
     b"/annex/objects": ("is a git-annex pointer, not the data", "Fetch the data: git annex get"),
     b"../.git/annex": ("is a git-annex pointer, not the data", "Fetch the data: git annex get"),
     b".git/annex": ("is a git-annex pointer, not the data", "Fetch the data: git annex get"),
-    b"<!doctype html": ("is an HTML page, not the data", "The download failed or wants a login: download it again"),
-    b"<html": ("is an HTML page, not the data", "The download failed or wants a login: download it again"),
+    b"<!doctype html": ("is a web page (HTML), not the data", LOG_IN),
+    b"<html": ("is a web page (HTML), not the data", LOG_IN),
     b"<": ("is XML or HTML, not the data", "The download failed: download it again"),
     b"{": ("is JSON", "Export it as CSV"),
     b"[": ("is JSON", "Export it as CSV"),
     b"%pdf": ("is a PDF", "Export the table as CSV"),
     b"sqlite format 3": ("is an SQLite database", "Export the table as CSV"),
     b"\xd0\xcf\x11\xe0": ("is an old Excel workbook", "Save the sheet as CSV"),
-    b"bzh": ("is packed with bzip2", "Unpack it: bunzip2"),
-    b"\xfd7zxz": ("is packed with xz", "Unpack it: unxz"),
-    b"\x28\xb5\x2f\xfd": ("is packed with zstd", "Unpack it: unzstd"),
+    b"bzh": ("is compressed with bzip2", "Unpack it: bunzip2"),
+    b"\xfd7zxz": ("is compressed with xz", "Unpack it: unxz"),
+    b"\x28\xb5\x2f\xfd": ("is compressed with zstd", "Unpack it: unzstd"),
     b"7z\xbc\xaf": ("is a 7z archive", "Unpack it"),
     b"rar!": ("is a RAR archive", "Unpack it"),
-    b"\x1f\x8b": ("is packed twice", "Unpack it"),
-    b"pk\x03\x04": ("is packed twice", "Unpack it"),
+    b"\x1f\x8b": ("is compressed twice", "Unpack it"),
+    b"pk\x03\x04": ("is compressed twice", "Unpack it"),
     b"\x89hdf": ("is an HDF5 file", "Export the table as CSV or parquet"),
     b"\x80": ("is a pickle or another binary file", "Pickles are never opened: export the table as CSV or parquet"),
     b"\xff\xfe": ("is UTF-16 text", "Save it as UTF-8"),
@@ -128,8 +189,8 @@ def check_is_data(
     path: str | Path,  # the file, for the message
     data: bytes,  # its content
 ) -> None:
-    """Raise `SourceError` if the content is a pointer, a web page, an archive or another format
-    that is not read here."""
+    """Raise `SourceError` if the content is a Git LFS or git-annex pointer, a web page, an archive
+    or another format that cannot be read."""
     head = data[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for mark, (problem, remedy) in NOT_DATA.items():
         if head.startswith(mark): raise SourceError(path, problem, remedy, row=1)
@@ -144,32 +205,37 @@ def text_lines(
     check_is_data(path, data)
     data = data.removeprefix(b"\xef\xbb\xbf")
     if b"\0" in data:
-        raise SourceError(path, "is not text (it holds NUL)", "Give a CSV file, plain or compressed")
+        raise SourceError(path, "is not text (it holds NUL bytes)", "Use a CSV file, plain or compressed")
     if b"\r" in data: data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     data = data.rstrip(b"\n ")
     if not data.strip(): raise SourceError(path, "the file is empty", "Download it again")
     rows = data.count(b"\n") + 1
     if rows > MAX_ROWS:
-        raise SourceError(path, f"has {rows:,} rows, more than {MAX_ROWS:,}", "Resample it to hours, or split it")
+        raise SourceError(path, f"has {rows:,} rows, more than {MAX_ROWS:,}", "Resample it to hourly rows, or split it")
     try: data.decode()
     except UnicodeDecodeError as error:
         row = data.count(b"\n", 0, error.start) + 1
         raise SourceError(path, f"is not UTF-8 text (byte {error.start})", "Save it as UTF-8", row=row) from error
     return data
 
-# %% ../nbs/00d_files.ipynb #edac0522
+# %% ../nbs/00d_files.ipynb #1c9708ec
 def commas_in_quotes(codes: np.ndarray) -> np.ndarray:
-    "1 for each byte that is a comma with an odd number of quotes before it, else 0."
+    """1 for each byte that is a comma with an odd number of quotes before it, else 0. `codes` are
+    the byte values of the text: 34 is a quote, 44 a comma."""
     inside = np.logical_xor.accumulate(codes == 34)
     return ((codes == 44) & inside).view(np.int8)
 
-# %% ../nbs/00d_files.ipynb #b2a349ac
+def counted(fields: int) -> str:
+    "A number of fields in words: 1 field, 2 fields."
+    return f"{fields} field{'s' if fields > 1 else ''}"
+
+# %% ../nbs/00d_files.ipynb #edac0522
 def check_lines(
     path: str | Path,  # the file, for the message
-    data: bytes,  # its text, as `text_lines` returns it
+    data: bytes,  # its text, with Unix line ends
 ) -> None:
-    """Raise `SourceError` for the first line that is too long, has an open quote, has a comma
-    inside quotes, or differs from line 1 in its number of fields."""
+    """Raise `SourceError` for the first row that is too long, has an open quote, has a comma inside
+    quotes, or differs from row 1 in its number of fields."""
     codes = np.frombuffer(data + b"\n", np.uint8)
     ends = np.flatnonzero(codes == 10)
     starts = np.r_[0, ends[:-1] + 1]
@@ -179,11 +245,13 @@ def check_lines(
     for wrong, problem in ((ends - starts > MAX_LINE, "is longer than {limit} bytes"),
                            (count(34) % 2 == 1, "has a quote that is not closed"),
                            (quoted, "has a comma inside quotes, as in \"1,234.5\""),
-                           (fields != fields[0], "has {here} fields where line 1 has {first}")):
+                           (fields != fields[0], "{here}, row 1 has {first}")):
         row = int(wrong.argmax())
         if wrong[row]:
-            what = problem.format(limit=MAX_LINE, here=fields[row], first=fields[0])
-            raise SourceError(path, what, "Repair the line or download it again", row=row + 1)
+            blank = not data[starts[row]:ends[row]].strip()
+            here = "is empty" if blank else f"has {counted(fields[row])}"
+            what = problem.format(limit=MAX_LINE, here=here, first=counted(fields[0]))
+            raise SourceError(path, what, "Repair the row, or download the file again", row=row + 1)
 
 # %% ../nbs/00d_files.ipynb #2506a576
 class RawTable(NamedTuple):
@@ -198,7 +266,7 @@ class RawTable(NamedTuple):
 def is_number(
     text: str,  # a field; surrounding blanks and quotes are ignored
 ) -> bool:
-    "Whether a field reads as a number."
+    "Whether a field can be parsed as a number."
     return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text.strip(' "')) is not None
 
 # %% ../nbs/00d_files.ipynb #ab83b956
@@ -207,12 +275,13 @@ def check_names(path: str | Path, names: list[str], row: int | None = 1) -> None
     plain, seen = [n.strip().lower() for n in names], {}
     for name, key in zip(names, plain):
         if key in seen:
-            raise SourceError(path, f"two columns are called '{shorten(seen[key])}' and '{shorten(name)}'",
-                              "Keep the one that is meant and remove the other", row=row, column=name)
+            one, two = shorten(seen[key].strip()), shorten(name.strip())
+            problem = f"two columns are named '{one}'" if one == two else f"column names '{one}' and '{two}' differ only in case"
+            raise SourceError(path, problem, "Remove one of the two columns", row=row, column=name)
         seen[key] = name
 
 def parse_rows(data: bytes, first: int, names: list[str] | None) -> pd.DataFrame:
-    "The lines from number `first` on as a frame by line number."
+    "Parse the lines from line `first` on; the index of the frame is the line number."
     body = data if first == 1 else data.split(b"\n", first - 1)[first - 1]
     frame = pd.read_csv(io.BytesIO(body), header=None, names=names, index_col=False, na_values=["."],
                         skip_blank_lines=False, low_memory=False)
@@ -231,7 +300,7 @@ def yfinance_header(path: Path, lines: list[list[str]]) -> tuple[list[str], str]
     names, tickers = lines[first.index("price")], {*lines[first.index("ticker")][1:]}
     if len(tickers) > 1:
         problem = f"holds several tickers: {shorten(', '.join(sorted(tickers)))}"
-        raise SourceError(path, problem, "Save each ticker in a file of its own", row=2)
+        raise SourceError(path, problem, "Save each ticker in a separate file", row=2)
     return [lines[2][0], *names[1:]], tickers.pop()
 
 def text_table(path: Path, data: bytes, member: str) -> RawTable:
@@ -240,7 +309,7 @@ def text_table(path: Path, data: bytes, member: str) -> RawTable:
     check_lines(path, data)
     top = [header_fields(line) for line in data.split(b"\n", 3)[:3]]
     if len(top[0]) > MAX_COLUMNS:
-        raise SourceError(path, f"has {len(top[0]):,} columns", f"Keep those needed, {MAX_COLUMNS} at most")
+        raise SourceError(path, f"has {len(top[0]):,} columns", f"Keep the columns you need, at most {MAX_COLUMNS:,}")
     if is_number(top[0][0]) or re.match(r"\d{4}-\d\d-\d\d", top[0][0]):
         return RawTable(path, member, [], parse_rows(data, 1, None))
     names, ticker, first = top[0], "", 2
@@ -261,7 +330,7 @@ def arrow_frame(path: Path, data: bytes) -> pd.DataFrame:
         file = pa.parquet.ParquetFile(io.BytesIO(data))
         if file.metadata.num_columns > MAX_COLUMNS:
             problem = f"has {file.metadata.num_columns:,} columns"
-            raise SourceError(path, problem, f"Keep those needed, {MAX_COLUMNS} at most")
+            raise SourceError(path, problem, f"Keep the columns you need, at most {MAX_COLUMNS:,}")
         schema, parts = file.schema_arrow, file.iter_batches(batch_size=4096)
     else:
         table = pa.feather.read_table(io.BytesIO(data))
@@ -271,7 +340,7 @@ def arrow_frame(path: Path, data: bytes) -> pd.DataFrame:
         size, rows = size + batch.nbytes, rows + batch.num_rows
         for many, limit, what in ((rows, MAX_ROWS, "rows"), (size, MAX_BYTES, "bytes when decompressed")):
             if many > limit:
-                raise SourceError(path, f"has more than {limit:,} {what}", "Resample it to hours, or split it")
+                raise SourceError(path, f"has more than {limit:,} {what}", "Resample it to hourly rows, or split it")
     table = pa.Table.from_batches(batches, schema)
     try: return table.to_pandas()
     except (KeyError, ValueError, TypeError): return table.to_pandas(ignore_metadata=True)  # damaged pandas metadata
@@ -283,10 +352,10 @@ def arrow_table(path: Path, data: bytes) -> RawTable:
         if not isinstance(frame.index, pd.RangeIndex) or frame.index.name: frame = frame.reset_index()
     except SourceError: raise
     except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:  # includes pyarrow's own errors
-        raise SourceError(path, f"cannot be read ({shorten(error, 200)})", "Write or download it again") from error
-    if not len(frame): raise SourceError(path, "has no rows", "Write or download it again")
+        raise SourceError(path, f"cannot be read ({shorten(error, 200)})", "Write it again, or download it again") from error
+    if not len(frame): raise SourceError(path, "has no rows", "Write it again, or download it again")
     if isinstance(frame.columns, pd.MultiIndex):
-        raise SourceError(path, "has several header rows", "Keep one row of column names")
+        raise SourceError(path, "has several header rows", "Keep a single header row")
     frame.columns = [str(c).strip() for c in frame.columns]
     if frame.columns[0] == "index": frame = frame.rename(columns={"index": ""})  # pandas' name for a nameless index
     check_names(path, list(frame.columns), row=None)
@@ -306,64 +375,11 @@ def read_table(
     except (MemoryError, pd.errors.ParserError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             problem = f"is not a regular table ({shorten(error, 100)})"
-            raise SourceError(path, problem, "Repair the line or download it again") from error
+            raise SourceError(path, problem, "Repair the row, or download the file again") from error
         why = shorten(error, 100) or "an allocation failed"
         raise SourceError(path, f"does not fit into memory ({why})", "Free memory, or split the file") from error
 
 # %% ../nbs/00d_files.ipynb #92395c31
-DATA_SUFFIXES = (".csv", ".gz", ".zip", ".parquet", ".pq", ".feather")
-REMEDIES = {".json": "JSON is not read: export it as CSV", ".txt": "rename it to .csv if it is one",
-            ".tsv": "export it with commas as .csv", ".xlsx": "save the sheet as .csv",
-            ".xls": "save the sheet as .csv",
-            **dict.fromkeys((".bz2", ".xz", ".7z", ".tar", ".rar", ".zst"), "unpack it")}
-
-class Listing(NamedTuple):
-    "What a folder holds."
-    files: list[Path]  # data files, sorted by path
-    skipped: dict[Path, str]  # other files and folders -> why they are not read
-    hidden: int  # number of hidden files and folders
-
-def folder_identity(place: Path) -> tuple[int, int]:
-    "Device and inode of a folder: the same through whichever link it is reached."
-    status = os.stat(place)
-    return status.st_dev, status.st_ino
-
-# %% ../nbs/00d_files.ipynb #e903e408
-def list_files(
-    data_dir: str | Path,  # folder with source files, in any sub-folders
-) -> Listing:
-    """The data files below a folder, the other files with the reason they are skipped, and the
-    number of hidden entries."""
-    data_dir = Path(data_dir)
-    if not data_dir.is_dir(): raise SourceError(data_dir, "there is no such directory", "Check --data")
-    files, skipped, hidden, seen, entries = [], {}, 0, set(), 0
-    def refuse(error: OSError):
-        raise SourceError(error.filename, f"cannot be listed ({error.strerror})", "Change its permissions")
-    for place, folders, names in os.walk(data_dir, followlinks=True, onerror=refuse):
-        here, entries = Path(place), entries + len(folders) + len(names)
-        if entries > MAX_FILES:
-            raise SourceError(data_dir, f"holds more than {MAX_FILES:,} files and folders",
-                              "Give the folder of the source files")
-        hidden += sum(n.startswith((".", "__MACOSX")) for n in folders + names)
-        seen.add(folder_identity(here))
-        found, folders[:] = sorted(n for n in folders if not n.startswith((".", "__MACOSX"))), []
-        for name in sorted(found, key=lambda n: (here / n).is_symlink()):  # real folders before links to them
-            if folder_identity(here / name) in seen: skipped[here / name] = "a folder that is read already"
-            else:
-                seen.add(folder_identity(here / name))
-                folders.append(name)
-        for name in sorted(n for n in names if not n.startswith((".", "__MACOSX"))):
-            path, suffix = here / name, Path(name).suffix.lower()
-            if suffix in DATA_SUFFIXES and path.is_file(): files.append(path)
-            elif not path.exists(): skipped[path] = "a link that leads nowhere"
-            else: skipped[path] = REMEDIES.get(suffix, f"not a data file ({' '.join(DATA_SUFFIXES)})")
-    if not files:
-        beside = f"; there are {', '.join(shorten(p.name) for p in list(skipped)[:3])}" if skipped else ""
-        raise SourceError(data_dir, f"holds no {', '.join(DATA_SUFFIXES)} file{beside}",
-                          "Give a folder with source files")
-    return Listing(sorted(files), skipped, hidden)
-
-# %% ../nbs/00d_files.ipynb #252f9963
 def to_number(
     path: str | Path,  # the file, for the message
     values: pd.Series,  # a column, by row of the file
@@ -372,7 +388,7 @@ def to_number(
     number."""
     is_time = not pd.api.types.is_numeric_dtype(values.dtype) and values.dtype.kind in "mM"
     if is_time or pd.api.types.is_bool_dtype(values.dtype):
-        raise SourceError(path, f"holds {values.dtype}, not numbers", "Give the column as numbers", column=values.name)
+        raise SourceError(path, f"holds {values.dtype}, not numbers", "Store the column as numbers", column=values.name)
     numbers = pd.to_numeric(values, errors="coerce").astype("float64")
     wrong = numbers.isna() & values.notna()
     if wrong.any():
@@ -381,7 +397,7 @@ def to_number(
         raise SourceError(path, problem, "Repair the field or leave it empty", row=row, column=values.name)
     return numbers
 
-# %% ../nbs/00d_files.ipynb #246ceb43
+# %% ../nbs/00d_files.ipynb #36c4e456
 def epoch_times(
     path: str | Path,  # the file, for the message
     values: pd.Series,  # unix times, by row of the file; units may be mixed
@@ -394,21 +410,23 @@ def epoch_times(
     if wrong.any():
         row = wrong.idxmax()
         problem = f"{values[row]} is not a unix time in whole s, ms, us or ns between 1973 and 2099"
-        raise SourceError(path, problem, "Repair the field", row=row, column=values.name)
+        date = re.fullmatch(r"((?:19|20)\d\d)(\d\d)(\d\d)(?:\.0)?", str(values[row]))
+        remedy = f"If it is a date, write it as {'-'.join(date.groups())}" if date else "Repair the field"
+        raise SourceError(path, problem, remedy, row=row, column=values.name)
     exact = values if pd.api.types.is_integer_dtype(values.dtype) else number
     times = pd.DatetimeIndex(exact.astype("int64").to_numpy() * unit, tz="UTC")
     return pd.Series(times, index=values.index, name=values.name)
 
-# %% ../nbs/00d_files.ipynb #c7555239
+# %% ../nbs/00d_files.ipynb #b7dd86a6
 REPAIRS = ("sort", "drop_duplicates", "drop_invalid", "assume_utc", "convert_utc")  # opt-in; counts in table.attrs["repairs"]
 
 def known_repairs(
-    repairs: str | Iterable[str],  # names from `REPAIRS`; a single name may be given as a string
+    repairs: str | Iterable[str],  # names from `REPAIRS`, or a single name
 ) -> tuple[str, ...]:
     "The repairs as a tuple; `ValueError` for a name that is not in `REPAIRS`."
     repairs = (repairs,) if isinstance(repairs, str) else tuple(repairs)
     unknown = set(repairs) - set(REPAIRS)
-    if unknown: raise ValueError(f"unknown repair {sorted(unknown)}: choose from {REPAIRS}")
+    if unknown: raise ValueError(f"unknown repair {', '.join(sorted(map(str, unknown)))}: choose from {', '.join(REPAIRS)}")
     return repairs
 
 # %% ../nbs/00d_files.ipynb #e2b8a10d
@@ -417,7 +435,7 @@ EARLIEST, LATEST = pd.Timestamp("1900-01-01", tz="UTC"), pd.Timestamp("2100-01-0
 def iso_times(
     path: str | Path,  # the file, for the message
     values: pd.Series,  # times, by row of the file
-    example: str,  # a correctly written time, for the message
+    example: str,  # a time in the expected form, for the message
 ) -> tuple[pd.Series, pd.Series]:
     """ISO 8601 text (or typed times) as UTC timestamps, and the UTC offset each was written with
     (NaN if it has none)."""
@@ -457,9 +475,9 @@ def utc_times(
     times, zone = iso_times(path, values, "2024-01-31T13:00:00Z")
     for wrong, repair, problem, remedy in (
             (zone.isna(), "assume_utc", "has no time zone",
-             "If it is UTC, pass repairs=('assume_utc',)"),
+             "If it is UTC, pass repairs=('assume_utc',), or --repair assume_utc"),
             (zone.notna() & (zone != "Z"), "convert_utc", "is not UTC",
-             "If its offset is right, pass repairs=('convert_utc',)")):
+             "If its offset is right, pass repairs=('convert_utc',), or --repair convert_utc")):
         row = wrong.idxmax()
         if wrong[row] and repair not in repairs:
             raise SourceError(path, f"time {str(values[row])!r} {problem}", remedy, row=row, column=values.name)
@@ -471,11 +489,12 @@ def utc_dates(
     path: str | Path,  # the file, for the message
     values: pd.Series,  # dates, by row of the file
 ) -> pd.Series:
-    "Calendar dates (or UTC times without an offset, or unix times) as UTC timestamps."
+    """Calendar dates as UTC timestamps. Times of day are taken as UTC if they have no offset or end
+    in Z; unix times are accepted too."""
     if pd.api.types.is_numeric_dtype(values.dtype): return epoch_times(path, values)
     times, zone = iso_times(path, values, "2024-01-31")
     row = (zone.notna() & (zone != "Z")).idxmax()
     if pd.notna(zone[row]) and zone[row] != "Z":  # midnight in another zone lies on another UTC day
         problem = f"time {values[row]!r} is not UTC"
-        raise SourceError(path, problem, "Convert the times to UTC", row=row, column=values.name)
+        raise SourceError(path, problem, "Write the UTC day that the row describes", row=row, column=values.name)
     return times

@@ -20,7 +20,7 @@ __all__ = ['DIRECTIONS', 'HEADS', 'FORECAST_COLUMNS', 'SCHEMA', 'TASKS', 'QUANTI
 # %% ../nbs/02_labels.ipynb #23cc37ee
 def hours_in(
     duration: str | pd.Timedelta,  # such as "90D"
-    name: str = "duration",  # what to call it in an error message
+    name: str = "duration",  # name of the duration in error messages
 ) -> int:
     "A duration as a whole number of hours; `ValueError` if it is not one."
     hours = pd.Timedelta(duration) / pd.Timedelta("1h")
@@ -31,7 +31,7 @@ def hours_in(
 # %% ../nbs/02_labels.ipynb #2de961f5
 def check_hourly(
     index: pd.DatetimeIndex,  # decision times, UTC
-    name: str = "index",  # what to call it in an error message
+    name: str = "index",  # name of the index in error messages
 ) -> pd.DatetimeIndex:
     "`index` unchanged; `ValueError` naming the first row that is not one hour after the one before."
     gap = np.flatnonzero(np.diff(check_times(index, name).as_unit("ns").asi8) != pd.Timedelta("1h").as_unit("ns").value)
@@ -57,7 +57,8 @@ def make_labels(
     threshold: float = 0.05,  # |r90| above which the direction is not flat
 ) -> pd.DataFrame:
     """`r90, direction, sigma, p90_path, p10_path, label_end, sigma_end` for each hour.
-    NA where the future is not entirely in the data. `ValueError` for a price that is not positive."""
+    `r90` and `direction` are NA if one of their two prices is unknown, the other labels if any price in
+    their window is. `ValueError` for a price that is not positive."""
     index = check_hourly(close.index, "close.index")
     h, w = hours_in(horizon, "horizon"), hours_in(vol_window, "vol_window")
     wrong = np.flatnonzero(~(close.to_numpy(dtype=float) > 0) & close.notna().to_numpy())
@@ -119,11 +120,11 @@ QUANTILE_WEIGHT = 10  # pinball losses of a 90-day return are about a tenth of t
 def regression_loss(
     losses: Mapping[str, Any],  # losses by task: numbers or tensors
 ) -> Any:
-    "Weighted sum of the losses `p10, p90, vol`: QUANTILE_WEIGHT (p10 + p90) + vol."
+    "Weighted sum of the quantile and volatility losses: QUANTILE_WEIGHT (p10 + p90) + vol."
     return QUANTILE_WEIGHT * (losses["p10"] + losses["p90"]) + losses["vol"]
 
 def total_loss(
     losses: Mapping[str, Any],  # losses by task: numbers or tensors
 ) -> Any:
-    "Sum of all losses `cls, p10, p90, vol` at an untrained network's weights: cls + `regression_loss`."
+    "Sum of the four losses at the task weights that training starts with: cls + `regression_loss`."
     return losses["cls"] + regression_loss(losses)

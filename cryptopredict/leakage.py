@@ -27,9 +27,9 @@ class LeakageError(ValueError):
 # %% ../nbs/00_leakage.ipynb #4f8ad731
 @dataclass
 class LeakReport:
-    "What an audit found and what it tried. A `leak` fails the report; a `suspect` may be honest and is only shown."
+    "What an audit found and what it tested. A `leak` fails the report; a `suspect` may be honest and is only shown."
     findings: pd.DataFrame  # one row per finding: `column, kind, severity, time, magnitude, detail`
-    tested: dict = field(default_factory=dict)  # what was tried, such as `{"cuts": 32}`
+    tested: dict = field(default_factory=dict)  # what was tested, such as `{"cuts": 32}`
 
     @property
     def leaks(self) -> pd.DataFrame:
@@ -47,19 +47,21 @@ class LeakReport:
         return self.leaks.empty and self.enough
 
     def raise_if_leaky(self) -> LeakReport:
-        "Return the report, or raise a `LeakageError` that names the first leak or says that too little was tested."
+        "Return the report, or raise a `LeakageError` that names the first leak or states that too little was tested."
         if self.ok: return self
         if self.leaks.empty:
             raise LeakageError(f"{self.verdict}: give a longer frame, or a function that needs fewer rows")
         first = self.leaks.iloc[0]
         where = f"column '{first['column']}', {first['kind']}, at {first['time']}: {first['detail']}"
-        raise LeakageError(f"{len(self.leaks)} leak(s); first: {where}")
+        count = "1 leak" if len(self.leaks) == 1 else f"{len(self.leaks)} leaks; first"
+        raise LeakageError(f"{count}: {where}")
 
     @property
     def verdict(self) -> str:
         "The result in a few words."
         leaks, suspects = len(self.leaks), len(self.findings) - len(self.leaks)
-        found = [f"{leaks} leak(s) found" if leaks else "no leak found", *([f"{suspects} suspect"] if suspects else [])]
+        found = [f"{leaks} leak{'s' * (leaks != 1)} found" if leaks else "no leak found"]
+        if suspects: found.append(f"{suspects} suspect{'s' * (suspects != 1)}")
         empty, cuts = self.tested.get("cuts without output", 0), self.tested.get("cuts", 0)
         return ", ".join(found) + ("" if self.enough else f", but only {cuts - empty} of {cuts} cuts could be tested")
 
@@ -195,10 +197,10 @@ class Fold:
 
     def __init__(
         self,
-        train: Sequence[int] | np.ndarray,  # fitted on while choices are made; labels end before `valid` begins
-        valid: Sequence[int] | np.ndarray,  # judges choices; labels end before `test` begins
+        train: Sequence[int] | np.ndarray,  # fitted on while choices are made; labels end by the time `valid` begins
+        valid: Sequence[int] | np.ndarray,  # judges choices; labels end by the time `test` begins
         test: Sequence[int] | np.ndarray,  # forecast and scored, never used for a choice
-        refit: Sequence[int] | np.ndarray,  # fitted on for the test: all rows whose labels end before it begins
+        refit: Sequence[int] | np.ndarray,  # fitted on for the test: all rows whose labels end by the time it begins
         by_label: Mapping[str, Fold] | None = None,  # the same fold for single labels; None: all labels share these rows
     ):
         self.ranges = {name: as_ranges(rows) for name, rows in zip(self.PARTS, (train, valid, test, refit))}
@@ -222,9 +224,9 @@ class Fold:
 # %% ../nbs/00_leakage.ipynb #ab6a2ec0
 def ends_by_label(label_end: pd.Series | pd.DataFrame, index: pd.DatetimeIndex) -> dict[str, pd.DatetimeIndex]:
     "Label ends by label name, NaT where missing; the first entry, named \"\", holds the end of each row's longest label."
-    if not len(index): raise ValueError("index is empty: too little history for the label's length; bring data")
+    if not len(index): raise ValueError("index is empty: too little history for the label's length; give more data")
     if len(label_end) != len(index):
-        raise ValueError(f"label_end has {len(label_end)} rows, index {len(index)}: give as many")
+        raise ValueError(f"label_end has {len(label_end)} rows, index {len(index)}: give one label end per row")
     times = label_end.index if isinstance(label_end, pd.Series | pd.DataFrame) else None
     if isinstance(times, pd.DatetimeIndex) and not (times == index).all():  # `equals` of pandas 2 also compares the unit
         raise ValueError("label_end and index have different times: reindex label_end to index")
@@ -240,7 +242,8 @@ def check_ends(label_end, index: pd.DatetimeIndex) -> pd.DatetimeIndex:
     early = np.flatnonzero(ends < index)
     if len(early):
         i = early[0]
-        raise ValueError(f"label_end row {i} ({ends[i]}) lies before its own time {index[i]}: a label ends in the future")
+        raise ValueError(f"label_end row {i} ({ends[i]}) lies before the time of its row, {index[i]}: "
+                         "set label_end to the time at which the label is known")
     return ends
 
 # %% ../nbs/00_leakage.ipynb #b91aaf23
@@ -302,9 +305,10 @@ def as_utc(time: str | pd.Timestamp) -> pd.Timestamp:
 
 def span_bounds(first: pd.Timestamp, last: pd.Timestamp, step) -> list[pd.Timestamp]:
     "Bounds of the test spans: `first`, then one every `step`, up to the first after `last`."
-    remedy, bounds = "give a positive duration or calendar offset such as '365D' or 'YS'", [first]
+    remedy, bounds = "give a positive one such as '365D' or 'YS'", [first]
     try: offset = pd.tseries.frequencies.to_offset(step) or pd.Timedelta(0)
-    except (ValueError, TypeError) as error: raise ValueError(f"step {step!r} is no length of time: {remedy}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"step {step!r} is not a duration or calendar offset: {remedy}") from error
     while bounds[-1] <= last:
         bounds.append(bounds[-1] + offset)
         if bounds[-1] <= bounds[-2]: raise ValueError(f"step {step!r} does not move forward: {remedy}")
@@ -326,10 +330,10 @@ def walk_forward(
     label_ends, first = ends_by_label(label_end, check_times(index)), as_utc(first_test)
     labelled = np.any([ends.notna() for ends in label_ends.values()], axis=0)
     if label_ends[""].isna().all() or first > index[label_ends[""].notna()][-1]:
-        raise ValueError(f"no label ends in the data after first_test {first}: "
-                         f"too little history for the label's length (data end {index[-1]})")
+        raise ValueError(f"no label ends in the data after first_test {first}: too little history for the label's length "
+                         f"(data end {index[-1]}); choose an earlier first_test")
     if first <= index[0]:
-        raise ValueError(f"first_test {first} leaves nothing to train on: the data begin {index[0]}")
+        raise ValueError(f"first_test {first} leaves nothing to train on: the data begin {index[0]}; choose a later one")
     cuts = index.searchsorted(pd.DatetimeIndex(span_bounds(first, index[labelled][-1], step)))
     tests = [range(a, b) for a, b in zip(cuts[:-1], cuts[1:]) if b > a]
     labels_before = np.r_[0, labelled.cumsum()]
@@ -350,7 +354,7 @@ def as_fold(fold, number: int) -> Fold:
         found = Fold(np.asarray(fold[0]), np.array([], int), np.asarray(fold[1]), np.asarray(fold[0]))
     else: raise ValueError(f"fold {number} has {len(fold)} parts: give (train, test), or a Fold of train, valid, test, refit")
     for name in ("train", "test", "refit"):
-        if not len(getattr(found, name)): raise ValueError(f"fold {number}: '{name}' is empty: there is nothing to judge")
+        if not len(getattr(found, name)): raise ValueError(f"fold {number}: '{name}' is empty: give at least one row")
     return found
 
 # %% ../nbs/00_leakage.ipynb #a2e05255
@@ -478,25 +482,25 @@ def audit_folds(
 
 # %% ../nbs/00_leakage.ipynb #32a438b7
 class AuditError(ValueError):
-    "The audit cannot run; the message says where it failed and what to do."
+    "The audit cannot run; the message states what failed and what to do."
 
 # %% ../nbs/00_leakage.ipynb #1e5bd893
 def as_frame(out, frame: pd.DataFrame) -> pd.DataFrame:
-    "The output of `fn` as a frame whose times are all times of `frame`."
+    "The output of `fn` as a frame whose times are all times of `frame`, or an `AuditError` that says why it is none."
     if isinstance(out, pd.Series): out = out.to_frame(out.name if out.name is not None else "value")
     if not isinstance(out, pd.DataFrame) and hasattr(out, "__array__"):
         out = np.asarray(out)
         if out.shape[:1] != (len(frame),):
-            raise ValueError(f"fn returned shape {out.shape} for {len(frame)} rows: return them with their times")
+            raise AuditError(f"fn returned shape {out.shape} for {len(frame)} rows: return one row per time, or a frame")
         out = pd.DataFrame(out.reshape(len(out), -1), index=frame.index)
     if not isinstance(out, pd.DataFrame):
-        raise ValueError(f"fn returned {type(out).__name__}: return a frame, series or array")
+        raise AuditError(f"fn returned {type(out).__name__}: return a frame, series or array")
     if not out.index.isin(frame.index).all():
-        raise ValueError("fn returned rows at times the frame does not have: keep the frame's own index")
-    if out.index.has_duplicates: raise ValueError("fn returned a time twice: return one row per time")
+        raise AuditError("fn returned rows at times that the frame does not have: return rows on the frame's own index")
+    if out.index.has_duplicates: raise AuditError("fn returned a time twice: return one row per time")
     out = out.set_axis(out.columns.map(str), axis=1).sort_index()
     repeated = out.columns[out.columns.duplicated()]
-    if len(repeated): raise ValueError(f"fn returned column '{repeated[0]}' twice: give each column its own name")
+    if len(repeated): raise AuditError(f"fn returned column '{repeated[0]}' twice: give each column its own name")
     return out
 
 # %% ../nbs/00_leakage.ipynb #53b93c55
@@ -530,9 +534,10 @@ class AuditedFunction:
         self.runs += 1
         try: return as_frame(fresh_copy(self.fn)(frame), frame)
         except (Exception, SystemExit) as error:
-            where = f"{type(error).__name__} on {len(frame)} rows: {error}"
-            if must: raise AuditError(f"fn raised {where}: fix it, or give the input it needs") from error
-            self.raised, self.first_error = self.raised + 1, self.first_error or where
+            fault = f"fn raised {error!r} on a frame of {len(frame)} rows: correct fn, or give the columns and rows it needs"
+            if isinstance(error, AuditError): fault = str(error)  # fn returned something that cannot be compared
+            if must: raise AuditError(fault) from error
+            self.raised, self.first_error = self.raised + 1, self.first_error or fault
             return None
 
 # %% ../nbs/00_leakage.ipynb #d5426769
@@ -592,10 +597,10 @@ def compare_outputs(
     def finding(column, time, size, detail):
         return dict(column=column, kind=kind, time=time, magnitude=float(size), detail=f"{label}: {detail}")
     gone = base.columns.symmetric_difference(other.columns)
-    if len(gone): return [finding(c, until, np.inf, "the column exists in only one of two futures") for c in gone]
+    if len(gone): return [finding(c, until, np.inf, "the column exists in only one of the two outputs") for c in gone]
     gone = base.index.symmetric_difference(other.index)
     gone = gone[(base.reindex(gone).notna() | other.reindex(gone).notna()).any(axis=1)]
-    if len(gone): return [finding("(rows)", gone[0], len(gone), "rows appear or vanish with the future")]
+    if len(gone): return [finding("(rows)", gone[0], len(gone), "rows appear or vanish when later rows change")]
     times, found = base.index.intersection(other.index), []
     for c in base.columns:
         gap, size = column_gap(base[c].reindex(times), other[c].reindex(times))
@@ -644,7 +649,7 @@ def with_missing(frame: pd.DataFrame, columns: list[str], cut: int, rng: np.rand
 
 # %% ../nbs/00_leakage.ipynb #a7c31778
 def event_rows(column: pd.Series) -> np.ndarray:
-    "Rows where a slow column steps; in a column that always moves, its extremes and its largest change."
+    "Rows where a column changes after a constant stretch; if it changes all the time, its extremes and its largest change."
     steps = np.flatnonzero(np.diff(pd.factorize(column)[0])) + 1
     if len(steps) <= .2 * len(column) or not pd.api.types.is_float_dtype(column.dtype): return steps
     values = column.to_numpy(dtype=float, na_value=np.nan)
@@ -661,7 +666,7 @@ def calendar_rows(index: pd.DatetimeIndex) -> list[np.ndarray]:
     return [*pools, np.flatnonzero(naive.normalize().isin(holidays)), np.flatnonzero(steps > 1.5 * np.median(steps)) + 1]
 
 # %% ../nbs/00_leakage.ipynb #568cc578
-def suspect_rows(subject: AuditedFunction, base: pd.DataFrame, allowed: dict) -> list[np.ndarray]:
+def candidate_rows(subject: AuditedFunction, base: pd.DataFrame, allowed: dict) -> list[np.ndarray]:
     "Cuts where a row shortly before a replaced one moved although few rows did; by column and kind of change, fewest first."
     frame, rng, found = subject.frame, subject.rng, {}
     # A long frame has more rows of each kind, so fewer rounds find as much.
@@ -681,7 +686,7 @@ def suspect_rows(subject: AuditedFunction, base: pd.DataFrame, allowed: dict) ->
             moved = moved.cumsum()
             hit = moved[rows] > moved[rows - back]
             if 0 < hit.mean() < .5: found.setdefault((c, mode), []).append((hit.mean(), rows[hit]))
-    # Rounds with a much larger share met the memory of the function, not the rare leak: leave them out.
+    # Leave out rounds in which many more rows moved: there the function merely has a long memory.
     for rounds in found.values(): rounds.sort(key=lambda r: r[0])
     kept = [[rows for share, rows in rounds if share <= 3 * rounds[0][0]] for rounds in found.values()]
     return sorted((np.unique(np.concatenate(rows)) for rows in kept), key=len)
@@ -693,18 +698,18 @@ def draw_from(pools: list[np.ndarray], count: int, rng: np.random.Generator) -> 
     return np.array([rng.choice(pools[k % len(pools)]) for k in range(count if pools else 0)], dtype=int)
 
 def choose_cuts(
-    frame: pd.DataFrame, base: pd.DataFrame, suspects: list, n_cuts: int, rng: np.random.Generator,
+    frame: pd.DataFrame, base: pd.DataFrame, candidates: list, n_cuts: int, rng: np.random.Generator,
 ) -> np.ndarray:
-    """Row counts to cut at: first and last rows, suspect rows, the calendar, events of input and output, the rest at random. None
-    lies before the first row that has an output."""
+    """Row counts to cut at: first and last rows, candidate rows, the calendar, events of input and output, the rest at random.
+    None lies before the first row that has an output."""
     n, share, with_output = len(frame), max(n_cuts // 4, 1), base.index[base.notna().any(axis=1)]
     first = min(int(frame.index.get_loc(with_output[0])) + 1, n - 1) if len(with_output) else 1
     events = ([event_rows(frame[c]) for c in frame],
               [frame.index.get_indexer(base.index[event_rows(base[c])]) for c in base])
     *calendar, gaps = calendar_rows(frame.index)
     special = [np.array([first, first + 1, first + 2, n - 2, n - 1]), rng.permutation(gaps)[:share // 2]]
-    each = min(6, max(2 * share // max(len(suspects), 1), 1))
-    special += [rng.choice(pool, min(len(pool), each), replace=False) for pool in suspects[:2 * share]]  # fewest rows first
+    each = min(6, max(2 * share // max(len(candidates), 1), 1))
+    special += [rng.choice(pool, min(len(pool), each), replace=False) for pool in candidates[:2 * share]]  # fewest rows first
     for pools, count in ((calendar, share), (events[0], share // 2), (events[1], share // 2)):
         rows = draw_from(pools, count, rng)
         special.append(rows + rng.integers(0, 2, len(rows)))  # cut before the row or after it
@@ -727,10 +732,12 @@ def moved_columns(now: pd.DataFrame, out: pd.DataFrame, known: set) -> set:
     return {c for c in now if c not in known and (c not in out or not same or column_gap(now[c], out[c])[0].any())}
 
 # %% ../nbs/00_leakage.ipynb #62905090
+LATER_ROWS = {"": "kept", "resample": "resampled", "noise": "replaced by noise", "nan": "replaced by NaN"}  # by mode
+
 def audit_cut(
     subject: AuditedFunction, cut: int, back: int, allowed: dict, holes: bool = False,
 ) -> list[dict]:
-    "Findings at one cut: `fn` of the rows before it, compared with `fn` of these and later rows, as they are and replaced."
+    "Findings at one cut: `fn` of the rows before it, compared with `fn` of these and later rows, kept or replaced."
     whole, rng = back >= len(subject.frame), subject.rng
     start, stop = 0, len(subject.frame)
     if not whole: start, stop = max(0, cut - back), cut + int(rng.integers(back // 4, back))
@@ -741,20 +748,21 @@ def audit_cut(
     if past is not None and not past.loc[:until].notna().any(axis=None): past = None  # too few rows for any value
     if past is None and not whole and not holes: return audit_cut(subject, cut, len(subject.frame), allowed)
     if past is None and not holes: subject.empty_cuts.add(cut)
-    for mode in ("as it is",) if holes else ("as it is", *MODES):
-        other = given.copy() if mode == "as it is" else replace_rows(given, rows, mode, rng)
+    for mode, change in LATER_ROWS.items():
+        if holes and mode: continue
+        other = replace_rows(given, rows, mode, rng) if mode else given.copy()
         out = subject.call(other)
         if out is None: continue
-        if mode == "as it is": now, kind, base = out, "truncation", past
-        else: kind, base = "perturbation", fill_from(past, now)
+        if mode: kind, base = "perturbation", fill_from(past, now)
+        else: now, kind, base = out, "truncation", past
         if base is None: continue
-        # A column in only one of the two may need more rows or values: other futures judge it.
+        # A column that exists in only one output may need more data: do not count it here.
         if kind == "truncation" or mode == "nan":
             both = base.columns.intersection(out.columns)
             base, out = base[both], out[both]
-        label = f"cut after {until}{', with holes' * holes}, future {mode}"
+        label = f"cut after {until}{', more values missing' * holes}, later rows {change}"
         found = compare_outputs(base, out, until, kind, allowed, label)
-        blank = set(out.columns[out.isna().all()]) if holes or mode == "nan" else ()  # missing in, missing out
+        blank = set(out.columns[out.isna().all()]) if holes or mode == "nan" else ()  # NaN for NaN is not a leak
         findings += [f for f in found if f["column"] not in blank]
         subject.tests_run.add(kind)
         subject.compared |= {c for c in base if base[c].notna().any()}
@@ -791,7 +799,8 @@ def check_audited(frame: pd.DataFrame, n_cuts: int) -> None:
 def summarise_tests(subject: AuditedFunction, base: pd.DataFrame) -> dict:
     "What the calls of an audit could test and what not; an `AuditError` if nothing could be compared."
     if not subject.compared:
-        raise AuditError(f"nothing could be compared: {subject.first_error or 'fn returned no value before any cut'}")
+        no_value = "fn returned no value before any cut: give a longer frame, or a function that needs fewer rows"
+        raise AuditError(f"nothing could be compared: {subject.first_error or no_value}")
     tested: dict[str, int | str] = {"runs": subject.runs, "runs that raised": subject.raised}
     for kind in ("truncation", "perturbation"):
         if kind not in subject.tests_run: tested[kind] = f"untested: {subject.raised} runs raised"
@@ -805,7 +814,7 @@ def audit(
     fn: Callable[[pd.DataFrame], pd.DataFrame | pd.Series | np.ndarray],  # code under audit
     frame: pd.DataFrame,  # time-indexed input, UTC, increasing; at least 8 rows
     *,
-    n_cuts: int = 32,  # number of cuts, at least 1; the first rows with an output and the last rows are always among them
+    n_cuts: int = 32,  # smallest number of cuts, at least 1; there are more if the special rows (see Where to cut) are more
     seed: int = 0,  # places the cuts and draws the replacements
     on_cut: Callable[[int, int], None] = lambda done, total: None,  # called before each cut with (cuts done, cuts in all)
 ) -> LeakReport:
@@ -821,7 +830,7 @@ def audit(
     differences = compare_outputs(base, again, frame.index[-1], "not deterministic", allowed, "same input twice")
     del again
     if differences: return make_report(merge_findings(differences), {"cuts": 0, "rows": n})
-    cuts = choose_cuts(frame, base, suspect_rows(subject, base, allowed), n_cuts, subject.rng)
+    cuts = choose_cuts(frame, base, candidate_rows(subject, base, allowed), n_cuts, subject.rng)
     full_cuts, back, findings = set(cuts[::max(len(cuts) // 4, 1)]), rows_back(frame, base), []
     for k, cut in enumerate(cuts):
         on_cut(k, len(cuts))

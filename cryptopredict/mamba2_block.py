@@ -28,14 +28,14 @@ __all__ = ['Mamba2State', 'Mamba2Config', 'no_weight_decay', 'FusedRMSNorm', 'RM
 # %% ../nbs/03_mamba2_block.ipynb #fc435dd3
 @register_state(ssm=torch.float32)
 class Mamba2State(NamedTuple):
-    "What a mixer carries between chunks; `ssm` is never narrower than float32."
+    "State of a mixer, carried between chunks; `ssm` is kept in at least float32."
     conv: Tensor  # last inputs of the convolution (b, d_inner + 2 g n, d_conv - 1)
     ssm: Tensor  # state of the scan (b, h, p, n)
 
 # %% ../nbs/03_mamba2_block.ipynb #1feabc8e
 @dataclass(frozen=True)
 class Mamba2Config:
-    "Sizes of a mixer, with the paper's letters in the comments."
+    "Sizes of a mixer, with the paper's letters in parentheses; shapes use them in lower case."
     d_model: int = 256  # width of the residual stream (D)
     d_state: int = 128  # state size per channel (N)
     expand: int = 2  # d_inner = expand * d_model (E)
@@ -75,7 +75,7 @@ class Mamba2Config:
     def from_weights(
         cls,
         weights: Mapping[str, Tensor],  # `state_dict` of a `mamba_ssm.Mamba2`
-        ngroups: int,  # groups of heads: the one size that the weights do not show
+        ngroups: int,  # groups of heads, which cannot be read from the weights
     ) -> Mamba2Config:
         "Sizes of a `mamba_ssm.Mamba2` from its weights; a `ValueError` names a weight that does not fit."
         if type(ngroups) is not int or ngroups < 1:
@@ -87,39 +87,39 @@ class Mamba2Config:
                 raise ValueError(f"the weights hold no {name!r}: give the state_dict of one mamba_ssm.Mamba2")
         for name in weights:
             if name not in expected:
-                raise ValueError(f"the weights hold {name!r}, which this mixer does not have")
+                raise ValueError(f"the weights hold an unknown {name!r}: give the state_dict of one mamba_ssm.Mamba2")
         for name in expected:
             axes = {"in_proj.weight": 2, "conv1d.weight": 3, "out_proj.weight": 2}.get(name, 1)
             if weights[name].dim() != axes:
-                raise ValueError(f"{name} has shape {tuple(weights[name].shape)}: this mixer expects {axes} axes")
+                raise ValueError(f"{name} has shape {tuple(weights[name].shape)}: a mixer expects {axes} axes")
         (_, d_model), (channels, _, d_conv) = weights["in_proj.weight"].shape, weights["conv1d.weight"].shape
         inner, heads = weights["norm.weight"].shape[0], weights["A_log"].shape[0]
         if not heads or inner % d_model or inner % heads or (channels - inner) % (2 * ngroups):
             shapes = f"norm.weight ({inner},), A_log ({heads},), conv1d.weight ({channels}, ..)"
-            raise ValueError(f"{shapes} do not fit {ngroups} groups")
+            raise ValueError(f"{shapes} do not fit {ngroups} groups: give another ngroups")
         fits = {"in_proj.weight": (inner + channels + heads, d_model), "out_proj.weight": (d_model, inner),
                 "D": (heads,), "dt_bias": (heads,), "conv1d.bias": (channels,)}
         for name, shape in fits.items():
             if (found := tuple(weights[name].shape)) == shape: continue
-            raise ValueError(f"{name} has shape {found}; this mixer, of {inner} inner channels, expects {shape}")
+            raise ValueError(f"{name} has shape {found}; a mixer with {inner} inner channels expects {shape}")
         d_state = (channels - inner) // (2 * ngroups)
         return cls(d_model, d_state, inner // d_model, inner // heads, ngroups, d_conv)
 
 # %% ../nbs/03_mamba2_block.ipynb #cea9aab7
 def no_weight_decay(
-    parameter: nn.Parameter,  # a bias, a norm's weight and the like
+    parameter: nn.Parameter,  # for example a bias or the weight of a norm
 ) -> nn.Parameter:
-    "The parameter, marked as exempt from weight decay."
+    "The same parameter, marked as exempt from weight decay."
     parameter._no_weight_decay = True  # type: ignore[attr-defined]
     return parameter
 
 # %% ../nbs/03_mamba2_block.ipynb #07c23672
 class FusedRMSNorm(torch.autograd.Function):
-    "x / sqrt(mean(x^2) + eps) * weight per group; only x and weight are kept for the backward pass."
+    "x / sqrt(mean(x^2) + eps) * weight per group; stores only x and weight for the backward pass."
 
     @staticmethod
     def forward(
-        ctx: Any,  # keeps what `backward` needs
+        ctx: Any,  # context that stores tensors for `backward`
         x: Tensor,  # (..., groups, c)
         weight: Tensor,  # (groups, c)
         eps: float,  # added to the mean square
@@ -135,11 +135,11 @@ class FusedRMSNorm(torch.autograd.Function):
         eps: float,  # added to the mean square
     ) -> Tensor:
         "1 / sqrt(mean(x^2) + eps) over the last axis, kept with length 1."
-        return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)  # autocast would make an inner product bfloat16
+        return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)  # not an inner product, which autocast would run in bfloat16
 
     @staticmethod
     def backward(
-        ctx: Any,  # keeps what `backward` needs
+        ctx: Any,  # context that stores tensors for `backward`
         grad_output: Tensor,  # gradient of the output
     ) -> tuple[Tensor, Tensor, None]:
         "Gradients of x and weight."
@@ -147,7 +147,7 @@ class FusedRMSNorm(torch.autograd.Function):
         scale = FusedRMSNorm.scale(x, ctx.eps)
         unit = x * scale
         grad_weight = grad_output * unit
-        radial = (grad_weight * weight).mean(-1, keepdim=True) * scale  # the part of the gradient along x
+        radial = (grad_weight * weight).mean(-1, keepdim=True) * scale  # component of the gradient along x
         grad_x = (grad_output * weight).mul_(scale).addcmul_(unit, radial, value=-1)
         return grad_x, grad_weight.flatten(0, -3).sum(0), None
 
@@ -183,10 +183,11 @@ def check_conv(
     bias: Tensor,  # as in `causal_conv`
     past: Tensor,  # as in `causal_conv`
 ) -> None:
-    "A `ValueError` with the name of the argument that does not fit, and both shapes."
+    "Raise a `ValueError` that names an argument that does not fit, its shape and the expected shape."
     check_tensors(x=x, weight=weight, bias=bias, past=past)
     if x.dim() != 3 or weight.dim() != 3:
-        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} need three axes")
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} need three axes: "
+                         "(batch, time, channels) and (channels, 1, width)")
     (b, _, c), width = x.shape, weight.shape[2]
     for name, value, expected in (("weight", weight, (c, 1, width)), ("bias", bias, (c,)),
                                   ("past", past, (b, c, width - 1))):
@@ -195,11 +196,12 @@ def check_conv(
     check_finite("x", x)
 
 class DepthwiseConv(torch.autograd.Function):
-    "Depthwise convolution of (b, width - 1 + t, channels): one multiply-add per tap, in place, in both passes."
+    """Depthwise convolution of (b, width - 1 + t, channels), as one in-place multiply-add per tap in
+    both passes."""
 
     @staticmethod
     def forward(
-        ctx: Any,  # keeps what `backward` needs
+        ctx: Any,  # context that stores tensors for `backward`
         joined: Tensor,  # past and present inputs (b, width - 1 + t, channels)
         weight: Tensor,  # one filter per channel (channels, 1, width)
         bias: Tensor,  # (channels,)
@@ -213,7 +215,7 @@ class DepthwiseConv(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any,  # keeps what `backward` needs
+        ctx: Any,  # context that stores tensors for `backward`
         grad_output: Tensor,  # gradient of the output (b, t, channels)
     ) -> tuple[Tensor, Tensor, Tensor]:
         "Gradients of joined, weight and bias."
@@ -227,9 +229,10 @@ def conv_with_resets(
     joined: Tensor,  # past and present inputs (b, width - 1 + t, channels)
     weight: Tensor,  # one filter per channel (channels, 1, width)
     bias: Tensor,  # (channels,)
-    reset: Tensor,  # True: nothing before this step is seen (b, t)
+    reset: Tensor,  # True: a new series begins at this step (b, t)
 ) -> tuple[Tensor, Tensor]:
-    "The convolution when a new series begins inside: outputs, and the new past, 0 where it is of an earlier series."
+    """The convolution when new series begin inside the chunk: outputs, and the new past, which is 0
+    where it belongs to an earlier series."""
     t, width, y = reset.shape[1], weight.shape[2], bias
     seq_idx = F.pad(reset.cumsum(1), (width - 1, 0))[..., None]  # the series that each step belongs to
     for k in range(width):
@@ -242,8 +245,8 @@ def causal_conv(
     x: Tensor,  # inputs (b, t, channels)
     weight: Tensor,  # one filter per channel (channels, 1, width)
     bias: Tensor,  # (channels,)
-    past: Tensor,  # the width - 1 inputs before the first (b, channels, width - 1)
-    reset: Tensor | None = None,  # True: nothing before this step is seen (b, t)
+    past: Tensor,  # the last width - 1 inputs before this chunk (b, channels, width - 1)
+    reset: Tensor | None = None,  # True: a new series begins at this step (b, t)
 ) -> tuple[Tensor, Tensor]:
     "Depthwise causal convolution that continues after `past`: outputs (b, t, channels) and the new past."
     check_conv(x, weight, bias, past)
@@ -257,7 +260,7 @@ def causal_conv(
 # %% ../nbs/03_mamba2_block.ipynb #f914f29a
 @cache
 def causal_conv1d_kernel() -> Callable | None:
-    "The function of `causal_conv1d`; None where the package is missing or broken."
+    "`causal_conv1d_fn` of the package `causal_conv1d`; None where the package is missing or broken."
     try: return import_module("causal_conv1d").causal_conv1d_fn
     except Exception: return None
 
@@ -270,7 +273,8 @@ def causal_conv_silu(
     reset: Tensor | None,  # as in `causal_conv`
     backend: str,  # backend of the scan, one of `BACKENDS`
 ) -> tuple[Tensor, Tensor]:
-    "SiLU of `causal_conv`, by the kernel of `causal_conv1d` where the scan's backend is `mamba_ssm` and the sizes allow it."
+    """SiLU of `causal_conv`, by the kernel of `causal_conv1d` if the scan's backend is `mamba_ssm` and
+    the sizes allow it."""
     fits = x.is_cuda and reset is None and 2 <= weight.shape[2] <= 4 and x.shape[2] % 8 == 0
     if (not fits or choose_backend(backend, x)[0] != "mamba_ssm"
             or (kernel := causal_conv1d_kernel()) is None):
@@ -291,7 +295,7 @@ def initial_dt_bias(
 
 # %% ../nbs/03_mamba2_block.ipynb #3a9cc135
 class Mamba2(nn.Module):
-    "Mamba2 mixer that carries the states of its convolution and scan; parameter names of `mamba_ssm.Mamba2`."
+    "The Mamba2 layer, with the states of its convolution and scan; parameters as in `mamba_ssm.Mamba2`."
 
     def __init__(
         self,
@@ -342,9 +346,9 @@ class Mamba2(nn.Module):
     def step(
         self,
         u_t: Tensor,  # input of one step (b, d_model)
-        state: Mamba2State,  # state before it
+        state: Mamba2State,  # state before this step
     ) -> tuple[Tensor, Mamba2State]:
-        "Output (b, d_model) of one step and the state after it; cost and memory do not depend on the past."
+        "Output (b, d_model) of one step and the state after it; the cost does not depend on the past."
         y, state = self(check_step(u_t, self.cfg.d_model), state)
         return y[:, 0], state
 
@@ -398,7 +402,8 @@ class Mamba2Block(nn.Module):
         reset: Tensor | None = None,  # True: a new series begins at this step (b, t)
     ) -> tuple[Tensor, Mamba2State]:
         "Residual stream (b, t, d_model) after the block, and the state of the mixer."
-        check_input(u, self.mixer.in_proj.weight, reset)  # the norm would broadcast a single channel
+        # Checked before the norm, which would broadcast an input with one channel
+        check_input(u, self.mixer.in_proj.weight, reset)
         y, state = self.mixer(self.norm1(u), state, reset)
         u = u + self.dropout(y)
         return u + self.dropout(self.mlp(self.norm2(u))), state

@@ -39,29 +39,30 @@ DERIVED = ("n_features", "anchored")  # sizes that follow from the data; users d
 
 @settings
 class ModelConfig:
-    "Sizes of the model; widths are numbers of channels, spans are hours."
+    "Sizes of the model; widths are numbers of channels, spans are numbers of hours."
     n_features: Annotated[int, Field(ge=1, le=100_000, strict=True)] = 60  # input channels
     d_model: Annotated[int, Field(ge=2, le=16_384, strict=True)] = 64  # width of the residual stream
     n_layers: Annotated[int, Field(ge=1, le=256, strict=True)] = 2  # number of blocks
-    expand: Annotated[int, Field(ge=1, le=64, strict=True)] = 2  # inner width of a mixer, as a multiple of d_model
+    expand: Annotated[int, Field(ge=1, le=64, strict=True)] = 2  # inner width of a mixer / d_model
     d_state: Annotated[int, Field(ge=1, le=4096, strict=True)] = 16  # state size of a mixer, per channel
-    headdim: Annotated[int, Field(ge=1, le=4096, strict=True)] = 32  # width of a head of the mixer
-    ngroups: Annotated[int, Field(ge=1, le=4096, strict=True)] = 1  # groups of heads that share B and C
+    headdim: Annotated[int, Field(ge=1, le=4096, strict=True)] = 32  # channels per SSM head
+    ngroups: Annotated[int, Field(ge=1, le=4096, strict=True)] = 1  # groups of SSM heads that share B and C
     d_conv: Annotated[int, Field(ge=1, le=256, strict=True)] = 4  # span of the causal convolution
-    chunk: Annotated[int, Field(ge=1, le=65_536, strict=True)] = 64  # hours that the scan handles at once
+    chunk: Annotated[int, Field(ge=1, le=65_536, strict=True)] = 64  # block length of the scan (not `tbptt_len`)
     mlp: Annotated[int, Field(ge=1, le=65_536, strict=True)] = 128  # hidden width of the gated MLP
-    dropout: Annotated[float, Field(ge=0., le=.99, strict=True)] = 0.1  # dropout rate after mixer, attention and MLP
-    attention_every: Annotated[int, Field(ge=0, le=256, strict=True)] = 0  # an attention branch in every n-th layer; 0: none
+    dropout: Annotated[float, Field(ge=0., le=.99, strict=True)] = 0.1  # rate after mixer, attention, MLP
+    attention_every: Annotated[int, Field(ge=0, le=256, strict=True)] = 0  # attention in every n-th layer; 0: none
     n_heads: Annotated[int, Field(ge=1, le=1024, strict=True)] = 4  # attention heads
     kv_window: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 512  # hours that the attention looks back
     kernel: Literal["sdpa", "flex", "reference"] = "sdpa"  # attention kernel
     backend: Literal["auto", "torch", "mamba_ssm"] = "auto"  # backend of the scan
     pooling: Literal["last", "mean", "attention"] = "last"  # how the hidden states up to t are pooled
     pool_window: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 168  # hours that attention pooling looks back
-    anchored: Annotated[bool, Field(strict=True)] = False  # the last channel is a forecast of log sigma; the head adds to it
+    anchored: Annotated[bool, Field(strict=True)] = False  # the last input is a forecast of log sigma, which the head corrects
 
     def __post_init__(self) -> None:
-        if self.n_features < 1 + self.anchored: raise ValueError("n_features is 1: give at least 2, one is the anchor")
+        if self.n_features < 1 + self.anchored:
+            raise ValueError("n_features is 1: give at least 2, one of them is the baseline forecast of log sigma")
         _ = self.mixer, self.attention  # building them checks that their sizes fit together
 
     @property
@@ -76,12 +77,13 @@ class ModelConfig:
 
 # %% ../nbs/04a_multitask.ipynb #2f011791
 PRESET_FOLDER = files("cryptopredict").joinpath("presets")
-PRESETS = tuple(sorted(p.name.removesuffix(".toml") for p in PRESET_FOLDER.iterdir() if p.name.endswith(".toml")))
+PRESETS = tuple(sorted(
+    p.name.removesuffix(".toml") for p in PRESET_FOLDER.iterdir() if p.name.endswith(".toml")))
 
 def read_preset(
     name: str,  # one of `PRESETS`
 ) -> dict:
-    "The preset's TOML: tables `model` and `train`."
+    "Content of the preset's TOML file: the tables `model` and `train`."
     if name not in PRESETS: raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
     return tomllib.loads(PRESET_FOLDER.joinpath(f"{name}.toml").read_text(encoding="utf-8"))
 
@@ -112,12 +114,13 @@ def running_mean(
 ) -> tuple[Tensor, MeanState]:
     "Means (b, t, d) of each series from its beginning to each step, and the state after the last step."
     # With resets a mean is a difference of two long sums, which needs float64.
-    local = running_sum(u.to(torch.promote_types(u.dtype, torch.float32) if reset is None else torch.float64), 1)  # (b, t, d)
+    dtype = torch.promote_types(u.dtype, torch.float32) if reset is None else torch.float64
+    local = running_sum(u.to(dtype), 1)  # (b, t, d)
     steps = torch.arange(1., u.shape[1] + 1, device=u.device, dtype=torch.float64).expand(u.shape[:2])
-    total, since = state.total[:, None], torch.zeros_like(steps)  # sum and number of steps before the first of `local`
-    count = state.n.expand(u.shape[:2])
+    total, count = state.total[:, None], state.n.expand(u.shape[:2])  # of the steps before this call
+    since = torch.zeros_like(steps)  # steps of this call that belong to an earlier series
     if reset is not None:
-        since = torch.where(reset, steps - 1, 0).cummax(1).values  # steps of this call that belong to an earlier series
+        since = torch.where(reset, steps - 1, 0).cummax(1).values
         older = F.pad(local, (0, 0, 1, 0)).gather(1, since.long()[..., None].expand_as(local))
         begun = reset.cumsum(1) > 0
         total, count = torch.where(begun[..., None], 0, total), count.masked_fill(begun, 0)
@@ -169,7 +172,7 @@ class Pooling(nn.Module):
 class Forecast(NamedTuple):
     "Joint forecast at each step; all (b, t) but logits (b, t, 3)."
     logits: Tensor  # of the classes down, flat, up
-    p10: Tensor  # 0.1 quantile of r90
+    p10: Tensor  # 0.1 quantile of r90, the log return of the next 90 days
     p90: Tensor  # 0.9 quantile of r90, never below p10
     sigma: Tensor  # annualised volatility of the next 30 days, positive
 
@@ -212,11 +215,11 @@ class Heads(nn.Module):
     def forward(
         self,
         u: Tensor,  # pooled states (b, t, d)
-        anchor: Tensor | None,  # log sigma (b, t) that the head adds to; None: 0
+        anchor: Tensor | None,  # baseline forecast of log sigma (b, t), which the head corrects; None: 0
     ) -> Forecast:
         "Forecasts from pooled states, in float32 or wider."
         u = u.to(torch.promote_types(u.dtype, torch.float32))
-        with torch.autocast(u.device.type, enabled=False):  # bfloat16 biases would no longer be the climatology
+        with torch.autocast(u.device.type, enabled=False):  # bfloat16 would round the climatology
             through = lambda layer: F.linear(u, layer.weight.to(u.dtype), layer.bias.to(u.dtype))
             logits, (middle, down, up, log_sigma) = through(self.classifier), through(self.regressor).unbind(-1)
         if anchor is not None: log_sigma = log_sigma + anchor.to(u.dtype)
@@ -225,7 +228,7 @@ class Heads(nn.Module):
 # %% ../nbs/04a_multitask.ipynb #c4df751c
 @register_state()
 class ModelState(NamedTuple):
-    "Everything the model remembers between chunks; `detach` cuts it off the graph."
+    "Everything the model remembers between chunks; `detach` cuts it off from the graph."
     blocks: tuple  # one state per block
     pool: tuple  # state of the pooling
 
@@ -247,7 +250,7 @@ class MultitaskModel(nn.Module):
             if cfg.attention_every and k % cfg.attention_every == 0:
                 self.blocks.append(HybridBlock(cfg.mixer, cfg.mlp, cfg.attention, cfg.dropout))
             else: self.blocks.append(Mamba2Block(cfg.mixer, cfg.mlp, cfg.dropout))
-        for name, p in self.blocks.named_parameters():  # small residual branches: the stream must not grow with depth
+        for name, p in self.blocks.named_parameters():  # keeps the residual stream from growing with depth
             if name.endswith(("out_proj.weight", "fc2.weight")): p.data /= math.sqrt(2 * cfg.n_layers)
         self.norm, self.pool, self.heads = RMSNorm(cfg.d_model), Pooling(cfg), Heads(cfg.d_model)
         self.log_var_cls, self.log_var_reg = (no_weight_decay(nn.Parameter(torch.zeros(()))) for _ in range(2))
@@ -294,7 +297,8 @@ class MultitaskModel(nn.Module):
         self,
         x: Tensor,  # as for `forward`
     ) -> None:
-        "A `ValueError` if `x` does not fit the model or is not finite; it names the shapes or the first bad element."
+        """Raise a `ValueError` if `x` does not fit the model or is not finite; it names the shapes or
+        the first bad element."""
         n, weight = self.cfg.n_features, self.embed.weight
         check_tensors(x=x)
         check_finite("x", x)
@@ -302,23 +306,26 @@ class MultitaskModel(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, time, {n})")
         mixed = x.dtype in AUTOCAST and torch.is_autocast_enabled(weight.device.type)
         if x.device != weight.device or (x.dtype != weight.dtype and not mixed):
-            raise ValueError(f"x is {x.dtype} on {x.device}; expected {weight.dtype} on {weight.device}: convert it with .to")
+            raise ValueError(f"x is {x.dtype} on {x.device}; expected {weight.dtype} on {weight.device}: "
+                             "convert it with .to")
         if not x.is_cuda and not torch.isfinite(x).all():  # on a GPU this check would make the host wait
             row = torch.nonzero(~torch.isfinite(x))[0].tolist()
             value = x[tuple(row)].item()
-            raise ValueError(f"x{row} (batch, time, feature) is {value}: scale features and set missing ones to 0 first")
+            raise ValueError(f"x{row} (batch, time, feature) is {value}: "
+                             "scale features and set missing ones to 0 first")
 
     def save(
         self,
         folder: str | Path,  # created if it does not exist
     ) -> None:
-        """Write `config.toml` and `model.safetensors`, over an earlier model if there is one.
-        A `ValueError` if the folder holds other files; an `OSError` if it cannot be written."""
+        """Write `config.toml` and `model.safetensors`, replacing an earlier model if there is one.
+        Raises a `ValueError` if the folder holds other files, an `OSError` if it cannot be written."""
         folder, files = Path(folder), {"config.toml", "model.safetensors"}
         folder.mkdir(parents=True, exist_ok=True)
         there = {path.name for path in folder.iterdir()}
         if there - files or "config.toml" in there and there != files:
-            raise ValueError(f"{folder} holds {sorted(there)[0]}, which is not part of a saved model: choose another folder")
+            raise ValueError(f"{folder} holds {sorted(there)[0]}, which is not part of a saved model: "
+                             "choose another folder")
         weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         write_atomic(folder / "model.safetensors", save_tensors(weights))
         write_atomic(folder / "config.toml", to_toml(asdict(self.cfg)))
@@ -326,17 +333,19 @@ class MultitaskModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,  # written by `save`
+        folder: str | Path,  # a saved model
         device: str | torch.device = "cpu",  # device of the model
     ) -> MultitaskModel:
-        "The model that `save` wrote, in evaluation mode; a `ValueError` names the file and what is wrong with it."
+        """The model saved in `folder`, in evaluation mode. A `ValueError` names the file that cannot be
+        loaded and what is wrong with it."""
         def read(name: str, parse: Callable[[bytes], Any]) -> Any:
             path = Path(folder) / name
             try: return parse(path.read_bytes())
             except OSError as error:
                 raise ValueError(f"{path} cannot be read ({error.strerror}): give the folder of `save`") from None
             except (ValueError, SafetensorError) as error:
-                raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): save the model again") from None
+                why = " ".join(str(error).split())
+                raise ValueError(f"{path} is damaged ({why}): save the model again") from None
         model = cls(read("config.toml", lambda content: ModelConfig(**tomllib.loads(content.decode()))))
         tensors = read("model.safetensors", load_tensors)
         try:
@@ -344,16 +353,17 @@ class MultitaskModel(nn.Module):
             model.to(device)
         except (RuntimeError, AssertionError, TypeError, StopIteration) as error:
             why = " ".join(str(error).split())
-            raise ValueError(f"{folder}: config.toml and model.safetensors do not fit each other, or {device} ({why})") from None
+            raise ValueError(f"{folder}: config.toml and model.safetensors do not fit each other, "
+                             f"or {device} ({why})") from None
         return model.eval()
 
 # %% ../nbs/04a_multitask.ipynb #1d90338d
 class Targets(NamedTuple):
     "Labels of a chunk, all (b, t); NaN where a label is unknown or not to be learned from."
     direction: Tensor  # 0 down, 1 flat, 2 up, as floats
-    low: Tensor  # target of p10: r90, or the 0.1 quantile of the path
+    low: Tensor  # target of p10: r90, or the 0.1 quantile of the path (see `task_losses`)
     high: Tensor  # target of p90: r90, or the 0.9 quantile of the path
-    sigma: Tensor  # realised volatility
+    sigma: Tensor  # realised volatility of the next 30 days, annualised
 
 # %% ../nbs/04a_multitask.ipynb #ff58dbc4
 def pinball(
@@ -361,7 +371,7 @@ def pinball(
     q: Tensor,  # forecast quantile, same shape
     alpha: float,  # its level, 0 to 1
 ) -> Tensor:
-    "Pinball loss max(alpha (y - q), (alpha - 1) (y - q)), by element."
+    "Pinball loss max(alpha (y - q), (alpha - 1) (y - q)) of each element."
     return torch.maximum(alpha * (y - q), (alpha - 1) * (y - q))
 
 # %% ../nbs/04a_multitask.ipynb #72d066fb
@@ -378,10 +388,13 @@ def masked_mean(
 def task_losses(
     forecast: Forecast,  # of a chunk
     targets: Targets,  # labels of the chunk
-    target: str = "terminal",  # "terminal": pinball loss on r90; "path": squared error to the path's quantiles
+    target: str = "terminal",  # of p10 and p90: "terminal" or "path"
 ) -> dict[str, Tensor]:
-    "Mean losses `cls`, `p10`, `p90`, `vol` over the labelled steps."
-    if target not in ("terminal", "path"): raise ValueError(f"target is {target!r}; known are 'terminal' and 'path'")
+    """Mean losses `cls`, `p10`, `p90`, `vol` over the labelled steps. With `target="terminal"`, p10 and p90
+    have the pinball loss on r90. With "path" they have the squared error to the 0.1 and 0.9 quantiles of
+    the path: the log returns from t to each hour of the next 90 days (see `make_labels`)."""
+    if target not in ("terminal", "path"):
+        raise ValueError(f"target is {target!r}; known are 'terminal' and 'path'")
     quantile = pinball if target == "terminal" else lambda y, q, alpha: (y - q) ** 2
     logp = forecast.logits.log_softmax(-1)
     return dict(
@@ -398,7 +411,7 @@ def multitask_loss(
     log_var_cls: Tensor,  # learned log-variance of the classification
     log_var_reg: Tensor,  # learned log-variance of the regressions
 ) -> Tensor:
-    "Uncertainty-weighted sum of the task losses."
-    bound = lambda s: MAX_LOG_VAR * torch.tanh(s / MAX_LOG_VAR)
+    "Sum of the classification and regression losses, weighted by the learned log-variances."
+    bound = lambda eta: MAX_LOG_VAR * torch.tanh(eta / MAX_LOG_VAR)
     cls, reg = bound(log_var_cls), bound(log_var_reg)
     return torch.exp(-cls) * losses["cls"] + cls / 2 + torch.exp(-reg) * regression_loss(losses) + reg / 2

@@ -22,17 +22,17 @@ from .files import (RawTable, SourceError, epoch_times, is_number, known_repairs
 # %% auto #0
 __all__ = ['RELEASES', 'CHAIN_COLUMNS', 'CHARTS', 'COINMETRICS_MARKS', 'CHAIN_LIMITS', 'READERS', 'interval_in',
            'check_hourly_bars', 'read_kraken', 'read_binance', 'fred_series', 'read_fred', 'read_yahoo', 'chart_of',
-           'read_blockchaincom', 'read_coinmetrics', 'read_panel', 'sniff', 'read']
+           'read_blockchaincom', 'read_coinmetrics', 'read_panel', 'detect_format', 'read']
 
 # %% ../nbs/00f_readers.ipynb #0cc2bebd
 GRIDS = [pd.Timedelta(hours=h) for h in (168, 72, 24, 12, 8, 6, 4, 3, 2)]
-# Step -> number of such steps in a row that thin trading does not explain. The longest runs in 22
+# Step -> number of consecutive such steps that thin trading does not explain. The longest runs in 22
 # real files: 6 (2 h), 3 (3 h), 4 (4 h), 2 (6 h), 2 (8 h), 1 (12 h), 2 (24 h).
 RUNS = {pd.Timedelta(hours=h): most for h, most in {2: 12, 3: 7, 4: 6, 6: 5, 8: 4, 12: 3, 24: 3}.items()}
-MIN_STEP = {1: 24 * HOUR, 2: 4 * HOUR}  # number of equal steps in a short file -> smallest step that is its interval
+MIN_STEP = {1: 24 * HOUR, 2: 4 * HOUR}  # number of steps in a short file, all equal -> smallest step taken as its interval
 
 def interval_name(step: pd.Timedelta) -> str:
-    "An interval in the notation of exchanges: 15m, 4h, 1d."
+    "An interval as exchanges write it: 15m, 4h, 1d."
     minutes = round(step / pd.Timedelta("1min"))
     for size, unit in ((1440, "d"), (60, "h")):
         if minutes >= size and minutes % size == 0: return f"{minutes // size}{unit}"
@@ -55,19 +55,19 @@ def check_hourly_bars(
     path: str | Path,  # the file, for the message
     times: pd.Series,  # opening times by row of the file, increasing
     closes: pd.Series | None,  # closing times; None if the file has none
-    name: str = "",  # file name that may state an interval
+    name: str = "",  # file name, which may state an interval
 ) -> None:
     "Raise `SourceError` if the bars do not last an hour."
-    remedy = "Give hourly bars (1h)"
+    remedy = "Use hourly bars (1h)"
     if closes is not None:
         span = closes - times
         wrong = (span > HOUR) | (span <= pd.Timedelta(0))
         if wrong.any():
             row = wrong.idxmax()
-            problem = f"the bar lasts {interval_name(span[row])} (close_time - open_time), not an hour"
+            problem = f"the bar lasts {interval_name(span[row])} (close_time - open_time), expected 1h"
             raise SourceError(path, problem, remedy, row=row)
         if span.median() < pd.Timedelta("50min"):
-            problem = f"bars last {interval_name(span.median())}, not an hour"
+            problem = f"bars last {interval_name(span.median())}, expected 1h"
             raise SourceError(path, problem, remedy, row=times.index[0])
         return
     gaps, several = times.diff().dropna(), len(times) >= 8
@@ -75,10 +75,10 @@ def check_hourly_bars(
         run = gaps.eq(step).rolling(most).sum() == most
         if run.any():
             row = gaps.index[max(int(run.to_numpy().argmax()) - most + 1, 0)]
-            problem = f"bars are {interval_name(step)} apart from here on, not an hour"
+            problem = f"bars are {interval_name(step)} apart from here on, expected 1h"
             raise SourceError(path, problem, remedy, row=row, column="value_time")
     if len(gaps) > 1 and gaps.median() < pd.Timedelta("50min"):
-        apart = f"bars are {interval_name(gaps.median())} apart, not an hour"
+        apart = f"bars are {interval_name(gaps.median())} apart, expected 1h"
         raise SourceError(path, apart, remedy, row=gaps.index[0], column="value_time")
     hourly = (gaps == HOUR).any()
     since = times - pd.Timestamp(0, tz="UTC") + pd.Timedelta("3D")  # a grid of weeks begins on Monday
@@ -88,12 +88,12 @@ def check_hourly_bars(
         regular = len(gaps) and gaps.eq(gaps.iloc[0]).all() and gaps.iloc[0] >= MIN_STEP.get(len(gaps), 2 * HOUR)
         grid = gaps.iloc[0] if regular else None
     if grid is not None and (several or not hourly):
-        apart = f"bars are {interval_name(grid)} apart, not an hour"
+        apart = f"bars are {interval_name(grid)} apart, expected 1h"
         raise SourceError(path, apart, remedy, row=times.index[1], column="value_time")
     if several and not hourly:
         raise SourceError(path, "no two bars are one hour apart", remedy, row=times.index[1], column="value_time")
     if not hourly and interval_in(name) not in ("", "1h", "60m"):
-        problem = f"the file's name says {interval_in(name)}, not an hour"
+        problem = f"the interval in the file name is {interval_in(name)}, expected 1h"
         raise SourceError(path, problem, remedy, row=times.index[0])
 
 # %% ../nbs/00f_readers.ipynb #7d9df115
@@ -111,20 +111,20 @@ def check_volume(path: str | Path, frame: pd.DataFrame, table: pd.DataFrame, col
         swapped = (ratio < .1) & (table["volume"] > 0) & (table["close"] > 2)
         if swapped.any():
             problem = f"is {quote} times the price: base and quote volume are swapped"
-            raise SourceError(path, problem, "Exchange the two columns", row=swapped.idxmax(), column="volume")
+            raise SourceError(path, problem, "Swap the two columns", row=swapped.idxmax(), column="volume")
     if table["volume"][table["volume"] > 0].median() > MAX_VOLUME:
         row = (table["volume"] > MAX_VOLUME).idxmax()
         problem = f"{table.loc[row, 'volume']:.6g} in an hour is not a volume in bitcoins"
-        raise SourceError(path, problem, "Give the volume in bitcoins", row=row, column="volume")
+        raise SourceError(path, problem, "Use the volume in bitcoins", row=row, column="volume")
 
 def volume_column(path: str | Path, columns: Sequence[str], base: str) -> str:
-    "The name of the column that holds the volume in coins."
+    "The name of the column of the volume in coins."
     if "volume" in columns: return "volume"
     pattern = rf"volume[ _(]*({base.lower() or 'btc'}|xbt|coin|base)\)?|base[ _]volume|vol"
     found = [c for c in columns if re.fullmatch(pattern, c)]
     if len(found) == 1: return found[0]
     remedy = "Name the column of the volume in coins 'volume'"
-    raise SourceError(path, "lacks column ['volume']", remedy, row=1)
+    raise SourceError(path, "has no column 'volume'", remedy, row=1)
 
 # %% ../nbs/00f_readers.ipynb #73a7e9bf
 KLINE_COLUMNS = ["open_time", *BAR_COLUMNS, "close_time", "quote_volume", "trades", "taker_base", "taker_quote", "ignore"]
@@ -164,20 +164,20 @@ def open_column(path: str | Path, frame: pd.DataFrame, columns: Sequence[str]) -
     return chosen
 
 def check_time_columns(path: str | Path, unix: pd.Series, other: pd.Series) -> None:
-    """Raise `SourceError` if a second column of times differs from the first by the same number of
-    hours in each row."""
+    """Raise `SourceError` if a column of ISO texts differs from a column of unix times by the same
+    time in each row. Other pairs of columns are not compared."""
     times = epoch_times(path, unix) if is_number(str(unix.iloc[0])) else None
     if times is None or is_number(str(other.iloc[0])): return
     apart = pd.to_datetime(other.astype("str"), utc=True, errors="coerce", format="ISO8601") - times
     if apart.notna().all() and apart.nunique() == 1 and apart.iloc[0] != pd.Timedelta(0):
-        problem = f"says {shorten(other.iloc[0], 30)}, and column '{unix.name}' says {times.iloc[0]}"
+        problem = f"is {shorten(other.iloc[0], 30)}, but column '{unix.name}' is {times.iloc[0]:%Y-%m-%d %H:%M} UTC"
         remedy = "Find out which one is UTC and remove the other"
         raise SourceError(path, problem, remedy, row=unix.index[0], column=other.name)
 
 # %% ../nbs/00f_readers.ipynb #fed9b093
 def check_isolated_rows(path: str | Path, times: pd.Series) -> None:
-    """Raise `SourceError` for a few rows that lie half a year away from all others: their year is
-    wrong."""
+    """Raise `SourceError` for fewer than 24 rows, and less than half of the file, that lie more than
+    180 days from all others: their year is wrong."""
     breaks = np.flatnonzero((times.diff() > pd.Timedelta("180D")).to_numpy())
     edges = [0, *breaks, len(times)]
     for begin, end in zip(edges, edges[1:]):
@@ -202,14 +202,14 @@ def finish_table(raw: RawTable, table: pd.DataFrame, available_at, asset: Asset,
 def read_bars(
     raw: RawTable,  # the file
     columns: Sequence[str],  # its column names, lower case
-    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # publication rule; default: the bar's close
+    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # table -> publication times; default: the bar's close
     repairs: Iterable[str] = (),  # opt-in repairs from `REPAIRS`
 ) -> pd.DataFrame:
     "Hourly bars as a source table `value_time, available_at, open, high, low, close, volume`."
     path, counts, notes, repairs, asset = raw.path, {}, [], known_repairs(repairs), asset_of(raw)
     frame = raw.frame.set_axis(columns, axis=1)
     missing = {*BAR_COLUMNS[:4]} - {*columns}
-    if missing: raise SourceError(path, f"lacks column {sorted(missing)}", "Download it again", row=1)
+    if missing: raise SourceError(path, f"has no column {', '.join(sorted(missing))}", "Download the file again", row=1)
     volume, opened = volume_column(path, columns, asset.base), open_column(path, frame, columns)
     times = utc_times(path, frame[opened], repairs, counts)
     closes = closing_times(path, frame, columns, times, repairs)
@@ -221,7 +221,7 @@ def read_bars(
     opens = table["value_time"]
     early = opens < pd.Timestamp("2009-01-03", tz="UTC")
     if early.any():
-        problem = f"{opens[early].iloc[0]} lies before the first bitcoin"
+        problem = f"{opens[early].iloc[0]} lies before the first bitcoin was mined"
         raise SourceError(path, problem, "Repair the year", row=early.idxmax(), column="value_time")
     check_hourly_bars(path, opens, None if closes is None else closes[table.index], raw.member or path.name)
     check_isolated_rows(path, opens)
@@ -242,7 +242,7 @@ def read_bars(
 # %% ../nbs/00f_readers.ipynb #98cbeac7
 def read_kraken(
     path: str | Path | RawTable,  # OHLCVT dump without header: unix time of the OPEN, open, high, low, close, volume, trades
-    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # publication rule; default: the bar's close
+    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # table -> publication times; default: the bar's close
     repairs: Iterable[str] = (),  # opt-in repairs from `REPAIRS`
 ) -> pd.DataFrame:
     "Hourly Kraken bars as a source table; an hour without trades has no row."
@@ -252,10 +252,10 @@ def read_kraken(
 # %% ../nbs/00f_readers.ipynb #c27827d5
 def read_binance(
     path: str | Path | RawTable,  # klines (12 columns, with or without header), or any file whose header has a time and OHLCV
-    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # publication rule; default: the bar's close
+    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # table -> publication times; default: the bar's close
     repairs: Iterable[str] = (),  # opt-in repairs from `REPAIRS`
 ) -> pd.DataFrame:
-    "Hourly bars as a source table; an hour in which the exchange was down has no row."
+    "Hourly bars as a source table. Hours in which the exchange was down have no row."
     raw = path if isinstance(path, RawTable) else read_table(path)
     columns = [c.lower() for c in raw.header] or KLINE_COLUMNS
     if len(columns) != raw.frame.shape[1]:
@@ -271,11 +271,11 @@ def check_daily_rows(
     business: bool = False,  # whether the series has no weekends
 ) -> None:
     "Raise `SourceError` if rows are hours, weeks or months apart instead of days."
-    remedy, gaps = "Download the daily series", times.diff()
+    remedy, gaps = "Download the daily series instead", times.diff()
     close = (gaps > pd.Timedelta(0)) & (gaps < pd.Timedelta("20h"))
     if close.any():
         row = close.idxmax()
-        raise SourceError(path, f"rows are {interval_name(gaps[row])} apart, not days", remedy, row=row)
+        raise SourceError(path, f"rows are {interval_name(gaps[row])} apart, expected 1d", remedy, row=row)
     wide = gaps >= pd.Timedelta("6D")
     run = wide & wide.shift(1, fill_value=False) & wide.shift(2, fill_value=False)
     if len(times) < 4: run = wide if wide.iloc[1:].all() and len(times) > 1 else wide & False
@@ -334,23 +334,23 @@ def day_end(
 
 # %% ../nbs/00f_readers.ipynb #25bb1e82
 def check_one_a_day(path: str | Path, times: pd.Series) -> None:
-    """Raise `SourceError` if a file has rows at several times of one day; repeated rows are another
-    fault."""
+    """Raise `SourceError` if a file has rows at several times of one day (rows with the same time are
+    reported by `repair`)."""
     again = times.str.slice(0, 10).duplicated() & ~times.duplicated()
     if again.any():
         row = again.idxmax()
-        problem = f"has several rows a day ({shorten(times[row])})"
-        raise SourceError(path, problem, "Give the daily series", row=row, column=times.name)
+        problem = f"has several rows per day ({shorten(times[row])})"
+        raise SourceError(path, problem, "Use the daily series", row=row, column=times.name)
 
 def check_changes_daily(path: str | Path, values: pd.Series) -> None:
-    """Raise `SourceError` if values change once a week or once a month only: values of longer
-    periods repeated on each day."""
+    """Raise `SourceError` if values change only once a week or once a month, which means that weekly
+    or monthly values are repeated on each day."""
     changes = np.flatnonzero(np.r_[True, values.diff().iloc[1:].to_numpy() != 0, True])
     lengths = np.diff(changes)[1:-1]
     for period, low, high in (("week", 5, 5), ("month", 18, 23)):
         if len(lengths) >= 2 and np.mean((lengths >= low) & (lengths <= high)) > .7:
-            problem = f"changes once a {period} only: values of a {period} written as days"
-            raise SourceError(path, problem, "Download the daily series", column=values.name)
+            problem = f"changes only once a {period}: {period}ly values repeated on each day"
+            raise SourceError(path, problem, "Download the daily series instead", column=values.name)
 
 def daily_table(
     raw: RawTable,  # the file
@@ -359,11 +359,11 @@ def daily_table(
     schema: pa.DataFrameSchema,  # the rules for the values
     available_at,  # the user's publication rule, or None
     repairs,  # opt-in repairs from `REPAIRS`
-    asset: Asset,  # what the file is about
+    asset: Asset,  # asset or series of the file
     *,
     daily: bool = True,  # whether rows must be a day apart
     business: bool = False,  # whether the series has no weekends
-    snapshots: bool = False,  # whether to drop a last row that was not over when the file was written
+    snapshots: bool = False,  # whether to drop a last day that had not ended when the file was written
 ) -> pd.DataFrame:
     "A daily source table, repaired and checked."
     counts, notes = {}, []
@@ -383,22 +383,22 @@ RELEASES = {"DGS": next_business_day, "DTWEX": next_release_monday}  # prefix of
 def fred_series(
     raw: RawTable,  # any file
 ) -> str:
-    """The series of a FRED file, from its header or, if that says `value`, from its name; empty for
-    any other file."""
+    """The series of a FRED file, from its header or, if the column is called `value`, from the file
+    name; empty for any other file."""
     pattern = r"(?<![A-Za-z0-9])(DGS\d{1,2}(?:MO)?|DTWEX[A-Z]+)(?![A-Za-z0-9])"
     named = re.search(pattern, raw.path.name.upper())
     if len(raw.header) != 2: return ""
     column = raw.header[1].upper()
     if column.lower() in ("value", "close", "price"): return named[1] if named else ""
     if named and column != named[1] and column.startswith(tuple(RELEASES)):
-        problem = f"is named after {named[1]} and holds {raw.header[1]}"
-        raise SourceError(raw.path, problem, "Name it after what it holds", row=1)
+        problem = f"is named after {named[1]}, but holds {raw.header[1]}"
+        raise SourceError(raw.path, problem, "Rename the file after the series it holds, or remove it", row=1)
     return column if column.startswith(tuple(RELEASES)) else ""
 
 # %% ../nbs/00f_readers.ipynb #7cc34eb9
 def read_fred(
     path: str | Path | RawTable,  # fredgraph CSV: observation_date (or DATE, date), then one series; a holiday is empty or "."
-    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # publication rule; default: by series
+    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # table -> publication times; default: by series
     repairs: Iterable[str] = (),  # opt-in repairs from `REPAIRS`
 ) -> pd.DataFrame:
     "A FRED series as a source table; rows without an observation are NaN."
@@ -406,8 +406,8 @@ def read_fred(
     series = fred_series(raw) or raw.header[1]
     rule = next((rule for begin, rule in RELEASES.items() if series.startswith(begin)), available_at)
     if rule is None:
-        problem = f"it is not known when series {shorten(series)} is published"
-        remedy = "Pass available_at=... to read_fred, or move the file out of the folder; known are DGS* and DTWEX*"
+        problem = f"unknown publication time for series {shorten(series)} (known: {', '.join(f'{s}*' for s in RELEASES)})"
+        remedy = "Pass available_at=... to read_fred, or move the file out of the folder"
         raise SourceError(raw.path, problem, remedy, row=1, column=series)
     days, values = raw.frame.iloc[:, 0], raw.frame.iloc[:, 1]
     table = pd.DataFrame({"value_time": utc_dates(raw.path, days), series: to_number(raw.path, values)})
@@ -417,14 +417,14 @@ def read_fred(
     values = table[series].dropna()
     check_changes_daily(raw.path, values)
     if series.startswith("DGS") and (len(values) >= 30 and values.median() < .08 or values.median() > 25):
-        problem = f"is around {values.median():.3g}: a yield in per cent is expected"
-        raise SourceError(raw.path, problem, "Give the yields in per cent", column=series)
+        problem = f"is around {values.median():.3g}, expected a yield in per cent"
+        raise SourceError(raw.path, problem, "Convert the yields to per cent", column=series)
     return daily_table(raw, table, rule, schema, available_at, repairs, Asset(series), daily=known, business=known)
 
-# %% ../nbs/00f_readers.ipynb #2973debb
+# %% ../nbs/00f_readers.ipynb #0e9d7710
 def read_yahoo(
     path: str | Path | RawTable,  # daily quotes as yfinance writes them: Date, then Open High Low Close (Volume) in any order
-    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # publication rule; default: by asset
+    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # table -> publication times; default: by asset
     repairs: Iterable[str] = (),  # opt-in repairs from `REPAIRS`
 ) -> pd.DataFrame:
     """Daily quotes as a source table with columns `open high low close`; `attrs['asset']` names the
@@ -432,7 +432,7 @@ def read_yahoo(
     raw = path if isinstance(path, RawTable) else read_table(path)
     frame, asset = raw.frame.set_axis([c.lower() for c in raw.header], axis=1), asset_of(raw)
     missing = [c for c in PRICES if c not in frame]
-    if missing: raise SourceError(raw.path, f"lacks column {missing}", "Download it again", row=1)
+    if missing: raise SourceError(raw.path, f"has no column {', '.join(missing)}", "Download the file again", row=1)
     index = asset.base == "DXY"
     written = frame.iloc[:, 0].astype("str").str.strip().rename(raw.header[0])
     check_one_a_day(raw.path, written)
@@ -444,12 +444,12 @@ def read_yahoo(
     made = daily_table(raw, table, rule, schema, available_at, repairs, asset, snapshots=True)
     days = made["value_time"].dt.day_of_week
     if index and len(made) >= 10 and (days == 6).any() and not (days == 4).any():
-        problem = "has Sundays and no Friday: its days are shifted by a time zone"
-        raise SourceError(raw.path, problem, "Give each row the day that it describes")
+        problem = "has Sundays but no Fridays: the dates are shifted by a time zone"
+        raise SourceError(raw.path, problem, "Date each row by the day that it describes")
     if index: check_changes_daily(raw.path, made["close"])
     if index and not 50 < made["close"].median() < 200:
-        problem = f"a close of {made['close'].median():.6g} is not the dollar index (70 to 165 since 1985)"
-        raise SourceError(raw.path, problem, "Move the file out of the folder, or name it after what it holds")
+        problem = f"a median close of {made['close'].median():.6g} is not that of the dollar index (70 to 165 since 1985)"
+        raise SourceError(raw.path, problem, "Move the file out of the folder, or rename it after the asset it holds")
     return made
 
 # %% ../nbs/00f_readers.ipynb #0cd7b48b
@@ -467,14 +467,14 @@ CHAIN_LIMITS = {**dict.fromkeys(CHAIN_COLUMNS, 50.), "FeeTotNtv": 500., "DiffMea
 def chart_of(
     raw: RawTable,  # any file
 ) -> str:
-    "The blockchain.com chart that a file's header or name mentions, else an empty string."
+    "The blockchain.com chart named in the header or name of a file, else an empty string."
     text = " ".join([*raw.header[1:2], raw.path.name, raw.member]).lower().replace("_", "-")
     return next((chart for chart in CHARTS if chart in text), "")
 
 # %% ../nbs/00f_readers.ipynb #e4b04373
 def read_blockchaincom(
     path: str | Path | RawTable,  # chart export: UTC time, value; with or without a header
-    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # publication rule; default: the day's end + 24 h
+    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # table -> publication times; default: the day's end + 24 h
     repairs: Iterable[str] = (),  # opt-in repairs from `REPAIRS`
 ) -> pd.DataFrame:
     """A blockchain.com chart as a source table with one column `value`; `attrs['chart']` names the
@@ -500,7 +500,7 @@ def eod_completion(table: pd.DataFrame, completed: pd.Series | None) -> pd.Serie
     return completed.where(real, day_end(table))
 
 def derive_hash_rate(table: pd.DataFrame) -> pd.DataFrame:
-    """`HashRate` (TH/s) from `DiffMean` or the reverse, if one of them is absent: HashRate =
+    """Add `HashRate` (TH/s) or `DiffMean` if only the other is present, and `BlkCnt` too: HashRate =
     DiffMean * BlkCnt * 2^32 / 86400 / 1e12."""
     if "BlkCnt" not in table: return table
     work = (table["BlkCnt"] * 2**32 / 86400 / 1e12).replace(0, np.nan)
@@ -511,11 +511,11 @@ def derive_hash_rate(table: pd.DataFrame) -> pd.DataFrame:
 # %% ../nbs/00f_readers.ipynb #539b7a0b
 def read_coinmetrics(
     path: str | Path | RawTable,  # Coin Metrics community CSV: `time` or `date` (perhaps after `asset`), then metrics
-    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # publication rule; default: completion time
+    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # table -> publication times; default: completion time
     repairs: Iterable[str] = (),  # opt-in repairs from `REPAIRS`
 ) -> pd.DataFrame:
-    """Coin Metrics daily metrics under their own names; `HashRate` or `DiffMean` is derived if only
-    the other is present."""
+    """Daily metrics under Coin Metrics' names. `HashRate` or `DiffMean` is computed from the other if
+    it is missing and the file has `BlkCnt`."""
     raw = path if isinstance(path, RawTable) else read_table(path)
     frame, asset = raw.frame.drop(columns=[c for c in raw.header if c.lower() == "asset"]), asset_of(raw)
     stem = raw.path.name.split(".")[0].upper()
@@ -534,10 +534,10 @@ def read_coinmetrics(
 # %% ../nbs/00f_readers.ipynb #309a1fa5
 def read_panel(
     path: str | Path | RawTable,  # panel.parquet written by `cryptopredict prepare`: hourly decision times without gaps
-    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # publication rule; default: the decision time
+    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # table -> publication times; default: the decision time
     repairs: Iterable[str] = (),  # opt-in repairs of times, from `REPAIRS`
 ) -> pd.DataFrame:
-    "A panel as a source table with all of its columns as numbers."
+    "A panel as a source table, with all columns as numbers."
     raw, counts = path if isinstance(path, RawTable) else read_table(path), {}
     times = utc_times(raw.path, raw.frame.iloc[:, 0], known_repairs(repairs), counts)
     broken = times.diff().iloc[1:] != HOUR
@@ -557,7 +557,7 @@ def read_panel(
 # %% ../nbs/00f_readers.ipynb #9855f22e
 KNOWN_FORMATS = ("Kraken OHLCVT (7 columns), Binance klines (12 columns), a header with "
                  "time,open,high,low,close,volume in any order, Coin Metrics, blockchain.com chart, "
-                 "FRED (one series a file), Yahoo")
+                 "FRED (one series per file), Yahoo")
 
 def are_days(times: pd.Series) -> bool:
     "Whether the rows of a file with a column `date` are at least about a day apart."
@@ -568,11 +568,11 @@ def are_days(times: pd.Series) -> bool:
     return bool(unique.sort_values().diff().min() >= pd.Timedelta("20h"))
 
 # %% ../nbs/00f_readers.ipynb #31d65437
-def sniff(
+def detect_format(
     path: str | Path | RawTable,  # any file
 ) -> str:
-    """The name of the file's format, a key of `READERS`; `SourceError` if it has none of these
-    formats."""
+    """The name of the file's format, a key of `READERS`; `SourceError` if the format is not
+    recognised."""
     raw = path if isinstance(path, RawTable) else read_table(path)
     width, lower = raw.frame.shape[1], [c.lower() for c in raw.header]
     if not lower:
@@ -590,12 +590,12 @@ def sniff(
     if fred_series(raw) or lower[0] == "observation_date" and width == 2: return "fred"
     if width == 2 and chart_of(raw): return "blockchaincom"
     if width == 2 and lower[0] in ("date", "time", "timestamp"):
-        if lower[1] not in ("value", "close", "price"): return "fred"  # whose reader reports the unknown series
-        remedy = "Name the file after it: DGS10.csv, utxo-count.csv"
-        raise SourceError(raw.path, "does not say which series it holds", remedy, row=1)
+        if lower[1] not in ("value", "close", "price"): return "fred"  # its reader reports the unknown series
+        remedy = "Rename the file after its series, for example DGS10.csv or utxo-count.csv"
+        raise SourceError(raw.path, "does not name the series that it holds", remedy, row=1)
     first = ",".join(raw.header)
-    cdd = "A CryptoDataDownload file has a URL in line 1 and descending rows: convert it"
-    problem = f"unknown format; line 1 is {shorten(first, 80)!r}"
+    cdd = "A CryptoDataDownload file has a URL in row 1 and descending rows: convert it"
+    problem = f"unknown format; row 1 is {shorten(first, 80)!r}"
     raise SourceError(raw.path, problem, f"{cdd if '://' in first else 'Convert it'} to one of: {KNOWN_FORMATS}", row=1)
 
 # %% ../nbs/00f_readers.ipynb #f3009c3d
@@ -605,13 +605,13 @@ READERS = dict(kraken=read_kraken, binance=read_binance, coinmetrics=read_coinme
 
 def read(
     path: str | Path,  # a file of any known format, plain or compressed
-    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # publication rule; default: the format's rule
+    available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # table -> publication times; default: the format's rule
     repairs: Iterable[str] = (),  # opt-in repairs from `REPAIRS`
 ) -> pd.DataFrame:
     """The file as a source table; `attrs` hold its `format`, `asset`, `rows` of the file, `repairs`
     (counts) and `notes`."""
     raw = read_table(path)
-    kind = sniff(raw)
+    kind = detect_format(raw)
     table = READERS[kind](raw, available_at=available_at, repairs=repairs)
     table.attrs["format"] = kind
     return table

@@ -39,7 +39,7 @@ def labels_when_known(frame: pd.DataFrame, config: EvaluateConfig) -> pd.DataFra
 
 # %% ../nbs/05g_run_audits.ipynb #2583153d
 def join_reports(reports: list[LeakReport]) -> LeakReport:
-    "Several reports of one audit as one: all findings, with the counts of what was tested added up."
+    "One report from several of the same audit: all findings, and the sums of what was counted."
     tested: dict = {}
     for k, v in [pair for r in reports for pair in r.tested.items()]:
         tested[k] = tested.get(k, 0) + v if isinstance(v, int) else v
@@ -59,7 +59,7 @@ def audit_inputs(
     tables: Sequence[pd.DataFrame] | None = None,  # daily source tables of the panel; None or empty: availability is not tested
     provenance: pd.DataFrame | None = None,  # row of the source table behind each daily cell; needed with `tables`
     max_age: Mapping | None = None,  # oldest value allowed, by column
-    n_cuts: int = 32,  # number of cuts of the audit of features; of labels a sixth
+    n_cuts: int = 32,  # least number of cuts for the features; for the labels, a sixth of it on each of two stretches
     user_code: UserCode = UserCode({}, {}),  # the user's feature functions, as columns; `audit_user_code` audits their code
     on_audit: Callable[[str], None] = lambda name: None,  # called with the name of each audit before it starts
 ) -> dict[str, LeakReport]:
@@ -86,15 +86,15 @@ def audit_inputs(
 
 # %% ../nbs/05g_run_audits.ipynb #af9c5f0c
 SHORT = dict(horizon="20D", vol_window="7D")  # labels of the audited fold
-AUDITED_HOURS = 24 * 220  # length of the stretch that the audited fold is made of
+AUDITED_HOURS = 24 * 220  # length of the stretch that holds the audited fold
 
 def short_fold(
     panel: pd.DataFrame,  # hourly panel
     config: EvaluateConfig,  # threshold of the labels, embargo
     user_code: UserCode,  # the user's feature functions
 ) -> tuple[pd.DataFrame, pd.DataFrame, Fold]:
-    """One frame of panel, features (`f:`) and labels (`y:`) over the last `AUDITED_HOURS` without a gap in the price, the ends
-    of its labels, and one fold of it. A `ValueError` if there is no such stretch."""
+    """One frame of panel, features (`f:`) and labels (`y:`) over the latest stretch of `AUDITED_HOURS` without a gap in the
+    price, the ends of its labels, and one fold of it. A `ValueError` if there is no such stretch."""
     if len(panel) < AUDITED_HOURS: raise ValueError(f"panel has {len(panel)} hours: this audit needs {AUDITED_HOURS}")
     unknown = np.r_[0, panel["close"].isna().cumsum()]
     whole = np.flatnonzero(unknown[AUDITED_HOURS:] == unknown[:-AUDITED_HOURS])
@@ -122,7 +122,7 @@ def split_frame(
 def audit_forecaster(
     fit: Callable[[pd.DataFrame, Fold, pd.DataFrame], Any],  # (frame, fold, ends) of `short_fold` to anything fitted
     predict: Callable[..., pd.DataFrame],  # (fitted, panel, X, rows) to forecasts
-    panel: pd.DataFrame,  # hourly panel; its last 220 days without a gap are used
+    panel: pd.DataFrame,  # hourly panel; the latest gap-free stretch of 220 days is used
     config: EvaluateConfig,  # seed, threshold and embargo
     user_code: UserCode = UserCode({}, {}),  # the user's feature functions
 ) -> LeakReport:
@@ -141,7 +141,7 @@ def fitted_network(
     ends: pd.DataFrame,  # ends of its labels
     config: EvaluateConfig,  # sizes and training of the network, seed, threshold
 ) -> dict:
-    "The network fitted on a short fold: its choice, baselines, scaler, weights and `predict`."
+    "The network fitted on a short fold: a dict of its choice, baselines, scaler, weights and `predict`."
     panel, features, labels = split_frame(frame)
     labels = labels.join(ends)
     settings: dict[str, Any] = dict(model=config.model, train=config.train, threshold=config.threshold, **SHORT)
@@ -157,7 +157,7 @@ def fitted_network(
 
 # %% ../nbs/05g_run_audits.ipynb #a25ab10e
 def audit_network(
-    panel: pd.DataFrame,  # hourly panel; its last 220 days without a gap are used
+    panel: pd.DataFrame,  # hourly panel; the latest gap-free stretch of 220 days is used
     config: EvaluateConfig,  # sizes and training of the network, seed, threshold, embargo
     user_code: UserCode = UserCode({}, {}),  # the user's feature functions
     on_audit: Callable[[str], None] = lambda name: None,  # called with the name of each audit before it starts
@@ -175,13 +175,13 @@ def audit_network(
 
 # %% ../nbs/05g_run_audits.ipynb #0ad3c69c
 def audit_user_code(
-    panel: pd.DataFrame,  # hourly panel; forecasters are audited on the last 220 days without a gap
+    panel: pd.DataFrame,  # hourly panel; forecasters are audited on the latest gap-free stretch of 220 days
     config: EvaluateConfig,  # seed, threshold and embargo
     user_code: UserCode,  # the forecasters and feature functions to audit
-    n_cuts: int = 24,  # number of cuts of the audit of each feature function
+    n_cuts: int = 24,  # least number of cuts for each feature function
     on_audit: Callable[[str], None] = lambda name: None,  # called with the name of each audit before it starts
 ) -> dict[str, LeakReport]:
-    "Reports on the user's feature functions and forecasters by name; a `ValueError` names the one that does not run."
+    "Reports on the user's feature functions and forecasters by name; a `ValueError` names one that cannot be run."
     def fit(name: str, frame: pd.DataFrame, fold: Fold, ends: pd.DataFrame) -> Any:
         given, X, y = split_frame(frame)
         return make_forecaster(name, config, user_code).fit(given, X, y.join(ends), fold, config.seed)
@@ -189,7 +189,7 @@ def audit_user_code(
     def audit_feature(fn: Callable) -> LeakReport:
         learned, labels, ends = learned_labels(panel, config)
         causal = audit(fn, panel, n_cuts=n_cuts, seed=config.seed)
-        # A function that looks its values up elsewhere ignores the frame: only the values show that they are a label.
+        # A function that looks its values up elsewhere ignores the frame: only a comparison with the labels finds it.
         return join_reports([causal, audit_labels(own_columns(fn, panel), labels[learned].astype(float), ends, n_perm=99,
                                                   seed=config.seed)])
     audits: dict[str, Callable[[], LeakReport]] = {name: partial(audit_feature, fn) for name, fn in user_code.features.items()}

@@ -32,7 +32,7 @@ __all__ = ['MACRO_COLUMNS', 'METRICS', 'MAX_AGE', 'SPLICE', 'FLAGS', 'FILL_LIMIT
 MACRO_COLUMNS = {"DTWEXBGS": "dtwexbgs", "DGS10": "dgs10", "DGS2": "dgs2"}  # FRED's names -> the panel's
 METRICS = [*CHAIN_COLUMNS.values(), *CHARTS.values(), "dxy", *MACRO_COLUMNS.values()]
 MAX_AGE = {**dict.fromkeys(METRICS, "7D"), "dtwexbgs": "14D"}  # 7 days for daily series, 14 for weekly releases
-SPLICE = pd.Timestamp("2019-01-01", tz="UTC")  # Kraken is preferred before this time, Binance from it on
+SPLICE = pd.Timestamp("2019-01-01", tz="UTC")  # before this time Kraken is preferred, from then on Binance
 FLAGS = ["is_filled", "is_splice"]
 FILL_LIMIT = 7 * 24  # hours without a trade for which the last close is carried
 
@@ -41,8 +41,8 @@ VENUES = ("kraken", "binance", "bitstamp", "coinbase", "bitfinex", "gemini", "ok
           "huobi", "htx", "gateio", "poloniex", "mtgox", "cexio", "exmo", "itbit", "bittrex", "hitbtc", "cryptocom")
 
 def venue_of(table: pd.DataFrame, data_dir: Path) -> str:
-    """The venue of a table of bars: by its format, else by file or folder name; if none of these
-    names it, `dollars` for bars quoted in US dollars and `binance` for all others."""
+    """The venue of a table of bars, from its format, its file name or its folder names. If none of
+    them names a venue, it is `dollars` for bars quoted in US dollars and `binance` for all others."""
     if table.attrs["format"] == "kraken": return "kraken"
     for part in reversed(Path(table.attrs["file"]).relative_to(data_dir).parts):
         name = re.sub(r"[^a-z]", "", part.lower())
@@ -50,7 +50,7 @@ def venue_of(table: pd.DataFrame, data_dir: Path) -> str:
     return "dollars" if table.attrs["asset"].endswith("/USD") else "binance"
 
 def table_asset(table: pd.DataFrame, data_dir: Path) -> Asset:
-    """The asset of a table by its file; what the file leaves open is taken from the folder names
+    """The asset of a table, from its file; a part that is unknown there is taken from the folder names
     below `data_dir`."""
     base, _, quote = table.attrs["asset"].partition("/")
     for part in reversed(Path(table.attrs["file"]).relative_to(data_dir).parts[:-1]):
@@ -64,8 +64,8 @@ def is_bitcoin(asset: Asset) -> bool:
     return asset.base in ("", "BTC") and asset.quote in ("", *USD)
 
 def require_bitcoin(tables: list[pd.DataFrame], data_dir: Path) -> None:
-    """Raise `SourceError` for bars that are not of Bitcoin in dollars; it names them and a file of
-    Bitcoin."""
+    """Raise `SourceError` for bars that are not of Bitcoin in dollars; the message also names a file
+    of Bitcoin, if there is one."""
     named = [(t, table_asset(t, data_dir)) for t in tables]
     others = [(t, a) for t, a in named if not is_bitcoin(a)]
     if not others: return
@@ -73,7 +73,8 @@ def require_bitcoin(tables: list[pd.DataFrame], data_dir: Path) -> None:
     money = f"Bitcoin in {asset.quote}" if asset.base == "BTC" else str(asset)
     unlike = f", unlike {bitcoin}" if bitcoin else ""
     raise SourceError(table.attrs["file"], f"holds bars of {money}, not of Bitcoin in dollars{unlike}",
-                      "One folder holds one coin: move the file to a folder of its own")
+                      "Convert it to dollars or move it out of the folder" if asset.base == "BTC" else
+                      "One folder holds one coin: move the file to another folder")
 
 # %% ../nbs/00g_sources.ipynb #d8485d46
 def compare_levels(one: pd.Series, other: pd.Series) -> tuple[float, int]:
@@ -91,8 +92,8 @@ def check_venues_agree(venues: dict[str, pd.DataFrame]) -> None:
         gap, hours = compare_levels(a["close"], b["close"])
         early = min(a.index[-1], b.index[-1]).year < 2015
         if hours >= 3 and abs(gap) > (.15 if early else .04):
-            problem = f"its closes are {np.exp(-gap):.3g} times those of {one} in {hours} hours that both have"
-            remedy = "They are of different coins or currencies: keep the one of Bitcoin in dollars"
+            problem = f"its closes are {np.exp(-gap):.3g} times those of {one} in {hours} common hours"
+            remedy = "The files hold different coins or currencies: keep the one of Bitcoin in dollars"
             raise SourceError(other, problem, remedy)
         check_venue_clocks(a, b)
         volume, hours = compare_levels(a["volume"], b["volume"])
@@ -101,8 +102,8 @@ def check_venues_agree(venues: dict[str, pd.DataFrame]) -> None:
         one_is_value = abs(abs(volume) - price) < 1  # one volume is the other times the price
         if hours >= 24 and price > np.log(100) and large > 1e4 and one_is_value:
             dollars, bitcoins = (one, other) if volume > 0 else (other, one)
-            problem = f"its volume is in dollars if that of {bitcoins} is in bitcoins"
-            raise SourceError(dollars, problem, "Give the volume in bitcoins", column="volume")
+            problem = f"its volume is that of {bitcoins} times the price: it seems to be in dollars"
+            raise SourceError(dollars, problem, "Use the volume in bitcoins", column="volume")
 
 def check_venue_clocks(a: pd.DataFrame, b: pd.DataFrame) -> None:
     """Raise `SourceError` if the hourly returns of two venues agree at a lag of some hours, and
@@ -116,8 +117,8 @@ def check_venue_clocks(a: pd.DataFrame, b: pd.DataFrame) -> None:
     best = max(agree, key=lambda lag: agree[lag])
     if best and agree[best] > .6 and sorted(agree.values())[-2] < .4:  # a single lag stands out: not a periodic series
         one, other = a["file"].iloc[-1], b["file"].iloc[-1]
-        problem = f"its returns agree with those of {one} at a distance of {abs(best)} hours, not in the same hours"
-        raise SourceError(other, problem, "The times of one of them are not UTC: convert them")
+        problem = f"its returns agree with those of {one} at a lag of {abs(best)} hours, not in the same hours"
+        raise SourceError(other, problem, "The times of one of the two files are not UTC: convert them")
 
 # %% ../nbs/00g_sources.ipynb #581b93b7
 def check_joints(bars: pd.DataFrame) -> None:
@@ -129,15 +130,15 @@ def check_joints(bars: pd.DataFrame) -> None:
     if wrong.any():
         k = int(wrong.to_numpy().argmax())
         before, after = bars.iloc[k - 1], bars.iloc[k]
-        problem = (f"opens at {after['open']:g} at {after['value_time']}, {before['file']} closes at "
-                   f"{before['close']:g} at {before['available_at']}")
-        remedy = "They are of different coins or units: keep the one of Bitcoin in dollars"
+        problem = (f"the price jumps from {before['close']:g} ({before['file']}) to {after['open']:g} "
+                   f"at {after['value_time']:%Y-%m-%d %H:%M}")
+        remedy = "The files hold different coins or units: keep the one of Bitcoin in dollars"
         raise SourceError(after["file"], problem, remedy)
 
 # %% ../nbs/00g_sources.ipynb #db932a81
 def completes_previous(stacked: pd.DataFrame) -> np.ndarray:
-    """Whether a row is the completed bar of the row above. The row above is the last of its file,
-    and some file continues beyond that hour."""
+    """Whether each row is the completed version of the bar in the row above, where that bar is the
+    last of its file and another file continues after that hour."""
     before, same = stacked.shift(), 1 + 1e-6
     further = stacked[["high", "volume"]] * same >= before[["high", "volume"]]
     reaches = further.all(axis=1) & (stacked["low"] <= before["low"] * same)
@@ -156,14 +157,14 @@ def stack_bars(tables: list[pd.DataFrame]) -> pd.DataFrame:
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
         one, two, name = stacked.iloc[row - 1], stacked.iloc[row], BAR_COLUMNS[column]
-        problem = f"at {two['value_time']} says {two[name]}, but {one['file']} says {one[name]}"
-        remedy = "Remove the wrong file; if they are of two venues, name them (bitstamp_...csv)"
+        problem = f"is {two[name]} at {two['value_time']:%Y-%m-%d %H:%M}, but {one[name]} in {one['file']}"
+        remedy = "Remove the wrong file; if the files are of two venues, put the venue in the name (bitstamp_...csv)"
         raise SourceError(two["file"], problem, remedy, column=name)
     return stacked[~stacked["value_time"].duplicated(keep="last")].drop(columns="ends").reset_index(drop=True)
 
 # %% ../nbs/00g_sources.ipynb #371ea480
 def covered_hours(table: pd.DataFrame, grid: pd.DatetimeIndex) -> np.ndarray:
-    """At which hours of the grid a venue has bars; gaps of up to `FILL_LIMIT` hours count as
+    """Whether a venue has bars, for each hour of the grid; gaps of up to `FILL_LIMIT` hours count as
     covered."""
     at = np.searchsorted(grid.asi8, pd.DatetimeIndex(table["hour"]).as_unit(grid.unit).asi8)
     ends = np.flatnonzero(np.diff(at) > FILL_LIMIT + 1)
@@ -200,18 +201,18 @@ def join_by_hour(bars: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../nbs/00g_sources.ipynb #464418a9
 def check_price_level(table: pd.DataFrame, asset: Asset) -> None:
-    """Raise `SourceError` for bars of an unknown asset that lie mostly outside Bitcoin's range;
-    note any other bars outside it as suspect."""
+    """Raise `SourceError` for bars of an unknown asset if most of their months lie outside Bitcoin's
+    range. Other bars with months outside the range get a note `suspect`."""
     problem, share = level_problem(table)
     if share > .5 and asset.base != "BTC" and table.attrs["format"] != "panel":
-        remedy = "It is another coin or unit: give bars of Bitcoin in US dollars"
+        remedy = "The file holds another coin or unit: use bars of Bitcoin in US dollars"
         raise SourceError(table.attrs["file"], problem, remedy, column="close")
     if problem: table.attrs["notes"].append(f"suspect: {problem}")
 
 def check_common_period(tables: list[pd.DataFrame]) -> None:
-    """Raise `SourceError` if the files of one venue, each perhaps too short to show its period,
-    together have bars longer than an hour. Files with closing times have been checked row by
-    row."""
+    """Raise `SourceError` if the files of one venue, which may each be too short to show the period,
+    together have bars longer than an hour. Files with closing times are checked row by row
+    elsewhere."""
     tables = [table for table in tables if not table.attrs["has_closing_times"]]
     if len(tables) < 2: return
     times = pd.concat([t["value_time"] for t in tables]).sort_values(ignore_index=True).drop_duplicates()
@@ -221,11 +222,11 @@ def check_common_period(tables: list[pd.DataFrame]) -> None:
     step = steps.iloc[0] if len(steps) else HOUR
     on_grid = (times.diff().dropna() % step == pd.Timedelta(0)).all()
     if len(steps) >= 3 and step > HOUR and steps.eq(step).all() and on_grid:
-        problem = f"its bars, and those of the other files, are {step / HOUR:.0f} h apart, not an hour"
-        raise SourceError(tables[-1].attrs["file"], problem, "Give hourly bars (1h)")
+        problem = f"its bars, and those of the other files, are {step / HOUR:.0f}h apart, expected 1h"
+        raise SourceError(tables[-1].attrs["file"], problem, "Use hourly bars (1h)")
 
 def bitcoin_bars(tables: list[pd.DataFrame], data_dir: Path) -> pd.DataFrame:
-    "All bars of a folder as one hourly series, checked against each other."
+    "All bars of a folder, checked against each other and joined into one hourly series."
     by_venue: dict = {}
     require_bitcoin(tables, data_dir)
     for table in tables: by_venue.setdefault(venue_of(table, data_dir), []).append(table)
@@ -239,17 +240,17 @@ def bitcoin_bars(tables: list[pd.DataFrame], data_dir: Path) -> pd.DataFrame:
 
 # %% ../nbs/00g_sources.ipynb #aedcb2ba
 def use_panel_names(table: pd.DataFrame) -> pd.DataFrame:
-    """A daily source table with the panel's column names; `SourceError` if it is unknown which
-    series the file holds."""
+    """A daily source table with the column names of the panel; `SourceError` if the series of the file
+    is unknown."""
     attrs, kind = table.attrs, table.attrs["format"]
     if kind == "yahoo" and attrs["asset"] != "DXY":
         of = attrs["asset"] or "an unknown asset"
         problem = f"holds daily quotes of {of}; the panel takes hourly bars of Bitcoin and daily quotes of the dollar index"
-        remedy = "Move it out of the folder, or name the dollar index DX-Y.NYB.csv; bars have to be hourly"
+        remedy = "Move the file out of the folder; if it is the dollar index, rename it to DX-Y.NYB.csv"
         raise SourceError(attrs["file"], problem, remedy)
     if kind == "blockchaincom" and not attrs["chart"]:
-        remedy = f"Name it after its chart; used are {list(CHARTS)}"
-        raise SourceError(attrs["file"], "does not say which blockchain.com chart it holds", remedy)
+        remedy = f"Rename the file after its chart: {', '.join(CHARTS)}"
+        raise SourceError(attrs["file"], "does not name the blockchain.com chart that it holds", remedy)
     renames: dict[str, dict] = {"coinmetrics": CHAIN_COLUMNS, "fred": MACRO_COLUMNS, "yahoo": {"close": "dxy"},
                                 "blockchaincom": {"value": CHARTS.get(attrs.get("chart"))}}
     names = renames[kind]
@@ -259,7 +260,7 @@ def use_panel_names(table: pd.DataFrame) -> pd.DataFrame:
 
 def drop_snapshot(table: pd.DataFrame, later: list[pd.DataFrame]) -> pd.DataFrame:
     """`table` without its last row if a download that ends later has another value for that day.
-    `SourceError` if both end on that day with different values."""
+    `SourceError` if both downloads end on that day, with different values."""
     columns, last = list(table.columns[2:]), table.iloc[-1]
     for other in later:
         same = other[other["value_time"] == last["value_time"]]
@@ -269,11 +270,11 @@ def drop_snapshot(table: pd.DataFrame, later: list[pd.DataFrame]) -> pd.DataFram
         gap = change.astype(float).max()
         if not gap > 1e-6: continue
         if other["value_time"].iloc[-1] == last["value_time"]:
-            if gap < .01 and table.attrs["format"] == "coinmetrics": continue  # vintages of a finished day
+            if gap < .01 and table.attrs["format"] == "coinmetrics": continue  # revisions of a day that has ended
             problem = f"differs from {table.attrs['file']} on {last['value_time']:%Y-%m-%d}, the last day of both"
-            remedy = "One was downloaded before the day was over: keep the newer file"
+            remedy = "One file was downloaded before the day was over: keep the newer one"
             raise SourceError(other.attrs["file"], problem, remedy)
-        table.attrs["notes"].append(f"last row was not final: settled by {Path(other.attrs['file']).name}")
+        table.attrs["notes"].append(f"last row was not final: value taken from {Path(other.attrs['file']).name}")
         kept = table.iloc[:-1]
         kept.attrs = table.attrs
         return kept
@@ -288,12 +289,13 @@ def check_one_index(tables: list[pd.DataFrame]) -> None:
         differ = int((np.log(both.iloc[:, 0] / both.iloc[:, 1]).abs() > 1e-4).sum())
         if len(both) >= 5 and differ > .2 * len(both):
             problem = f"differs from {one.attrs['file']} on {differ} of {len(both)} days"
-            remedy = "They are not one series (index and future?): keep one of them"
+            remedy = "The files hold different series (index and future?): keep one of them"
             raise SourceError(other.attrs["file"], problem, remedy)
 
 def stack_vintages(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
-    """One table per format, or per series for FRED, from all vintages. The file that ends first
-    comes last: at equal availability the last row wins, so the first release is used."""
+    """One table per format (for FRED, per series) from all downloads. The file that ends first comes
+    last: of several rows with the same time of publication the last one is used, so the first release
+    wins."""
     groups: dict = {}
     check_one_index([t for t in tables if t.attrs["format"] == "yahoo"])
     for table in sorted(tables, key=lambda t: t["value_time"].iloc[-1], reverse=True):
@@ -308,7 +310,7 @@ def chain_problem(table: pd.DataFrame, bars: pd.DataFrame, others: list[pd.DataF
     """Column and problem if an on-chain table contradicts Bitcoin's supply, the bars or other
     tables, else two empty texts."""
     if "SplyCur" in table and table["SplyCur"].median() > 21e6:
-        return "SplyCur", f"a supply of {table['SplyCur'].median():.4g} is more than all bitcoins there will be"
+        return "SplyCur", f"a supply of {table['SplyCur'].median():.4g} is more than the 21 million bitcoins that can exist"
     if "PriceUSD" in table:
         price = table.set_index(table["value_time"] + pd.Timedelta("1D"))["PriceUSD"]  # at midnight after the day
         closes, file = bars.set_index("hour")["close"], bars["file"].iloc[-1]
@@ -330,7 +332,7 @@ def chain_problem(table: pd.DataFrame, bars: pd.DataFrame, others: list[pd.DataF
 def bitcoin_chain(tables: list[pd.DataFrame], bars: pd.DataFrame,
                   data_dir: Path) -> tuple[list, dict[Path, str]]:
     """The daily tables without on-chain files of other coins, and these files with the reason.
-    `SourceError` if the levels contradict each other."""
+    `SourceError` if levels contradict each other and no name tells which file is right."""
     skipped, trusted = {}, []
     chain = [(t, table_asset(t, data_dir)) for t in tables if t.attrs["format"] in ("coinmetrics", "blockchaincom")]
     for table, asset in sorted(chain, key=lambda pair: pair[1].base != "BTC"):  # files named after Bitcoin first
@@ -338,10 +340,10 @@ def bitcoin_chain(tables: list[pd.DataFrame], bars: pd.DataFrame,
         named = any(a.base == "BTC" for t, a in chain if t.attrs.get("chart") == chart)
         same = [t for t in trusted if t.attrs.get("chart") == chart]
         column, problem = chain_problem(table, bars, same) if is_bitcoin(asset) else ("", "")
-        if not is_bitcoin(asset): skipped[file] = f"on-chain data of {asset}; the panel is Bitcoin's"
-        elif problem and named and asset.base != "BTC": skipped[file] = f"not Bitcoin's: {column} {problem}"
+        if not is_bitcoin(asset): skipped[file] = f"on-chain data of {asset}, not of Bitcoin"
+        elif problem and named and asset.base != "BTC": skipped[file] = f"not of Bitcoin: {column} {problem}"
         elif problem:
-            remedy = "It is of another coin or day: move it out of the folder, or name the files after their coins"
+            remedy = "Move the file out of the folder, or name the files after their coins"
             raise SourceError(file, problem, remedy, column=column)
         else: trusted.append(table)
     kept = [t for t in tables if not any(t is x for x, _ in chain) or any(t is x for x in trusted)]
@@ -369,13 +371,13 @@ def prepared_panel(tables: list[pd.DataFrame], data_dir: Path) -> pd.DataFrame:
     if len(tables) > 1:
         panel, other = sorted(tables, key=lambda t: t.attrs["format"] != "panel")[:2]
         problem = f"is a prepared panel, but the folder also holds {other.attrs['file']}"
-        raise SourceError(panel.attrs["file"], problem, "Keep it in a folder of its own")
+        raise SourceError(panel.attrs["file"], problem, "Move the panel to a separate folder")
     table = tables[0]
     check_price_level(table, table_asset(table, data_dir))
     index = pd.DatetimeIndex(table["available_at"], name="time")
     panel = table.set_index(index).drop(columns=["value_time", "available_at"])
     flags, extra = panel[FLAGS].astype(bool), panel.columns.difference([*BAR_COLUMNS, *METRICS, *FLAGS])
-    if len(extra): table.attrs["notes"].append(f"columns that are not used: {' '.join(extra)}")
+    if len(extra): table.attrs["notes"].append(f"unused columns: {' '.join(extra)}")
     return pd.concat([panel[BAR_COLUMNS], panel.reindex(columns=METRICS), flags], axis=1)
 
 # %% ../nbs/00g_sources.ipynb #a048d6e8
@@ -383,7 +385,7 @@ def read_folder(
     data_dir: str | Path,  # folder with source files, or with a panel written by `cryptopredict prepare`
     repairs: Iterable[str] = (),  # opt-in repairs for every file, from `REPAIRS`
 ) -> Sources:
-    "All files of a folder, read and checked against each other."
+    "Read all files of a folder and check them against each other."
     data_dir, repairs, found = Path(data_dir), known_repairs(repairs), list_files(data_dir)
     skipped = dict(found.skipped)
     panels = {p.parent for p in found.files if p.name == "panel.parquet"}
@@ -397,7 +399,7 @@ def read_folder(
     daily = [t for t in tables if not any(t is b for b in bars)]
     if not bars:
         for table in daily: use_panel_names(table)  # a refused file explains more than missing bars
-        remedy = "Add a Kraken or Binance file: the panel has their hours"
+        remedy = "Add hourly bars of Bitcoin, for example from Kraken or Binance"
         raise SourceError(data_dir, "holds no hourly bars", remedy)
     bars = bitcoin_bars(bars, data_dir)
     daily, others = bitcoin_chain(daily, bars, data_dir)
@@ -433,8 +435,8 @@ def join_panel(
     bars: pd.DataFrame,  # hourly bars with `is_splice`, as `load_tables` returns them
     tables: Sequence[pd.DataFrame],  # daily source tables under the panel's names
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Panel, and provenance: the row of its table behind each daily cell, -1 for none. A metric
-    without a table is NaN."""
+    """The panel, and its provenance: for each daily cell the row of the source table from which the
+    value comes (-1: none). A metric without a table is NaN."""
     market = fill_bars(bars)
     daily, provenance = point_in_time(market.index, *tables, max_age=MAX_AGE, provenance=True)
     columns = [market[BAR_COLUMNS], daily.reindex(columns=METRICS), market[FLAGS]]
@@ -444,8 +446,8 @@ def join_panel(
 def price_gaps(
     panel: pd.DataFrame,  # hourly panel
 ) -> pd.DataFrame:
-    """Stretches without bars that leave the price unknown: `begin` (last hour with a bar), `end`
-    (next hour with a bar) and `hours` between them."""
+    """The gaps that leave the price unknown: `begin` (last hour with a bar), `end` (next hour with a
+    bar) and the number of `hours` between them."""
     unknown = panel["close"].isna().to_numpy()
     edges = np.flatnonzero(np.diff(np.r_[False, unknown, False]))
     begin, end = edges[::2], edges[1::2]
@@ -462,7 +464,7 @@ INVENTORY = ["status", "holds", "asset", "period", "rows", "used", "first", "las
 HOLDS = {"kraken": "bars", "binance": "bars", "panel": "prepared panel"}
 
 def fed_columns(table: pd.DataFrame) -> str:
-    "The panel's columns that a file feeds."
+    "The columns of the panel that can come from a file."
     kind = table.attrs["format"]
     if kind in HOLDS: return HOLDS[kind]
     chain = [n for c, n in CHAIN_COLUMNS.items() if c in table]
@@ -491,7 +493,7 @@ def file_row(table: pd.DataFrame, used: int, panel: pd.DataFrame, skipped: str, 
     repaired = " ".join(f"{name} {count}" for name, count in attrs["repairs"].items())
     return row | dict(repairs=repaired, note="; ".join([*notes, *attrs["notes"]]))
 
-# %% ../nbs/00g_sources.ipynb #2d796439
+# %% ../nbs/00g_sources.ipynb #c02f72c9
 def longest_run(missing: np.ndarray) -> list[tuple[int, int]]:
     """Position and length of the longest run of True as a list of one pair; an empty list if there
     is none."""
@@ -500,11 +502,11 @@ def longest_run(missing: np.ndarray) -> list[tuple[int, int]]:
     return [(int(begin[length.argmax()]), int(length.max()))] if len(length) else []
 
 def panel_row(panel: pd.DataFrame, provided: set[str]) -> dict:
-    "The inventory row of the panel; `provided` are the columns that some file feeds."
+    "The inventory row of the panel; `provided` are the columns for which there is a file."
     filled, gaps, last = panel["is_filled"].to_numpy(), price_gaps(panel), panel.iloc[-1]
     notes = [f"no bars from {g.begin:%Y-%m-%d %H:%M} to {g.end:%Y-%m-%d %H:%M} "
              f"({g.hours} h, {FILL_LIMIT} of them filled)" for g in gaps.itertuples()]
-    notes += [f"longest stretch without a trade: {hours} h from {panel.index[k]:%Y-%m-%d %H:%M} on"
+    notes += [f"longest gap without a trade: {hours} h from {panel.index[k]:%Y-%m-%d %H:%M} on"
               for k, hours in longest_run(filled) if hours >= 24 and hours not in set(gaps["hours"])]
     notes += [f"{c} empty for {hours / 24:.0f} days from {panel.index[k]:%Y-%m-%d} on"
               for c in METRICS if c in provided
@@ -520,7 +522,7 @@ def panel_row(panel: pd.DataFrame, provided: set[str]) -> dict:
 
 # %% ../nbs/00g_sources.ipynb #62f14a4f
 def used_rows(found: Sources, provenance: pd.DataFrame | None) -> dict[str, int]:
-    "File -> how many of its rows are used somewhere in the panel."
+    "File -> number of its rows whose values appear in at least one hour of the panel."
     if found.prepared is not None: return {t.attrs["file"]: len(t) for t in found.files}
     assert found.bars is not None and provenance is not None  # None only for a prepared panel
     used = found.bars["file"].value_counts().to_dict()
@@ -547,7 +549,7 @@ def build_panel(
     rows |= {str(path): dict(status="not read", note=why)
              for path, why in found.skipped.items() if str(path) not in rows}
     if found.hidden:
-        rows["(hidden)"] = dict(status="not read", note=f"{found.hidden} hidden files or folders passed over")
+        rows["(hidden)"] = dict(status="not read", note=f"{found.hidden} hidden files or folders")
     prepared = found.prepared is not None
     provided = {*panel.columns[panel.notna().any()]} if prepared else {c for t in found.tables for c in t}
     rows["(panel)"] = panel_row(panel, provided)
@@ -564,10 +566,11 @@ def inventory(
     data_dir: str | Path | pd.DataFrame,  # folder with source files; or a panel, for which only its own row is returned
     repairs: Iterable[str] = (),  # opt-in repairs for every file, from `REPAIRS`
 ) -> pd.DataFrame:
-    """How each file of a folder, and the panel, was used: `status` (used, unused, left out, not
-    read), what the file `holds`, its `asset` and `period`, its `rows` and how many are `used`,
-    `first` and `last` time, `age_days` at the panel's end, hours without a bar (`filled`) and the
-    `longest_hole` in hours, `repairs` with counts, and a `note`."""
+    """How each file of a folder was used, and the resulting panel: `status` (used, unused, left out,
+    not read; panel), what the file `holds`, its `asset` and `period`, its `rows` and how many of them
+    are `used`, `first` and `last` time, `age_days` at the end of the panel, `filled` (hours without a
+    bar; in the panel, hours without a trade), `longest_hole` (longest gap in hours), `repairs` with
+    counts, and a `note`."""
     if isinstance(data_dir, pd.DataFrame):
         row = panel_row(data_dir, {*data_dir.columns[data_dir.notna().any()]})
         frame = pd.DataFrame.from_dict({"(panel)": row}, orient="index")
@@ -585,11 +588,11 @@ def inventory_json(
 def input_ages(
     panel: pd.DataFrame,  # hourly panel
     tables: Sequence[pd.DataFrame] | None = None,  # its daily source tables
-    provenance: pd.DataFrame | None = None,  # the row of its table behind each cell
+    provenance: pd.DataFrame | None = None,  # for each daily cell, the row of the table it comes from
 ) -> pd.Series:
-    """The age of each input at the newest hour, counted from the beginning of the period it
-    describes; NaT if the input is missing there. `bars` is the newest bar with a trade. Columns
-    without provenance are left out."""
+    """The age of each input at the newest hour, counted from the start of the period that the value
+    describes (a bar that has just closed is 1 h old); NaT if the input is missing there. `bars` is the
+    newest bar with a trade. Columns without provenance are left out."""
     now, traded = panel.index[-1], panel.index[~panel["is_filled"].to_numpy(bool)]
     ages = {"bars": now - (traded[-1] - pd.Timedelta("1h")) if len(traded) else pd.NaT}
     known = pd.DataFrame() if provenance is None else provenance
@@ -601,8 +604,8 @@ def input_ages(
 
 # %% ../nbs/00g_sources.ipynb #5f13a642
 def slice_bound(time: str | pd.Timestamp | None) -> str | pd.Timestamp | None:
-    """An end of a slice: text is kept (a day's name means the whole day); a time without zone is
-    taken as UTC."""
+    """One bound of a slice of hours. Text is kept, so that a date means the whole day; a timestamp
+    without zone is taken as UTC."""
     if time is None: return None
     try: stamp = pd.Timestamp(time)
     except (ValueError, TypeError) as error:
@@ -622,6 +625,7 @@ def load_panel(
     panel = build_panel(read_folder(data_dir, repairs))[0]
     kept = panel.loc[slice_bound(start):].loc[:slice_bound(end)]
     if kept.empty:
-        reach = f"the data reach from {panel.index[0]} to {panel.index[-1]}"
-        raise ValueError(f"no hour between start {start} and end {end}: {reach}")
+        span = f"from {start} on" if end is None else f"up to {end}" if start is None else f"from {start} to {end}"
+        covered = f"it covers {panel.index[0]:%Y-%m-%d %H:%M} to {panel.index[-1]:%Y-%m-%d %H:%M}"
+        raise ValueError(f"the panel has no hour {span}; {covered}")
     return kept

@@ -23,7 +23,7 @@ from torch import Tensor
 from .states import check_finite, check_reset, check_tensors
 
 # %% auto #0
-__all__ = ['BACKENDS', 'ssd_reference', 'ChunkDecays', 'running_sum', 'triangular_sum', 'choose_backend', 'ssd_scan']
+__all__ = ['BACKENDS', 'ssd_reference', 'ChunkDecays', 'choose_backend', 'running_sum', 'triangular_sum', 'ssd_scan']
 
 # %% ../nbs/02b_ssd.ipynb #c8cfdae6
 def ssd_reference(
@@ -36,7 +36,7 @@ def ssd_reference(
     initial_state: Tensor | None = None,  # (b, h, p, n); None: zeros
     reset: Tensor | None = None,  # True: the state is zero before this step (b, t)
 ) -> tuple[Tensor, Tensor]:  # outputs (b, t, h, p), final state (b, h, p, n)
-    "The recurrence step by step: slow, for checks."
+    "The recurrence of `ssd_scan` as a loop over steps: slow, for checks."
     b, t, h, p = x.shape
     B, C = (m.repeat_interleave(h // m.shape[2], dim=2) for m in (B, C))  # (b, t, h, n)
     state = x.new_zeros(b, h, p, B.shape[-1]) if initial_state is None else initial_state
@@ -51,47 +51,26 @@ def ssd_reference(
 
 # %% ../nbs/02b_ssd.ipynb #cee4f83c
 class ChunkDecays(NamedTuple):
-    "Decay factors inside one chunk, (b, c, h, q) except L."
+    """Decay factors inside one chunk, (b, c, h, q) except L. The decay from step j to step i >= j is
+    row_residual[i] * L[i, j] * col_residual[j]."""
     log: Tensor  # log decay of each step
-    L: Tensor  # decay from step j to step i >= j, without row_residual[i] * col_residual[j] (b, c, h, q, q)
-    row_residual: Tensor  # exp of what the float32 sum at step i dropped
-    col_residual: Tensor  # exp of minus what the float32 sum at step j dropped
+    L: Tensor  # exp of differences of the float32 sums, valid for i >= j (b, c, h, q, q)
+    row_residual: Tensor  # exp(float64 sum - float32 sum) at step i
+    col_residual: Tensor  # exp(float32 sum - float64 sum) at step j
     from_start: Tensor  # decay from the start of the chunk to step i
     to_end: Tensor  # decay from step j to the end of the chunk
 
 # %% ../nbs/02b_ssd.ipynb #ecdd10c0
-def running_sum(
-    v: Tensor,  # floats
-    dim: int,  # axis to sum along
-    block: int = 1024,  # length of one product, where `cumsum` is not deterministic
-) -> Tensor:
-    "`cumsum`; `triangular_sum` on a GPU under deterministic algorithms, where PyTorch has no deterministic `cumsum`."
-    if v.is_cuda and torch.are_deterministic_algorithms_enabled(): return triangular_sum(v, dim, block)
-    return v.cumsum(dim)
-
-def triangular_sum(
-    v: Tensor,  # floats
-    dim: int,  # axis to sum along
-    block: int,  # length of one product
-) -> Tensor:
-    "Running sums by products with triangles of ones, one block at a time."
-    before, sums = 0., []
-    with torch.autocast(v.device.type, enabled=False):
-        for part in v.transpose(dim, -1).split(block, -1):
-            size = part.shape[-1]
-            sums.append(before + part @ torch.ones(size, size, dtype=v.dtype, device=v.device).triu())
-            before = sums[-1][..., -1:]
-    return torch.cat(sums, -1).transpose(dim, -1)
-
-# %% ../nbs/02b_ssd.ipynb #02f530c7
-LOG_FLOOR = {torch.float32: -104., torch.float64: -746.}  # exp of anything lower is 0
+LOG_FLOOR = {torch.float32: -104., torch.float64: -746.}  # exp of any lower number is 0
 
 def decay_matrix(
     total: Tensor,  # cumulative sums of the log decays (b, c, h, q)
-    seq_idx: Tensor | None,  # series that each step belongs to (b, c, 1, q); None: all to one
+    seq_idx: Tensor | None,  # number of the series of each step (b, c, 1, q); None: one series
 ) -> Tensor:
-    "exp(total[i] - total[j]) for j <= i, 0 where i and j belong to different series; for j > i, some finite number."
-    # In place where possible: nothing in the scan is larger. Multiplied by zero above the diagonal, where exp would overflow.
+    """exp(total[i] - total[j]) for j <= i, 0 where i and j belong to different series. Values for j > i
+    are finite but meaningless."""
+    # Computed in place, since no other tensor of the scan is larger. Above the diagonal, where exp of the
+    # difference would overflow, total[j] is not subtracted.
     lower = torch.ones((total.shape[-1],) * 2, dtype=total.dtype, device=total.device).tril()
     L = torch.addcmul(total[..., :, None], total[..., None, :], lower, value=-1)
     if seq_idx is not None: L.masked_fill_(seq_idx[..., :, None] != seq_idx[..., None, :], -math.inf)
@@ -99,7 +78,7 @@ def decay_matrix(
 
 def chunk_decays(
     dA: Tensor,  # log decay of each step, <= 0 (b, c, h, q)
-    reset: Tensor | None = None,  # True: nothing before this step is kept (b, c, q)
+    reset: Tensor | None = None,  # True: the state is zero before this step (b, c, q)
 ) -> ChunkDecays:
     "The decays of each chunk, from the log decays of its steps."
     acc_dtype = dA.dtype
@@ -228,7 +207,7 @@ def scan_torch(
 
 # %% ../nbs/02b_ssd.ipynb #0e036703
 def import_past_init(package: str, module: str) -> ModuleType:
-    "A submodule, imported without running the `__init__` of its package; the package stays unimported."
+    "A submodule, imported without running the `__init__` of its package."
     stand_in, spec = ModuleType(package), find_spec(package)
     stand_in.__path__ = list(spec and spec.submodule_search_locations or ())
     sys.modules[package] = stand_in
@@ -237,10 +216,10 @@ def import_past_init(package: str, module: str) -> ModuleType:
 
 @cache
 def mamba_ssm_scan() -> tuple[Callable | None, str]:
-    "The scan of `mamba_ssm`, or None, and the reason; a broken installation gives one warning."
+    "The scan of `mamba_ssm`, or None, and the reason. A broken installation gives one warning."
     at = "ops.triton.ssd_combined"
     try: spec = find_spec("mamba_ssm")
-    except ValueError: spec = None  # somebody left a stand-in in `sys.modules`
+    except ValueError: spec = None  # the entry in `sys.modules` is a placeholder without a spec
     if spec is None: return None, "mamba_ssm is not installed"
     for whole in (True, False):
         try:
@@ -248,8 +227,10 @@ def mamba_ssm_scan() -> tuple[Callable | None, str]:
             return found.mamba_chunk_scan_combined, "mamba_ssm is installed"
         except (Exception, SystemExit) as broken:  # a broken installation can raise anything
             why = f"{type(broken).__name__}: {broken}"
-        if whole: warnings.warn(f"mamba_ssm does not import whole ({why})", RuntimeWarning, stacklevel=2)
-        if "mamba_ssm" in sys.modules: break  # its __init__ runs; the fault is in the kernels
+        if whole:
+            message = f"mamba_ssm does not import ({why}): trying its Triton kernels alone"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        if "mamba_ssm" in sys.modules: break  # its __init__ works, so the kernels are at fault
     return None, f"mamba_ssm's kernels do not import ({why})"
 
 def scan_mamba_ssm(
@@ -289,6 +270,30 @@ def choose_backend(
         found, why = None, "mamba_ssm's kernels multiply float32 in TF32"
     return ("torch" if found is None else "mamba_ssm"), why
 
+# %% ../nbs/02b_ssd.ipynb #f9711a0e
+def running_sum(
+    v: Tensor,  # floats
+    dim: int,  # axis to sum along
+    block: int = 1024,  # steps per matrix product of `triangular_sum`
+) -> Tensor:
+    "`v.cumsum(dim)`; by `triangular_sum` on a GPU under deterministic algorithms."
+    if v.is_cuda and torch.are_deterministic_algorithms_enabled(): return triangular_sum(v, dim, block)
+    return v.cumsum(dim)
+
+def triangular_sum(
+    v: Tensor,  # floats
+    dim: int,  # axis to sum along
+    block: int,  # steps per matrix product
+) -> Tensor:
+    "Cumulative sums along `dim`, as matrix products with a triangle of ones, block by block."
+    before, sums = 0., []
+    with torch.autocast(v.device.type, enabled=False):
+        for part in v.transpose(dim, -1).split(block, -1):
+            size = part.shape[-1]
+            sums.append(before + part @ torch.ones(size, size, dtype=v.dtype, device=v.device).triu())
+            before = sums[-1][..., -1:]
+    return torch.cat(sums, -1).transpose(dim, -1)
+
 # %% ../nbs/02b_ssd.ipynb #7f3c32cf
 @cache
 def log_backend(backend: str, why: str, gpu: bool) -> None:
@@ -299,11 +304,12 @@ def log_backend(backend: str, why: str, gpu: bool) -> None:
 def check_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor | None,
 ) -> None:
-    "A `ValueError` with the name of the argument of `ssd_scan` that does not fit, and both shapes."
+    "Raise a `ValueError` that names an argument of `ssd_scan` that does not fit, and the expected shape."
     optional = {name: value for name, value in dict(D=D, initial_state=state).items() if value is not None}
     check_tensors(x=x, dt=dt, A=A, B=B, C=C, **optional)
     if x.dim() != 4 or not x.is_floating_point() or 0 in x.shape:
-        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; expected floats (batch, time, head, headdim), none 0")
+        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; "
+                         "expected floats (batch, time, heads, headdim), no axis of length 0")
     b, t, h, p = x.shape
     g, n = (B.shape[2], B.shape[3]) if B.dim() == 4 else (1, 0)
     expected = dict(x=(x, x.shape), dt=(dt, (b, t, h)), A=(A, (h,)), B=(B, (b, t, g, n)), C=(C, (b, t, g, n)),
@@ -321,8 +327,8 @@ def check_scan(
     if state is not None and state.dtype != acc_dtype:
         raise ValueError(f"initial_state is {state.dtype}; with x {x.dtype} expected {acc_dtype}")
     if not g or not n or h % g:
-        raise ValueError(f"B has shape {tuple(B.shape)}: expected (batch, time, groups, states), with groups that divide "
-                         f"the {h} heads of x and at least one state")
+        raise ValueError(f"B has shape {tuple(B.shape)}: expected (batch, time, groups, state size), with groups that divide "
+                         f"the {h} heads of x and a state size of at least 1")
 
 # %% ../nbs/02b_ssd.ipynb #5fe26370
 def ssd_scan(
@@ -335,12 +341,13 @@ def ssd_scan(
     initial_state: Tensor | None = None,  # state before the first step (b, h, p, n); None: zeros
     chunk: int = 64,  # steps per chunk; any t works
     backend: str = "auto",  # one of `BACKENDS`; the choice of "auto" is logged once
-    reset: Tensor | None = None,  # True: the stream's state is zero before this step (b, t)
+    reset: Tensor | None = None,  # True: the state is zero before this step (b, t)
 ) -> tuple[Tensor, Tensor]:  # outputs (b, t, h, p) in x's dtype, final state (b, h, p, n) in at least float32
-    """State-space duality scan with carried state: h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] B[t]', y[t] = h[t] C[t] + D x[t].
+    """State-space duality scan with carried state:
+    S[t] = exp(dt[t] A) S[t-1] + dt[t] x[t] B[t]', y[t] = S[t] C[t] + D x[t].
 
-    Dao and Gu (2024), section 6. Differentiable in all arguments, including both states. A `ValueError` names the argument
-    that does not fit, and both shapes.
+    Dao and Gu (2024), section 6. Differentiable in all arguments, including both states. A `ValueError` names
+    an argument that does not fit, its shape and the expected shape.
     """
     check_scan(x, dt, A, B, C, D, initial_state)
     check_reset(reset, x, "x")

@@ -26,10 +26,10 @@ __all__ = ['State', 'MIN_DTYPE', 'debug_flag', 'AUTOCAST', 'map_state', 'detach'
            'check_reset', 'check_like', 'check_input', 'StatefulModule', 'check_state', 'check_step']
 
 # %% ../nbs/02a_states.ipynb #6f3a13ce
-State = TypeVar("State")  # tensors in (named) tuples in tuples
+State = TypeVar("State")  # a nested tuple of tensors; its tuples may be named
 
 def map_state(
-    fn: Callable[..., Tensor],  # called with a tensor, or with the matching tensors of several states
+    fn: Callable[..., Tensor],  # called with one tensor of each state
     state: State,  # a state
     *others: State,  # further states of the same structure
 ) -> State:
@@ -45,14 +45,14 @@ def detach(
 
 # %% ../nbs/02a_states.ipynb #4e717e2d
 def concat_states(
-    states: Sequence[State],  # of the same structure, batch first
+    states: Sequence[State],  # of the same structure, the batch as first axis
 ) -> State:
     "One state for all streams, from the states of several groups of streams."
     return states[0] if len(states) == 1 else tree_map(lambda *parts: torch.cat(parts), *states)
 
 # %% ../nbs/02a_states.ipynb #4e113358
 def where_state(
-    condition: Tensor,  # one bool, on the device of the states
+    condition: Tensor,  # a single bool, on the device of the states
     state: State,  # chosen where it is True
     other: State,  # chosen where it is False
 ) -> State:
@@ -60,12 +60,13 @@ def where_state(
     return tree_map(lambda a, b: torch.where(condition, a, b), state, other)
 
 # %% ../nbs/02a_states.ipynb #67721d8d
-MIN_DTYPE: dict[type, dict[str, torch.dtype]] = {}  # class of a state -> field -> its narrowest dtype
+MIN_DTYPE: dict[type, dict[str, torch.dtype]] = {}  # class of a state -> field -> its minimum dtype
 
 def register_state(
-    **min_dtype: torch.dtype,  # narrowest dtype of a field, by the field's name
+    **min_dtype: torch.dtype,  # field=dtype: the minimum precision of a field
 ) -> Callable[[type[State]], type[State]]:
-    "Class decorator for a named tuple used in states: sets the narrowest dtype of some of its fields."
+    """Class decorator for a named tuple used in states: sets the minimum precision of fields, below
+    which `move_state` never casts them."""
     def register(cls: type[State]) -> type[State]:
         MIN_DTYPE[cls] = min_dtype
         return cls
@@ -75,15 +76,16 @@ def register_state(
 def move_state(
     state: State,  # a state
     device: str | torch.device | None = None,  # target device; None: unchanged
-    dtype: torch.dtype | None = None,  # floating dtype of the model it is for; None: unchanged
+    dtype: torch.dtype | None = None,  # floating dtype of the model; None: unchanged
 ) -> State:
-    "The state on another device, or for a model in another precision; see `register_state`. Integers stay integers."
+    """The state on another device, or for a model in another precision. Fields keep at least the
+    precision set by `register_state`, integers stay integers."""
     if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}: give a floating type")
+        raise ValueError(f"dtype is {dtype}: give a floating dtype")
     def move(part: Any, dtype: torch.dtype | None) -> Any:
         if isinstance(part, Tensor): return part.to(device, dtype if part.is_floating_point() else None)
-        narrowest = MIN_DTYPE.get(type(part), {})
-        parts = [move(p, dtype and torch.promote_types(dtype, narrowest.get(name, dtype)))
+        minimum = MIN_DTYPE.get(type(part), {})
+        parts = [move(p, dtype and torch.promote_types(dtype, minimum.get(name, dtype)))
                  for name, p in zip(getattr(part, "_fields", range(len(part))), part)]
         return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
     return move(state, dtype)
@@ -114,20 +116,22 @@ def load_state(
     like: State,  # a state of the same structure, of any batch size, such as `model.init_state(1)`
     device: str | torch.device = "cpu",  # device of the loaded tensors
 ) -> State:
-    "The state in a file; a `ValueError` names the file and what is wrong with it, or how it differs from `like`."
+    "The state in a file. A `ValueError` names the file and its fault, or the difference from `like`."
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, "pt") as file:
-            sha256 = (file.metadata() or {})["sha256"]
+            sha256 = (file.metadata() or {}).get("sha256")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if sha256 != state_digest(tensors): raise ValueError("its sha256 differs, it is damaged")
+        if sha256 is None: raise ValueError("it has no sha256: give a file written by save_state")
+        if sha256 != state_digest(tensors):
+            raise ValueError("its content does not match its sha256: restore it from a backup")
     except FileNotFoundError: raise ValueError(f"{path}: there is no such file") from None
     except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path} holds no state: {error}") from None
+        raise ValueError(f"{path} cannot be read as a state: {error}") from None
     expected = {keystr(p) or "state": v for p, v in tree_flatten_with_path(like)[0]}
     if expected.keys() != tensors.keys():
         found, wanted = ", ".join(tensors), ", ".join(expected)
-        raise ValueError(f"{path} holds another state: its parts are {found}; expected {wanted}")
+        raise ValueError(f"{path} holds another state: its tensors are {found}; expected {wanted}")
     for name, v in expected.items():
         if tensors[name].shape[1:] != v.shape[1:]:
             raise ValueError(f"{path}: {name} has shape {tuple(tensors[name].shape)}; "
@@ -143,27 +147,29 @@ debug_flag = [os.environ.get("CRYPTOPREDICT_DEBUG", "0") not in ("", "0")]
 def debug(
     on: bool = True,  # check whether inputs and states are finite
 ) -> Iterator[None]:
-    "Context in which inputs and states that are not finite raise a `ValueError`, in all threads of the process."
+    """Context in which inputs and states that are not finite raise a `ValueError`, in all threads of
+    the process."""
     before, debug_flag[0] = debug_flag[0], on
     try: yield
     finally: debug_flag[0] = before
 
 # %% ../nbs/02a_states.ipynb #8d472cfa
 def check_finite(
-    name: str,  # of the argument, for the message
+    name: str,  # name of the argument in the message
     value: Tensor,  # the argument
 ) -> None:
-    "Under `debug`, a `ValueError` with the argument's name, its shape and the first place that is not finite."
+    """Under `debug`, raise a `ValueError` if `value` is not finite; it names the argument, its shape
+    and the first such element."""
     if not debug_flag[0] or not value.is_floating_point() or torch.isfinite(value).all(): return
     at = tuple(torch.nonzero(~torch.isfinite(value))[0].tolist())
     raise ValueError(f"{name} of shape {tuple(value.shape)} is {value[at].item()} at {at}: "
-                     f"look for it where {name} is made")
+                     f"check the code that computes {name}")
 
-# %% ../nbs/02a_states.ipynb #2f621a12
+# %% ../nbs/02a_states.ipynb #d2da0edf
 def check_tensors(
-    **given: Any,  # arguments by name
+    **given: Any,  # name=value of the arguments
 ) -> None:
-    "A `ValueError` with the name of the first argument that is not a tensor."
+    "Raise a `ValueError` that names the first argument that is not a tensor, if there is one."
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is {type(value).__name__}; expected a torch.Tensor")
@@ -171,33 +177,35 @@ def check_tensors(
 # %% ../nbs/02a_states.ipynb #f1446686
 def check_reset(
     reset: Tensor | None,  # True: a new series begins at this step (b, t)
-    x: Tensor,  # the input it belongs to (b, t, ...)
-    name: str,  # of `x`, for the message
+    x: Tensor,  # input of the same call (b, t, ...)
+    name: str,  # name of `x` in the message
 ) -> None:
-    "A `ValueError` unless `reset` is None or a bool mask over batch and time of `x`, on its device."
+    "Raise a `ValueError` unless `reset` is None or a bool mask (b, t) that fits `x`, on its device."
     if reset is None: return
     check_tensors(reset=reset)
     if reset.shape != x.shape[:2]:
         raise ValueError(f"reset has shape {tuple(reset.shape)}; with {name} {tuple(x.shape)} "
                          f"expected {tuple(x.shape[:2])}")
     if reset.dtype != torch.bool or reset.device != x.device:
-        raise ValueError(f"reset is {reset.dtype} on {reset.device}; expected torch.bool on {x.device}, as {name}")
+        raise ValueError(f"reset is {reset.dtype} on {reset.device}; expected torch.bool on {x.device} like {name}")
 
 # %% ../nbs/02a_states.ipynb #d6a23f4b
 def check_like(
     given: Any,  # state that was passed
-    expected: Any,  # state with the structure, shapes, dtypes and devices it must have
-    name: str,  # of the argument, for the message
-    u: Tensor,  # input that it goes with, for the message
+    expected: Any,  # state with the required structure, shapes, dtypes and devices
+    name: str,  # name of the argument in the message
+    u: Tensor,  # input of the same call, whose shape the message gives
 ) -> Any:
-    "`given`, if it matches `expected`; otherwise a `ValueError` with the part that differs and both shapes."
+    """`given`, if it matches `expected`; otherwise a `ValueError` that names the part that differs,
+    what was given and what is expected."""
     if type(given) is not type(expected):
         raise ValueError(f"{name} is {type(given).__name__}; expected {type(expected).__name__}")
     if isinstance(expected, tuple):
         if len(given) != len(expected):
             raise ValueError(f"{name} has {len(given)} parts; expected {len(expected)}")
-        for field, one, two in zip(getattr(expected, "_fields", range(len(expected))), given, expected):
-            check_like(one, two, f"{name}.{field}", u)
+        fields = getattr(expected, "_fields", None)
+        for k, (one, two) in enumerate(zip(given, expected)):
+            check_like(one, two, f"{name}.{fields[k]}" if fields else f"{name}[{k}]", u)
         return given
     if given.shape != expected.shape:
         raise ValueError(f"{name} has shape {tuple(given.shape)}; for u {tuple(u.shape)} "
@@ -205,7 +213,7 @@ def check_like(
     if given.dtype != expected.dtype:
         raise ValueError(f"{name} is {given.dtype}; expected {expected.dtype}")
     if given.device != expected.device:
-        raise ValueError(f"{name} is on {given.device}, the model on {expected.device}: move_state moves it")
+        raise ValueError(f"{name} is on {given.device}, the model on {expected.device}: move it with move_state")
     check_finite(name, given)
     return given
 
@@ -214,10 +222,10 @@ AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that autocas
 
 def check_input(
     u: Tensor,  # input of a module (b, t, channels)
-    weight: Tensor,  # its first weight (out, channels)
-    reset: Tensor | None = None,  # as in `check_reset`
+    weight: Tensor,  # first weight matrix of the module (out, channels)
+    reset: Tensor | None = None,  # True: a new series begins at this step (b, t)
 ) -> None:
-    "A `ValueError` if `u` does not fit the module, or `reset` does not fit `u`."
+    "Raise a `ValueError` if `u` does not fit the module, or `reset` does not fit `u`."
     check_tensors(u=u)
     if u.dim() != 3 or u.shape[-1] != weight.shape[1] or 0 in u.shape:
         raise ValueError(f"u has shape {tuple(u.shape)}; expected (batch, time, {weight.shape[1]})")
@@ -230,23 +238,24 @@ def check_input(
 
 # %% ../nbs/02a_states.ipynb #ece51d5e
 class StatefulModule(Protocol):
-    "A module that carries a state between chunks; its first matrix parameter multiplies the input."
+    "Interface of a module with a state; the first matrix among its parameters multiplies the input."
     def init_state(
         self,
         batch: int,  # number of streams
     ) -> Any:
         "The state before the first step."
     def parameters(self) -> Iterator[nn.Parameter]:
-        "The trained tensors, in order of use."
+        "The parameters, in order of use."
 
 def check_state(
-    module: StatefulModule,  # its `init_state` gives the structure that a state must have
-    u: Tensor,  # its input (b, t, channels)
+    module: StatefulModule,  # module whose `init_state` gives the required structure
+    u: Tensor,  # input of the module (b, t, channels)
     state: Any,  # state to start from; None: `module.init_state`
-    reset: Tensor | None = None,  # as in `check_reset`
-    name: str = "state",  # of the state, for the message
+    reset: Tensor | None = None,  # True: a new series begins at this step (b, t)
+    name: str = "state",  # name of the state in the message
 ) -> Any:
-    "The state to start from; a `ValueError` names the argument that does not fit, and both shapes."
+    """The state to start from. A `ValueError` names an argument that does not fit, what was given and
+    what is expected."""
     check_input(u, next(w for w in module.parameters() if w.dim() == 2), reset)
     fresh = module.init_state(u.shape[0])
     return fresh if state is None else check_like(state, fresh, name, u)
@@ -254,8 +263,8 @@ def check_state(
 # %% ../nbs/02a_states.ipynb #04bdf986
 def check_step(
     u_t: Tensor,  # input of one step
-    channels: int,  # that it must have
-    name: str = "u_t",  # of the input, for the message
+    channels: int,  # required number of channels
+    name: str = "u_t",  # name of the input in the message
 ) -> Tensor:
     "One step (b, channels) as a sequence (b, 1, channels); a `ValueError` if it has another shape."
     check_tensors(**{name: u_t})

@@ -1,10 +1,11 @@
-"""Fixtures that several test files share: source files, runs of the shell command, a finished training, executed notebooks.
+"""Shared fixtures: source files, runs of the shell command, a finished training, executed notebooks.
 
-What takes long is made once: `default_run` and `executed` are taken from the folders that CRYPTOPREDICT_DEFAULT_RUN and
-CRYPTOPREDICT_EXECUTED name where `.ci/run` has made them before, and are shared by the workers of pytest-xdist otherwise.
+Slow set-up runs once: `.ci/run` makes the folders of `default_run` and `executed` and names them in CRYPTOPREDICT_DEFAULT_RUN and
+CRYPTOPREDICT_EXECUTED; without these variables, the first worker of pytest-xdist makes them for all.
 """
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
-# Read when numpy loads, here and in every process a test starts: keep numpy out of the imports above.
+# numpy reads these when it is imported, here and in every process a test starts: import it only below.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
     os.environ[_name] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests run on the CPU, wherever they run
@@ -22,12 +23,11 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 settings.load_profile("repeatable")
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT.parent / "shared" / "data"  # the real source files, next to the checkout; they are not part of it
+from helpers import DATA, ROOT  # noqa: E402
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: longer checks of the same kind, run by `pytest -m slow` only")
+    config.addinivalue_line("markers", "slow: longer sweeps of the same checks, run only by `pytest -m slow`")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -56,13 +56,13 @@ def once(tmp_path_factory, request):
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     "Folder of the real source files."
-    if not DATA.is_dir(): pytest.skip("the real data are not here: ../shared/data next to the checkout")
+    if not DATA.is_dir(): pytest.skip("no real data: put the source files into ../shared/data, next to the checkout")
     return DATA
 
 
 @pytest.fixture(scope="session")
 def default_run(once):
-    "`cryptopredict run` without any flag in an empty folder: files, output, peak memory."
+    "`cryptopredict run` without flags in an empty folder: its files, output and peak memory."
     from helpers import command, load_measured, measure
     kept = os.environ.get("CRYPTOPREDICT_DEFAULT_RUN")
     return load_measured(Path(kept) if kept else once("default", lambda folder: measure(folder, command(), "run")))
@@ -70,7 +70,7 @@ def default_run(once):
 
 @pytest.fixture(scope="session")
 def real_run(once, data_dir):
-    "`cryptopredict run --data` with the baselines, as `default_run`."
+    "The same for `cryptopredict run --data` on the real files, with the baselines."
     from helpers import BASELINES, command, load_measured, measure
     words = ("run", "--data", data_dir, "--models", *BASELINES)
     return load_measured(once("real", lambda folder: measure(folder, command(), *words, timeout=600)))
@@ -78,7 +78,7 @@ def real_run(once, data_dir):
 
 @pytest.fixture(scope="session")
 def executed(once) -> Path:
-    "Folder with the outputs of every notebook, executed by `nbdev_test`: one JSON file each."
+    "Folder with one JSON file per notebook: its outputs when `nbdev_test` executes it."
     kept = os.environ.get("CRYPTOPREDICT_EXECUTED")
     def work(folder):
         argv = [sys.executable, ROOT / "tests" / "execute.py", folder]
@@ -89,7 +89,7 @@ def executed(once) -> Path:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Path:
-    "Folders of small source files and configurations, good and faulty; commands may read but not change them."
+    "Folders of small source files and configurations, valid and faulty; read-only for the tests."
     from helpers import write_inputs
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
@@ -123,7 +123,7 @@ def finished_training(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def spoil(monkeypatch):
-    "A function that multiplies the loss of some steps by a factor, each at most so many times."
+    "A function that multiplies the loss of the given steps by a factor, each at most `times` times."
     from cryptopredict.tbptt_trainer import Run
 
     def do(steps, factor, times=10**9):
@@ -142,3 +142,11 @@ def spoil(monkeypatch):
 def notebooks() -> dict[str, dict]:
     "The committed notebooks by name."
     return {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))}
+
+
+@pytest.fixture
+def no_pickle(monkeypatch) -> None:
+    "Make every use of pickle an error."
+    import torch
+    for name in ("load", "loads", "Unpickler"): monkeypatch.setattr(pickle, name, None)
+    monkeypatch.setattr(torch, "load", None)

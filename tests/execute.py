@@ -1,7 +1,7 @@
-"""Run nbdev_test and keep what every cell printed and showed: python tests/execute.py FOLDER [nbdev_test's path].
+"""Run nbdev_test and keep the outputs of every cell: python tests/execute.py FOLDER [path for nbdev_test].
 
-One JSON file per notebook: a list with the outputs of each code cell. So one execution serves both questions: whether the
-checks in the notebooks pass, and whether the committed outputs are what they compute (test_notebooks.py).
+Writes one JSON file per notebook, a list with the outputs of each code cell. One execution thus answers two questions: do the
+checks in the notebooks pass, and are the committed outputs those of the code (test_notebooks.py)?
 """
 import json
 import os

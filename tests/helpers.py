@@ -1,4 +1,4 @@
-"What several test files share: the shell command as a process, folders compared by content, source files written out."
+"Shared helpers: processes, the shell command, snapshots of folders, error messages, small source files."
 import contextlib
 import gzip
 import hashlib
@@ -17,8 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 
-ENV = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"}  # the caller's wishes change what is printed
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"  # the real source files, next to the checkout, not part of it
+PLOTLY = "application/vnd.plotly.v1+json"  # the type of a figure among the outputs of a notebook
+ENV = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"}  # a filter of the caller would change what is printed
 ENV |= {"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"}
 BASELINES = ["climatology", "climatology_4y", "persistence", "ewma", "log_har"]
 SCHEMA = ["time", "fold", "seed", "model", "p_down", "p_flat", "p_up", "p10", "p90", "sigma"]
@@ -30,7 +34,7 @@ json.dump(dict(rc=rc, seconds=time.monotonic() - begin, peak=peak), open(sys.arg
 
 
 def in_child(work: Callable[[], object], timeout: float = 240) -> int:
-    "Exit status of a fork that does `work`: 0, 70 for an exception, less than 0 for a signal."
+    "Run `work` in a fork; its exit status: 0, 70 after an exception, negative after a signal."
     pid = os.fork()
     if not pid:
         status = 70
@@ -38,8 +42,8 @@ def in_child(work: Callable[[], object], timeout: float = 240) -> int:
             work()
             status = 0
         finally: os._exit(status)
-    until = time.monotonic() + timeout
-    while time.monotonic() < until:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended: return os.waitstatus_to_exitcode(status)
         time.sleep(.002)
@@ -56,12 +60,12 @@ def command() -> str:
 
 
 def shell(*words: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess:
-    "The shell command run to its end."
+    "Run the shell command in a process of its own."
     return subprocess.run([command(), *map(str, words)], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=timeout)
 
 
-def inside(*words: str, cwd: Path) -> subprocess.CompletedProcess:
-    "The same command within this process: as good where exit code, words and files are looked at, and quicker."
+def call_cli(*words: str, cwd: Path) -> subprocess.CompletedProcess:
+    "Run the same command in this process, which is faster; enough to check exit code, output and files."
     from cryptopredict.cli import main
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -74,16 +78,19 @@ def inside(*words: str, cwd: Path) -> subprocess.CompletedProcess:
 class Measured:
     "A finished process."
     cwd: Path
-    out: Path  # the run folder it made
+    out: Path  # the run folder it wrote
     rc: int
     stdout: str
     stderr: str
-    seconds: float  # wall time, for the eye only: no test compares it
+    seconds: float  # wall time, for information: no test compares it
     peak: int  # largest resident set, bytes
 
 
 def measure(folder: Path, *words, timeout: float = 600) -> None:
-    "Run a command in an empty folder and keep what `load_measured` reads. A bare parent starts it: a child inherits the peak."
+    """Run a command in an empty folder and store what `load_measured` reads.
+
+    A bare interpreter starts it, since a child inherits the peak memory of its parent.
+    """
     cwd = folder / "cwd"
     cwd.mkdir(parents=True)
     argv = [sys.executable, "-S", "-c", MEASURE, folder / "measured.json", *words]
@@ -92,14 +99,14 @@ def measure(folder: Path, *words, timeout: float = 600) -> None:
 
 
 def load_measured(folder: Path) -> Measured:
-    "A command that `measure` has run."
+    "The command that `measure` has run in this folder."
     runs = sorted((folder / "cwd").glob("runs/*")) or [folder / "cwd" / "runs"]
     notes = {k: v for name in ("measured", "output") for k, v in json.loads((folder / f"{name}.json").read_text()).items()}
     return Measured(cwd=folder / "cwd", out=runs[0], **notes)
 
 
 def snapshot(folder: Path, times: bool = True) -> dict:
-    "Every path below a folder with its content's hash and, unless `times` is false, its time of change."
+    "Path -> (hash of the content, time of the last change) for everything below a folder; all times are 0 unless `times`."
     def entry(path):
         content = "folder" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
         return content, path.stat().st_mtime_ns if times else 0
@@ -108,19 +115,19 @@ def snapshot(folder: Path, times: bool = True) -> dict:
 
 @dataclass
 class Outcome:
-    "A process that has ended, the folder it ran in, and what that folder held before."
+    "A finished process, the folder it ran in, and a snapshot of that folder before."
     done: subprocess.CompletedProcess
     cwd: Path
     before: dict
 
     def untouched(self) -> bool:
-        "No byte and no date of the folder changed."
+        "Whether contents and times in the folder are as before."
         return snapshot(self.cwd) == self.before
 
 
 @contextlib.contextmanager
 def side_by_side(names: list[str], start: Callable[[str], Outcome]) -> Iterator[Callable[[str], Outcome]]:
-    "Processes of many small tests, two at a time; gives a function from name to outcome."
+    "Start one process per name, two at a time; yields a function that waits for the outcome of a name."
     with ThreadPoolExecutor(2) as pool:
         running = {name: pool.submit(start, name) for name in names}
         try: yield lambda name: running[name].result()
@@ -128,17 +135,28 @@ def side_by_side(names: list[str], start: Callable[[str], Outcome]) -> Iterator[
 
 
 def one_line(stderr: str) -> str:
-    "The single line of an error message; anything else fails."
+    "The error message on stderr; fails unless it is one line."
     lines = stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("cryptopredict: error: "), stderr
     return lines[0]
+
+
+def check_message(error: pytest.ExceptionInfo, *words: str) -> None:
+    "Check that the message of an exception is one line that holds all the words."
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def read_result(name: str) -> dict:
+    "The committed measurements in `results/NAME.json`."
+    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 # --- source files --------------------------------------------------------------------------------------------------------
 
 
 def walk(hours: int, seed: int = 0, start: str = "2017-01-01") -> pd.DataFrame:
-    "Bars of a random walk by opening time: open high low close volume."
+    "Hourly bars of a random walk by opening time: open high low close volume."
     rng = np.random.default_rng(seed)
     close = np.round(1e4 * np.exp(np.cumsum(rng.normal(0, .006, hours))), 2)
     opened, volume = np.r_[1e4, close[:-1]], np.round(rng.exponential(50, hours) + 1, 3)
@@ -147,20 +165,20 @@ def walk(hours: int, seed: int = 0, start: str = "2017-01-01") -> pd.DataFrame:
 
 
 def write(path: Path, *lines: str) -> Path:
-    "A text file of these lines, in folders made as needed."
+    "Write lines to a text file, creating its folders as needed."
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
 
 
 def write_binance(path: Path, bars: pd.DataFrame) -> Path:
-    "Bars as `ts,open,high,low,close,volume` with ISO times."
+    "Write bars as `ts,open,high,low,close,volume` with ISO times."
     rows = (f"{t:%Y-%m-%dT%H:%M:%S}+00:00," + ",".join(map(str, r)) for t, r in zip(bars.index, bars.to_numpy().tolist()))
     return write(path, "ts,open,high,low,close,volume", *rows)
 
 
 def write_kraken(path: Path, bars: pd.DataFrame) -> Path:
-    "Bars as a gzipped Kraken dump: unix seconds first, trades last, no header."
+    "Write bars as a gzipped Kraken dump: unix seconds first, number of trades last, no header."
     seconds = (bars.index - pd.Timestamp(0, tz="UTC")) // pd.Timedelta("1s")
     rows = [f"{s}," + ",".join(map(str, r)) + ",7" for s, r in zip(seconds, bars.to_numpy().tolist())]
     path.write_bytes(gzip.compress(("\n".join(rows) + "\n").encode(), mtime=0))
@@ -168,7 +186,7 @@ def write_kraken(path: Path, bars: pd.DataFrame) -> Path:
 
 
 def write_inputs(folder: Path) -> Path:
-    "A good folder of bars, folders with one fault each, and configurations."
+    "Write a valid folder of bars, folders with one fault each, and configurations."
     bars = walk(24 * 300)
     write_binance(folder / "good" / "file.csv", bars)
     write_binance(folder / "other" / "file.csv", walk(24 * 300, seed=1))
@@ -196,7 +214,7 @@ def write_inputs(folder: Path) -> Path:
 
 
 def write_sources(folder: Path, begin: str = "2017-01-01", end: str = "2019-12-31") -> Path:
-    "A folder with a file of every format: two venues that meet at 2019, and daily series in which no two values are equal."
+    "Write a file of every format: two venues that meet at 2019, and daily series in which no two values are equal."
     days, splice = pd.date_range(begin, end, freq="D"), pd.Timestamp("2019-01-01", tz="UTC")
     bars = walk(24 * len(days), start=begin)
     write_binance(folder / "market" / "binance.csv", bars[bars.index >= splice])

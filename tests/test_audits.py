@@ -22,6 +22,7 @@ from cryptopredict.audits import (
     check_sequence,
     dependence,
     differences,
+    first_names,
     fitted_parts,
     fresh_model,
     lagged_correlation,
@@ -97,7 +98,7 @@ def test_calls_with_one_seed_are_equal_and_leave_model_and_random_state_unchange
 
 
 def test_a_model_that_cannot_be_copied_is_named():
-    with pytest.raises(ValueError, match="cannot be copied .*undetached"):
+    with pytest.raises(ValueError, match="cannot be copied .*detach tensors"):
         fresh_model(dict(h=nn.Linear(1, 1).weight * 2), "as given")
 
 
@@ -271,8 +272,9 @@ def test_random_outputs_are_not_compared_across_lengths(x):
 
 
 def test_outputs_that_depend_on_the_length_are_found(x):
+    notes = dict(truncation="tested", chunking="not applicable (no state)", step="not applicable (no method step)")
     def by_length(x): return x + torch.arange(x.shape[1])[:, None] / x.shape[1]
-    assert structure(by_length, x, False) == ({"truncation"}, dict(truncation="tested", chunking="no state", step="no step"))
+    assert structure(by_length, x, False) == ({"truncation"}, notes)
 
 
 def test_structure_that_cannot_be_tested_is_noted(x):
@@ -323,12 +325,17 @@ def test_a_model_that_writes_into_its_input_is_audited_on_copies(x):
     assert audit_model(lambda x: x.tanh_().cumsum(1), x).ok and kept.equal(x)
 
 
+@pytest.mark.parametrize("names, line", [(["a", "b", "c"], "a, b, c"), (list("abcd"), "4 columns, first: a, b, c")])
+def test_a_long_list_of_names_is_shortened(names, line):
+    assert first_names(names, "columns") == line
+
+
 def test_weights_that_are_all_zero_are_reported_as_untested(x):
     class Gated(nn.Linear):
         def forward(self, x): return x + super().forward(x.flip(1))
     closed = Gated(3, 3)
     nn.init.zeros_(closed.weight)
-    assert audit_model(closed, x).tested["behind weights that are all zero"] == "untested: weight"
+    assert audit_model(closed, x).tested["layers behind all-zero weights"] == "untested (weights: weight)"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -429,12 +436,31 @@ def test_a_scaler_of_all_rows_is_found(fit, found, market):
     (lambda fold: dict(folds=[Fold(fold.train, fold.valid, fold.test[:0], fold.refit)]), "fold 0: 'test' is empty"),
     (lambda fold: dict(fit=lambda frame, fold: frame.nothing), "fold 0 raised AttributeError"),
     (lambda fold: dict(predict=lambda fitted, frame, rows: 3.), "fold 0 raised"),
-    (lambda fold: dict(fit=lambda *given: None, predict=lambda *given: np.full(len(given[2]), np.nan)), "nothing could be"),
+    (lambda fold: dict(fit=lambda *given: None, predict=lambda *given: np.full(len(given[2]), np.nan)),
+     "nothing could be compared: fit returns nothing"),
 ])
 def test_a_pipeline_that_cannot_be_audited_is_named(changes, message, market):
     frame, _, fold = market
     given = dict(fit=fit_ridge, predict=predict_ridge, frame=frame, folds=[fold]) | changes(fold)
     with pytest.raises(ValueError, match=message): audit_pipeline(**given)
+
+
+def test_a_pipeline_that_raises_on_all_changed_data_is_refused_with_its_first_error(market):
+    frame, _, fold = market
+    fold = Fold(fold.train, fold.valid, fold.test[:-100], fold.refit)  # there are rows after the test
+
+    def refuse(given):
+        if not given.equals(frame): raise RuntimeError("changed")
+
+    def fit(given, fold):
+        refuse(given)
+        return fit_ridge(given, fold)
+
+    def predict(fitted, given, rows):
+        refuse(given)
+        return predict_ridge(fitted, given, rows)
+    with pytest.raises(AuditError, match="compared: [0-9]+ runs on changed data raised, the first RuntimeError: changed"):
+        audit_pipeline(fit, predict, frame, [fold])
 
 
 @pytest.mark.parametrize("fit", [fit_ridge, fit_with_all_rows])
@@ -518,7 +544,7 @@ def windows():
 
 def test_only_labels_that_had_not_matured_are_shifted_copies(windows):
     copies = shifted_copies(*windows, 90)
-    ratio = copies.open / copies.honest
+    ratio = copies.unexplained / copies.unexplained_by_matured
     assert ratio[["one row early", "ten early", "next"]].max() < .01
     assert ratio[["matured", "longer", "shorter", "noise"]].min() > .4
 

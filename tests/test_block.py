@@ -1,4 +1,4 @@
-"The layer: in another program, with a broken mamba_ssm, its weights, parts and gradients (any chunking: test_state)."
+"The Mamba2 layer: minimal dependencies, a broken mamba_ssm, weights, parts and gradients (test_state covers chunking)."
 import math
 import re
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ENV
+from helpers import ENV, check_message
 
 from cryptopredict import ssd
 from cryptopredict.mamba2_block import (
@@ -27,7 +27,7 @@ from cryptopredict.states import debug, detach
 
 ABSENT = ("pandas", "pyarrow", "safetensors", "pydantic", "tyro", "pandera", "rich", "plotly", "talib", "scoringrules",
           "fastcore", "filelock", "tomli_w", "jinja2", "psutil", "httpx", "nbdev", "IPython", "scipy", "sklearn")
-USE = """
+SCRIPT = """
 import sys
 sys.modules.update(dict.fromkeys({absent!r}))  # importing one of these is an ImportError
 import torch
@@ -48,26 +48,26 @@ BROKEN = {
     "an empty folder": {},
     "kernels without the function": {"__init__.py": "", "ops/__init__.py": "", "ops/triton/__init__.py": "",
                                      "ops/triton/ssd_combined.py": ""},
-    "it leaves the interpreter": {"__init__.py": "raise SystemExit(3)"},
+    "it exits the interpreter": {"__init__.py": "raise SystemExit(3)"},
 }
 
 
-def _use(folder: Path, backend: str = "auto", **files: str) -> subprocess.CompletedProcess:
-    "Three training steps of the layer in a fresh interpreter that finds a `mamba_ssm` of these files."
+def _train_in_new_process(folder: Path, backend: str = "auto", **files: str) -> subprocess.CompletedProcess:
+    "Train the layer for three steps in a fresh interpreter that finds a `mamba_ssm` made of these files."
     for name, text in files.items():
         path = folder / "mamba_ssm" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    code = f"import sys; sys.path.insert(0, {str(folder)!r})\n" + USE.format(absent=ABSENT, backend=backend)
+    code = f"import sys; sys.path.insert(0, {str(folder)!r})\n" + SCRIPT.format(absent=ABSENT, backend=backend)
     return subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> str:
-    "Output of the layer where there is no mamba_ssm."
-    done = _use(tmp_path_factory.mktemp("none"))
+    "Output of the training without mamba_ssm."
+    done = _train_in_new_process(tmp_path_factory.mktemp("none"))
     assert done.returncode == 0, done.stderr
-    assert "mamba_ssm" not in done.stderr, "no warning where nothing is broken"
+    assert "mamba_ssm" not in done.stderr, "no warning: a missing package is not a broken one"
     return done.stdout
 
 
@@ -76,16 +76,16 @@ def test_torch_and_einops_are_enough(plain):
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_mamba_ssm_costs_one_warning(name, tmp_path, plain):
+def test_a_broken_mamba_ssm_gives_one_warning_and_the_pytorch_backend(name, tmp_path, plain):
     (tmp_path / "mamba_ssm").mkdir()
-    done = _use(tmp_path, **BROKEN[name])
+    done = _train_in_new_process(tmp_path, **BROKEN[name])
     assert done.returncode == 0, done.stderr
     assert done.stdout == plain, "the PyTorch backend was used instead"
     assert done.stderr.count("RuntimeWarning: mamba_ssm does not import") == done.stderr.count("Warning:") == 1, done.stderr
 
 
 def test_a_requested_backend_that_cannot_be_used_is_an_error(tmp_path):
-    done = _use(tmp_path, "mamba_ssm", **BROKEN["an extension is missing"])
+    done = _train_in_new_process(tmp_path, "mamba_ssm", **BROKEN["an extension is missing"])
     assert done.returncode == 1 and "ValueError: backend 'mamba_ssm' cannot be used" in done.stderr
 
 
@@ -95,7 +95,7 @@ def test_a_requested_backend_that_cannot_be_used_is_an_error(tmp_path):
 @pytest.mark.parametrize("config", [
     Mamba2Config(), Mamba2Config(d_model=12, d_state=5, expand=3, headdim=6, ngroups=2, d_conv=7),
     Mamba2Config(d_model=4, d_state=1, expand=1, headdim=1, ngroups=4, d_conv=1)], ids=["default", "odd", "smallest"])
-def test_from_weights_gives_back_the_config(config):
+def test_from_weights_recovers_the_config(config):
     block = Mamba2Block(config, mlp=8)
     assert Mamba2Config.from_weights(block.mixer.state_dict(), config.ngroups) == config
     weights = {name.removeprefix("mixer."): v for name, v in block.state_dict().items() if name.startswith("mixer.")}
@@ -115,18 +115,18 @@ SMALL = Mamba2Config(d_model=8, d_state=4, headdim=4, ngroups=2)
     (lambda w: w.update({"out_proj.weight": torch.zeros(8, 9)}), 2, "out_proj.weight has shape"),
     (lambda w: w.update({"conv1d.weight": w["conv1d.weight"][:, 0]}), 2, "conv1d.weight has shape"),
     (lambda w: None, 3, "3 groups"), (lambda w: None, 0, "ngroups")])
-def test_from_weights_names_what_does_not_fit(change, ngroups, words):
+def test_from_weights_names_the_weight_or_size_at_fault(change, ngroups, words):
     weights = Mamba2(SMALL).state_dict()
     change(weights)
     with pytest.raises(ValueError) as refused: Mamba2Config.from_weights(weights, ngroups)
-    assert words in str(refused.value) and "\n" not in str(refused.value), refused.value
+    check_message(refused, words)
 
 
 # --- parts of the layer ---------------------------------------------------------------------------------------------------
 
 
-def _gap(a: torch.Tensor, b: torch.Tensor) -> float:
-    "Relative difference, over the whole tensor."
+def _relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    "Norm of the difference relative to the norm of `b`."
     return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
 
 
@@ -138,7 +138,7 @@ def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
     (dict(headdim=48), "headdim 48 does not divide"), (dict(ngroups=3), "ngroups 3 does not divide the 8 heads"),
     (dict(d_conv=0), "d_conv is 0: give a whole number"), (dict(d_state=True), "d_state is True"),
     (dict(chunk=64.), "chunk is 64.0"), (dict(backend="cuda"), "backend is 'cuda'; known are auto")])
-def test_sizes_that_do_not_fit_are_named(change, message):
+def test_an_invalid_size_is_named(change, message):
     with pytest.raises(ValueError, match=message): Mamba2Config(**change)
 
 
@@ -166,19 +166,19 @@ def test_norms_biases_decays_and_skip_weights_are_exempt_from_weight_decay():
 @pytest.mark.parametrize("function, shapes, more", [
     (FusedRMSNorm, ((2, 3, 2, 5), (2, 5)), (1e-5,)), (DepthwiseConv, ((2, 7, 3), (3, 1, 4), (3,)), ())],
     ids=["norm", "convolution"])
-def test_written_gradients_are_those_of_finite_differences(function, shapes, more):
+def test_hand_written_gradients_match_finite_differences(function, shapes, more):
     inputs = [_normal(*shape, seed=k).requires_grad_() for k, shape in enumerate(shapes)]
     assert torch.autograd.gradcheck(function.apply, (*inputs, *more))
     assert torch.autograd.gradgradcheck(function.apply, (*inputs, *more))
 
 
 @pytest.mark.parametrize("size, steepness", [(1e15, 1.), (1e3, 1e36)], ids=["large inputs", "large gradients"])
-def test_the_norm_survives_the_range_of_float32(size, steepness):
+def test_the_norm_neither_overflows_nor_loses_precision_in_float32(size, steepness):
     inputs, grads = [_normal(2, 3, 2, 5) * size, _normal(2, 5, seed=1)], []
     for dtype in (torch.float32, torch.float64):
         leaves = [v.to(dtype).requires_grad_() for v in inputs]
         grads.append(torch.autograd.grad(FusedRMSNorm.apply(*leaves, 1e-5).sum() * steepness, leaves))
-    assert all(_gap(got, due) < 1e-5 for got, due in zip(*grads))
+    assert all(_relative_error(got, due) < 1e-5 for got, due in zip(*grads))
 
 
 def test_the_norm_is_gated_grouped_and_float32_under_autocast():
@@ -199,7 +199,7 @@ CONV = dict(x=torch.zeros(2, 5, 6), weight=torch.zeros(6, 1, 4), bias=torch.zero
     (dict(bias=torch.zeros(1)), "bias has shape (1,)"), (dict(weight=torch.zeros(1, 1, 4)), "weight has shape (1, 1, 4)"),
     (dict(x=torch.zeros(5, 6)), "need three axes"), (dict(past=[]), "past is list; expected a torch.Tensor")],
     ids=["past", "bias", "weight", "axes", "type"])
-def test_an_argument_of_the_convolution_that_does_not_fit_is_named(change, message):
+def test_a_wrong_argument_of_the_convolution_is_named(change, message):
     causal_conv(**CONV)
     with pytest.raises(ValueError, match=re.escape(message)): causal_conv(**(CONV | change))
 
@@ -210,17 +210,17 @@ def _conv_case(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)], ids=str)
-def test_the_convolution_is_pytorchs(dtype, tolerance):
+def test_the_convolution_matches_pytorch(dtype, tolerance):
     x, w, bias, past = _conv_case(dtype)
     one, two = x.clone().requires_grad_(), x.double().requires_grad_()
     got = causal_conv(one, w, bias, past)[0]
     due = F.conv1d(F.pad(two.transpose(1, 2), (3, 0)), w.double(), bias.double(), groups=6).transpose(1, 2)
-    assert got.dtype == dtype and _gap(got, due) < tolerance
+    assert got.dtype == dtype and _relative_error(got, due) < tolerance
     grads = [torch.autograd.grad(v.square().sum(), u)[0] for v, u in ((got.float(), one), (due, two))]
-    assert _gap(*grads) < 2 * tolerance
+    assert _relative_error(*grads) < 2 * tolerance
 
 
-def test_the_convolution_continues_after_the_past():
+def test_the_convolution_in_two_chunks_equals_one_pass():
     x, w, bias, none = _conv_case()
     whole, end = causal_conv(x, w, bias, none)
     first, between = causal_conv(x[:, :2], w, bias, none)
@@ -241,7 +241,7 @@ def test_a_reset_restarts_the_convolution():
     for stream, first, last in ((0, 4, 11), (1, 0, 9), (1, 9, 11)):
         assert torch.allclose(y[stream, first:last], alone(stream, first, last)[0][0], atol=1e-6)
     assert torch.equal(end[1], alone(1, 9, 11)[1][0])
-    assert torch.equal(y[:1, :4], causal_conv(x, w, bias, past)[0][:1, :4]), "before it, the past counts"
+    assert torch.equal(y[:1, :4], causal_conv(x, w, bias, past)[0][:1, :4]), "before the reset, the past counts"
 
 
 def test_the_fused_convolution_falls_back_to_the_plain_one():
@@ -253,7 +253,7 @@ def test_the_fused_convolution_falls_back_to_the_plain_one():
 
 
 def test_a_mixer_loads_weights_laid_out_as_in_mamba_ssm():
-    "Against the formulas of that class, with odd sizes."
+    "Compared with the formulas of that class, at odd sizes."
     d, n, inner, h, groups, width, r = 24, 10, 48, 6, 2, 3, torch.Generator().manual_seed(3)
     draw = lambda *s: torch.randn(*s, generator=r, dtype=torch.float64)
     channels = inner + 2 * groups * n
@@ -270,7 +270,7 @@ def test_a_mixer_loads_weights_laid_out_as_in_mamba_ssm():
     y = (y * (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).flatten(-2) * w["norm.weight"]
     mixer = Mamba2(Mamba2Config.from_weights(w, ngroups=groups)).double()
     mixer.load_state_dict(w)
-    assert _gap(mixer(u)[0], y @ w["out_proj.weight"].T) < 1e-12
+    assert _relative_error(mixer(u)[0], y @ w["out_proj.weight"].T) < 1e-12
 
 
 def _truncated(m: Mamba2, u: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
@@ -283,7 +283,7 @@ def _truncated(m: Mamba2, u: torch.Tensor, lengths: list[int]) -> list[torch.Ten
 
 
 def _truncated_by_hand(m: Mamba2, u: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
-    "The same from the formulas, step by step; only numbers cross a boundary."
+    "The same from the formulas, step by step; only values, no graph, cross a chunk boundary."
     h, window, loss, at = torch.zeros(2, 4, 8, 8).double(), torch.zeros(2, 3, 64).double(), 0., 0
     for length in lengths:
         h, window = (torch.tensor(v.tolist(), dtype=torch.float64) for v in (h, window))
@@ -307,16 +307,17 @@ def test_detached_chunks_give_the_gradient_of_a_graph_cut_by_hand(lengths):
     torch.manual_seed(0)
     mixer = Mamba2(Mamba2Config(d_model=16, d_state=8, headdim=8, ngroups=2, chunk=8)).double()
     u = _normal(2, 45, 16)
-    assert all(_gap(*pair) < 1e-12 for pair in zip(_truncated(mixer, u, lengths), _truncated_by_hand(mixer, u, lengths)))
+    got, due = _truncated(mixer, u, lengths), _truncated_by_hand(mixer, u, lengths)
+    assert all(_relative_error(*pair) < 1e-12 for pair in zip(got, due))
 
 
 def test_decays_stay_in_float32_under_autocast(monkeypatch):
     plain, seen = ssd.chunk_decays, {}
-    def watched(dA, reset=None):
+    def recorded(dA, reset=None):
         made = plain(dA, reset)
         seen.update(dA=dA.dtype, **{n: v.dtype for n, v in made._asdict().items()})
         return made
-    monkeypatch.setattr(ssd, "chunk_decays", watched)
+    monkeypatch.setattr(ssd, "chunk_decays", recorded)
     with torch.autocast("cpu", dtype=torch.bfloat16): Mamba2(SMALL)(torch.zeros(2, 9, 8))
     assert len(seen) == 7 and set(seen.values()) == {torch.float32}
 

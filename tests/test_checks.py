@@ -58,8 +58,8 @@ def test_a_symbol_column_or_a_ticker_gives_the_asset(tmp_path, name, text, asset
 
 @pytest.mark.parametrize("name, text, message", [
     ("sample.csv", "symbol,close\nBTC/USD,1\nETH/USD,2", "row 3, column 'symbol': holds several assets: BTC/USD, ETH/USD"),
-    ("BTCUSDT_1h.csv", "symbol,close\nETH/USD,1", "the name BTCUSDT_1h.csv says BTC/USDT, column symbol .* says ETH/USD"),
-    ("BTCUSD_1h.csv", "symbol,close\nBTC/EUR,1", "says BTC/USD, column symbol .* says BTC/EUR")])
+    ("BTCUSDT_1h.csv", "symbol,close\nETH/USD,1", "the name BTCUSDT_1h.csv states BTC/USDT, column symbol .* states ETH/USD"),
+    ("BTCUSD_1h.csv", "symbol,close\nBTC/EUR,1", "states BTC/USD, column symbol .* states BTC/EUR")])
 def test_assets_that_contradict_each_other_are_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(SourceError, match=message): asset_of(read_table(tmp_path / name))
@@ -133,7 +133,7 @@ def test_the_running_hour_is_left_out_and_noted():
     now, notes = utc_now().floor("h"), []
     rows = pd.DataFrame(dict(value_time=pd.date_range(now - pd.Timedelta("2h"), now, freq="h")), index=[2, 3, 4])
     kept = drop_unfinished("bars.csv", rows, rows["value_time"] + pd.Timedelta("1h"), notes)
-    assert kept.index.tolist() == [2, 3] and notes[0].startswith("unfinished, left out: 1 (")
+    assert kept.index.tolist() == [2, 3] and notes == [f"1 unfinished row left out ({now:%Y-%m-%d %H:%M})"]
 
 
 def test_a_row_that_begins_in_the_future_is_refused():

@@ -116,7 +116,7 @@ def test_an_audit_exits_with_1_for_a_leak(code_file, name, code):
 
 
 @pytest.mark.parametrize("name, words", [("leaves", "fn raised SystemExit"), ("number", "is int: must be a function"),
-                                         ("raises", "fn raised KeyError on 8760 rows: 'no such column'")])
+                                         ("raises", "fn raised KeyError('no such column') on a frame of 8760 rows")])
 def test_a_function_that_cannot_be_audited_is_named(code_file, name, words):
     code, _, err = call("audit", "--fn", f"{code_file}:{name}", "--years", 1)
     assert code == 2 and f"mine.py:{name}" in err and words in err and len(err.splitlines()) == 1
@@ -262,7 +262,7 @@ def test_runs_of_a_missing_folder_is_a_mistake(tmp_path):
 
 @pytest.mark.parametrize("words, message", [
     ("run --preset huge", "unknown preset 'huge'; known are baseline, mhsa, tiny"),
-    ("train --seeds 0", "flags: key 'seeds' is 0: give 1 to 100"),
+    ("train --seeds 0", "flags: key 'seeds' is 0: must be a whole number from 1 to 100"),
     ("nonsense", "unknown command 'nonsense' (known: run"),
     ("forecast --repair sort", "needs --data"),
 ])

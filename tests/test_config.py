@@ -16,11 +16,11 @@ class Brew:
 
 
 @pytest.mark.parametrize("given, message", [
-    (dict(cups=0), "key 'cups' is 0: give 1 to 12, a whole number"),
-    (dict(cups=True), "key 'cups' is True: give 1 to 12, a whole number"),
-    (dict(cups="4"), "key 'cups' is '4': give 1 to 12, a whole number"),
-    (dict(strength=2.), "key 'strength' is 2.0: give 0.0 to 1.0"),
-    (dict(kind="tea"), "key 'kind' is 'tea': give one of filter, moka"),
+    (dict(cups=0), "key 'cups' is 0: must be a whole number from 1 to 12"),
+    (dict(cups=True), "key 'cups' is True: must be a whole number from 1 to 12"),
+    (dict(cups="4"), "key 'cups' is '4': must be a whole number from 1 to 12"),
+    (dict(strength=2.), "key 'strength' is 2.0: must be a number from 0.0 to 1.0"),
+    (dict(kind="tea"), "key 'kind' is 'tea': must be one of filter, moka"),
     (dict(sugar=1), "key 'sugar': unknown key; known are cups, strength, kind"),
 ])
 def test_a_wrong_setting_gets_one_line_that_names_it(given, message):

@@ -31,7 +31,7 @@ same = np.testing.assert_equal  # equal, NaN in the same places
 
 @pytest.fixture(scope="module")
 def panel() -> pd.DataFrame:
-    "Three years of the built-in market with a change of venue, hours without trades, and sources that fail."
+    "Three years of a simulated market with a change of venue, hours without trades, and sources that fail."
     made = simulate_market(24 * 365 * 3, seed=3)[0].copy()
     at = made.columns.get_indexer
     made.loc[made.index[15_000]:, "volume"] *= 5
@@ -307,7 +307,7 @@ def test_the_time_group_needs_only_a_time():
     assert state.update({"time": pd.Timestamp("2024-01-01 06:00", tz="UTC")})["hour_sin"] == 1
 
 
-# --- what the columns promise ---------------------------------------------------------------------------------------------
+# --- the three rules ------------------------------------------------------------------------------------------------------
 
 
 def test_no_feature_looks_ahead_and_one_that_does_is_found(panel, made):
@@ -319,7 +319,7 @@ def test_no_feature_looks_ahead_and_one_that_does_is_found(panel, made):
 
 
 def rescaled(panel: pd.DataFrame) -> pd.DataFrame:
-    "The same market in other units; MVRV and yields, ratios and rates to begin with, stay."
+    "The same market in other units; MVRV and yields, already ratios and rates, are unchanged."
     prices, fixed = ["open", "high", "low", "close"], ["mvrv", "dgs10", "dgs2", "is_filled", "is_splice"]
     levels = [name for name in panel if name not in prices + fixed]
     factors = dict.fromkeys(prices, 271.8) | {name: 1.7 * 10. ** k for k, name in enumerate(levels, -5)}

@@ -1,4 +1,5 @@
 "Files as bytes and tables: compression, size limits, content that is not data, broken lines, numbers and times."
+import errno
 import gzip
 import io
 import zipfile
@@ -80,6 +81,19 @@ def test_a_damaged_archive_is_named(sample, content, message):
     with pytest.raises(SourceError, match=f"sample.csv: .*{message}"): read_bytes(sample(content))
 
 
+def test_a_disk_that_fails_is_not_called_damage(sample, monkeypatch):
+    def fails(*args): raise OSError(errno.EIO, "Input/output error")
+    path = sample("1,2")
+    monkeypatch.setattr(Path, "open", fails)
+    with pytest.raises(SourceError, match="sample.csv: cannot be read: Input/output error. Check the disk"): read_bytes(path)
+
+
+def test_the_message_of_the_size_limit_depends_on_compression(sample):
+    large = b"0" * 2**21
+    for content, message in ((large, "holds more than 1 MiB[.]"), (gzip.compress(large), "more than 1 MiB when decompressed")):
+        with pytest.raises(SourceError, match=message): read_bytes(sample(content), 2**20)
+
+
 def test_an_absent_file_is_named(tmp_path):
     with pytest.raises(SourceError, match="nowhere.csv: there is no such file"): read_bytes(tmp_path / "nowhere.csv")
 
@@ -100,7 +114,7 @@ def test_content_that_is_not_text_is_refused(content, message):
 
 @pytest.mark.parametrize("content, message", [
     (b"a" * 10**6 + b",b\n1,2", "row 1: is longer than"), (b"a,b\n1," + b"2" * 2**16, "row 2: is longer than"),
-    (b"a,b\n1,2\n3,4,5", "row 3: has 3 fields where line 1 has 2"), (b"a,b\n1,2\n\n3,4", "row 3: has 1 fields"),
+    (b"a,b\n1,2\n3,4,5", "row 3: has 3 fields, row 1 has 2 fields"), (b"a,b\n1,2\n\n3,4", "row 3: is empty, row 1 has 2 fields"),
     (b'a,b\n"1,2\n3,4', "row 2: has a quote that is not closed"), (b'a,b\n1,2\n"1,234.5"', "row 3: has a comma inside quotes")])
 def test_the_first_broken_line_is_named(content, message):
     with pytest.raises(SourceError, match=message): check_lines("x", content)
@@ -127,7 +141,8 @@ def test_parquet_and_feather_become_the_same_table(tmp_path):
 @pytest.mark.parametrize("content, message", [
     ("a,b", "a header and no rows"), ("Price,Close,Close\nTicker,A,B\nDate,,\n1,2,3", "several tickers: A, B"),
     (b"PAR1 and no more", "cannot be read"),
-    ("ts,Close,close\n1,2,3", "row 1, column 'close': two columns are called 'Close' and 'close'")])
+    ("ts,Close,close\n1,2,3", "row 1, column 'close': column names 'Close' and 'close' differ only in case"),
+    ("ts,close,close\n1,2,3", "row 1, column 'close': two columns are named 'close'")])
 def test_a_table_that_cannot_be_read_is_refused(sample, content, message):
     with pytest.raises(SourceError, match=message): read_table(sample(content))
 
@@ -149,6 +164,10 @@ def test_the_unit_of_a_unix_time_is_inferred(unit):
 @pytest.mark.parametrize("wrong", [-5, 9e18, 13811004000, np.nan, 20240101, 1735689600.5])
 def test_a_number_that_is_not_a_unix_time_is_named(wrong):
     with pytest.raises(SourceError, match="row 2, column 't': .* not a unix time"): epoch_times("x", column(wrong))
+
+
+def test_a_date_written_as_a_number_is_recognised():
+    with pytest.raises(SourceError, match="If it is a date, write it as 2024-01-31"): epoch_times("x", column(20240131))
 
 
 def test_a_field_that_is_not_a_number_is_named():

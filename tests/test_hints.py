@@ -184,7 +184,7 @@ PLANTED = {  # the last line must get the hint
     "cross_val_score": ["s = cross_val_score(model, X, y)", "s = cross_val_score(model, X, y, cv=5)"],
     "cross_val_predict": ["s = cross_val_predict(model, X, y, cv=3)"], "GridSearchCV": ["g = GridSearchCV(model, grid)"],
     "mean": ["z = x - x.mean()", "mu = x.mean()", "def f(x):\n    return x - np.mean(x)"],
-    "std": ["z = (x - x.mean()) / x.std()"],  # once a line
+    "std": ["z = (x - x.mean()) / x.std()"],  # once per line
     "max": ["z = x / x.max()"], "median": ["x = x.fillna(x.median())"], "quantile": ["y = x > x.quantile(.9)"],
     "percentile": ["top = np.percentile(x, 99)"], "rank": ["def f(x):\n    return x.rank(pct=True)"],
     "transform": ["m = df.groupby('month').x.transform('mean')"], "qcut": ["b = pd.qcut(x, 10)"], "cut": ["b = pd.cut(x, 10)"],
@@ -264,8 +264,8 @@ def test_what_cannot_be_read_is_listed(tmp_path):
     broken.write_text("x = 1\ndef f(:\n")
     torn.write_text("{")
     assert [row[2:] for row in hints.lint_file(broken)] == [
-        (2, "does not parse, so nothing in this file was looked at: SyntaxError: invalid syntax", "def f(:")]
-    assert [row[3][:8] for row in hints.lint_file(torn)] == ["not read"]
+        (2, "does not parse, so this file was not searched: SyntaxError: invalid syntax", "def f(:")]
+    assert [row[3][:17] for row in hints.lint_file(torn)] == ["could not be read"]
 
 
 @pytest.fixture
@@ -296,6 +296,7 @@ def test_a_clean_file_gives_an_empty_table(folder):
     assert list(none) == hints.HINT_COLUMNS and len(none) == 0 and str(none.cell.dtype) == "Int64"
 
 
-@pytest.mark.parametrize("name, message", [("nowhere", "nowhere does not exist"), ("notes.txt", "notes.txt is no .py file")])
+@pytest.mark.parametrize("name, message", [
+    ("nowhere", "nowhere does not exist"), ("notes.txt", "notes.txt is neither a .py file nor a notebook: give")])
 def test_a_path_that_cannot_be_read_is_named(folder, name, message):
     with pytest.raises(ValueError, match=message): lint(folder / name)

@@ -1,4 +1,4 @@
-"A reader opens 01_features in JupyterLab, runs all cells, and sees the figure."
+"01_features opens in JupyterLab, runs, and shows its figure."
 import itertools
 import json
 import os
@@ -10,11 +10,10 @@ import time
 import urllib.request
 
 import pytest
-from conftest import ROOT
-from helpers import ENV
+from helpers import ENV, ROOT
 
 CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-WAIT = 300  # seconds until a test gives up; nothing is compared with the clock
+WAIT = 300  # seconds to wait for a step before the test fails
 
 
 class Browser:
@@ -26,9 +25,9 @@ class Browser:
         flags += ["--remote-debugging-port=0", "--remote-allow-origins=*", f"--user-data-dir={folder}"]
         self.log = open(folder / "log.txt", "w")
         self.process = subprocess.Popen([CHROME, *flags, "about:blank"], stdout=self.log, stderr=self.log)
-        port = until(lambda: re.search(r"ws://[\d.]+:(\d+)/", (folder / "log.txt").read_text()), "Chromium to start").group(1)
+        port = wait_for(lambda: re.search(r"ws://[\d.]+:(\d+)/", (folder / "log.txt").read_text()), "Chromium to start").group(1)
         pages = lambda: [t for t in json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json")) if t["type"] == "page"]
-        address = until(pages, "a page")[0]["webSocketDebuggerUrl"]
+        address = wait_for(pages, "a page")[0]["webSocketDebuggerUrl"]
         self.socket, self.number = websocket.create_connection(address, timeout=60), itertools.count(1)
 
     def call(self, method: str, **params) -> dict:
@@ -49,8 +48,8 @@ class Browser:
         self.log.close()
 
 
-def until(work, what: str):
-    "The first true value of `work()`."
+def wait_for(work, what: str):
+    "Call `work` until it returns something true, and return that."
     end = time.monotonic() + WAIT
     while time.monotonic() < end:
         try:
@@ -62,7 +61,7 @@ def until(work, what: str):
 
 @pytest.fixture
 def lab(tmp_path):
-    "JupyterLab on a copy of the notebook without outputs; its port and token."
+    "Port and token of a JupyterLab that serves a copy of the notebook without outputs."
     pytest.importorskip("jupyterlab")
     notebook = json.loads((ROOT / "nbs" / "01_features.ipynb").read_text(encoding="utf-8"))
     for cell in notebook["cells"]: cell |= {"outputs": []} if cell["cell_type"] == "code" else {}
@@ -76,30 +75,30 @@ def lab(tmp_path):
     with open(tmp_path / "lab.txt", "w") as log:
         process = subprocess.Popen(argv, cwd=tmp_path / "nbs", env=env, stdout=log, stderr=log)
     pattern = re.compile(r"http://(?:localhost|127\.0\.0\.1):(\d+)/lab\?token=(\w+)")
-    address = until(lambda: pattern.search((tmp_path / "lab.txt").read_text()), "JupyterLab to start")
+    address = wait_for(lambda: pattern.search((tmp_path / "lab.txt").read_text()), "JupyterLab to start")
     yield address.groups()
     process.terminate()
     process.wait(60)
 
 
 @pytest.mark.skipif(CHROME is None, reason="no Chromium here")
-def test_a_notebook_runs_in_jupyterlab_and_its_figure_is_seen(lab, tmp_path):
+def test_a_notebook_runs_in_jupyterlab_and_shows_its_figure(lab, tmp_path):
     port, token = lab
     (tmp_path / "chrome").mkdir()
     browser = Browser(tmp_path / "chrome")
     try:
         browser.call("Page.navigate", url=f"http://127.0.0.1:{port}/lab/tree/01_features.ipynb?token={token}&reset")
         cell = "document.querySelector('.jp-Notebook .jp-CodeCell')"
-        until(lambda: browser.value(f"!!(window.jupyterapp && {cell})"), "the notebook to open")
+        wait_for(lambda: browser.value(f"!!(window.jupyterapp && {cell})"), "the notebook to open")
         kernel = "[...jupyterapp.shell.widgets('main')].map(w => w.sessionContext?.session?.kernel?.status)[0]"
-        until(lambda: browser.value(kernel) == "idle", "the kernel")
+        wait_for(lambda: browser.value(kernel) == "idle", "the kernel")
         figure = "document.querySelector('.jp-Notebook .js-plotly-plot .main-svg')"
         assert not browser.value(f"!!{figure}")
         run = "jupyterapp.commands.execute('notebook:run-all-cells')"
         browser.value(f"{run}.then(ok => {{ window.outcome = ok ? 'ran' : 'failed' }}); 0")
-        assert until(lambda: browser.value("window.outcome"), "all cells to run") == "ran"
+        assert wait_for(lambda: browser.value("window.outcome"), "all cells to run") == "ran"
         browser.value("document.querySelector('.jp-Notebook .jp-WindowedPanel-outer, .jp-Notebook')?.scrollTo(0, 0)")
-        size = until(lambda: browser.value(f"{figure} && {figure}.getBoundingClientRect().width"), "the figure")
+        size = wait_for(lambda: browser.value(f"{figure} && {figure}.getBoundingClientRect().width"), "the figure")
         lines = browser.value("document.querySelectorAll('.jp-Notebook .js-plotly-plot .scatterlayer path').length")
         assert size > 300 and lines >= 1
     finally: browser.close()

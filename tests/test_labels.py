@@ -80,3 +80,7 @@ def test_the_audit_passes_labels_at_their_end_and_finds_those_an_hour_early(clos
 def test_the_total_loss_weighs_the_quantiles():
     losses = dict(cls=1., p10=.1, p90=.2, vol=3.)
     assert L.regression_loss(losses) == 6. and L.total_loss(losses) == 7.
+
+
+def test_a_table_of_predictions_has_the_columns_of_all_heads():
+    assert L.SCHEMA == ["time", "fold", "seed", "model", "p_down", "p_flat", "p_up", "p10", "p90", "sigma"]

@@ -1,4 +1,4 @@
-"Reports, times, joins and folds; how much work the audits do; leaks and honest code drawn at random; faults by their message."
+"Reports, times, joins and folds; the work of an audit; random leaks are found and random honest code passes; faults."
 import tracemalloc
 from types import SimpleNamespace
 
@@ -32,25 +32,25 @@ def walks() -> pd.DataFrame:
     return pd.DataFrame(np.random.default_rng(0).normal(size=(len(HOURS), 8)).cumsum(0) + 1000, HOURS, list("abcdefgh"))
 
 
-def sixty_four(frame: pd.DataFrame) -> pd.DataFrame:
-    "Cheap pandas features."
+def sixty_four_features(frame: pd.DataFrame) -> pd.DataFrame:
+    "64 cheap features made with pandas."
     rolled = {(c, w): frame[c].rolling(w) for c in frame for w in (6, 24, 168, 720)}
     made = {f"{c} {w}": (r.mean(), r.std()) for (c, w), r in rolled.items()}
     return pd.DataFrame({f"{name} {k}": x for name, pair in made.items() for k, x in enumerate(pair)})
 
 
-def test_audit_of_64_features_on_100k_rows(walks):
-    report = audit(sixty_four, walks).raise_if_leaky()
+def test_the_work_of_an_audit_of_64_features_on_100k_rows_is_bounded(walks):
+    report = audit(sixty_four_features, walks).raise_if_leaky()
     assert report.tested["cuts"] >= 32 and report.tested["runs"] < 300, report
     assert 0 < report.tested["of the whole frame"] <= 8 and "columns never compared" not in report.tested
 
 
-def test_one_leaky_column_among_64_is_the_one_named(walks):
-    peeks = lambda f: sixty_four(f).assign(peek=f.a.rolling(24).mean().where(f.b < f.b.cummax(), f.a.shift(-1)))
+def test_only_the_leaky_one_of_64_columns_is_named(walks):
+    peeks = lambda f: sixty_four_features(f).assign(peek=f.a.rolling(24).mean().where(f.b < f.b.cummax(), f.a.shift(-1)))
     assert set(audit(peeks, walks).findings.column) == {"peek"}
 
 
-def test_memory_stays_under_three_frames(walks):
+def test_an_audit_needs_less_memory_than_three_copies_of_the_frame(walks):
     frame = pd.concat([walks.add_suffix(str(k)) for k in range(4)], axis=1)
     tracemalloc.start()
     try:
@@ -60,11 +60,11 @@ def test_memory_stays_under_three_frames(walks):
     assert peak < 3 * frame.memory_usage().sum(), peak / frame.memory_usage().sum()
 
 
-# --- drawn at random ------------------------------------------------------------------------------------------------------
+# --- random leaks and random honest code ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", [*range(5), *(pytest.param(k, marks=pytest.mark.slow) for k in range(5, 12))])
-def test_a_peek_at_any_distance_on_any_share_of_rows_is_found(walks, seed):
+def test_look_ahead_at_any_distance_on_any_share_of_rows_is_found(walks, seed):
     rng, short = np.random.default_rng(seed), walks.iloc[20_000:26_000]
     ahead, share = int(rng.integers(1, 400)), 10 ** rng.uniform(-2.3, 0)
     rows = pd.Series(rng.random(len(walks)) < share, walks.index)  # rows that only the function knows
@@ -89,7 +89,7 @@ def test_random_causal_code_raises_no_alarm(walks, seed):
 
 
 @pytest.mark.parametrize("gap", [0, 1, 88, 89, 90, 120])
-def test_folds_are_judged_to_the_day(gap):
+def test_the_purge_is_checked_to_the_day(gap):
     days = pd.date_range("2019-01-01", periods=600, freq="D", tz="UTC")
     ends, rows = pd.Series(days + pd.Timedelta("90D"), days), np.arange(600)
     assert audit_folds([(rows[:400 - gap], rows[400:500])], ends).ok == (gap >= 89)
@@ -109,7 +109,7 @@ def test_real_features_are_no_labels_in_disguise(data_dir):
     assert set(found.column) == {"copy", "late", "blurred"}
 
 
-# --- rare peeks behind a return, and what is not there to be tested --------------------------------------------------------
+# --- rare look-ahead, and columns that cannot be tested -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def bars() -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("volume", [100, 300, 500])
-def test_a_rare_peek_behind_a_return_is_found(bars, volume):
+def test_rare_look_ahead_in_a_return_is_found(bars, volume):
     def peeks(frame):
         r = frame.close.pct_change()
         return r.where(~(frame.volume > volume), r.shift(-1))
@@ -129,7 +129,7 @@ def test_a_rare_peek_behind_a_return_is_found(bars, volume):
     assert sum(found) >= 3, found
 
 
-def test_the_first_row_is_cut(bars):
+def test_a_leak_into_the_first_row_is_found(bars):
     assert not audit(lambda f: f.close.diff().bfill(), bars, n_cuts=8).ok
 
 
@@ -145,9 +145,9 @@ def test_nullable_and_arrow_floats_are_audited(bars, kind):
     assert audit(lambda f: f.close.diff(), typed, n_cuts=8).ok and not audit(lambda f: f.close.shift(-1), typed, n_cuts=8).ok
 
 
-@pytest.mark.filterwarnings("ignore")  # scikit-learn's, of the fits on missing values
+@pytest.mark.filterwarnings("ignore")  # of scikit-learn, for fits on missing values
 @pytest.mark.parametrize("model", ["boosting", "forest", "grid"])
-def test_fitted_trees_are_judged_by_the_rows_they_saw(bars, model):
+def test_a_pipeline_fitted_on_all_rows_is_found(bars, model):
     from sklearn.ensemble import GradientBoostingRegressor, RandomForestRegressor
     from sklearn.linear_model import Ridge
     from sklearn.model_selection import GridSearchCV
@@ -165,11 +165,11 @@ def test_fitted_trees_are_judged_by_the_rows_they_saw(bars, model):
     assert not audit_pipeline(leaky, predict, frame, [fold], labels=["y"]).ok
 
 
-# --- severities, and cuts without output ---------------------------------------------------------------------------------
+# --- severities, and cuts without output ----------------------------------------------------------------------------------
 
 
-def test_a_column_that_needs_rows_is_no_leak(bars):
-    """A rolling component that appears from 200 rows on, next to columns that are always there."""
+def test_a_column_that_needs_a_minimum_of_rows_is_no_leak(bars):
+    """A rolling component appears from 200 rows on, next to columns that are always there."""
     def components(frame):
         moves = pd.DataFrame({str(k): frame.close.diff(k) for k in range(1, 6)})
         return moves.assign(first=moves.rolling(100).mean().sum(axis=1, min_count=5)) if len(frame) >= 200 else moves
@@ -182,12 +182,12 @@ def test_a_column_that_needs_rows_is_no_leak(bars):
     assert set(leaky.leaks.column) == {"first"}
 
 
-def test_a_column_that_the_future_selects_is_a_leak(bars):
+def test_a_column_selected_by_the_future_is_a_leak(bars):
     report = audit(lambda f: f.assign(rising=f.close.diff()) if f.close.iloc[-1] > f.close.iloc[0] else f, bars)
     assert not report.ok and "rising" in set(report.leaks.column)
 
 
-def test_code_without_output_at_most_cuts_is_not_ok(bars):
+def test_code_that_mostly_returns_nothing_is_not_ok(bars):
     report = audit(lambda f: f.close.rolling(5).mean() if len(f) > 2700 else f.close * np.nan, bars)
     assert report.findings.empty and not report.ok and "could be tested" in report.verdict
     assert report.tested["cuts without output"] > report.tested["cuts"] / 2
@@ -198,7 +198,7 @@ MARKETS = [pytest.param(seed, marks=[pytest.mark.slow] * (seed > 3)) for seed in
 
 @pytest.mark.parametrize("seed", MARKETS)
 def test_honest_features_of_built_in_markets_pass(seed):
-    """Markets of 4 to 8 years; a feature may be a suspect, none is a leak."""
+    """Markets of 4 to 8 years; features may be suspects, but none is a leak."""
     from cryptopredict.features import build_features
     from cryptopredict.labels import make_labels
     from cryptopredict.simulate import simulate_market
@@ -210,7 +210,7 @@ def test_honest_features_of_built_in_markets_pass(seed):
 
 @pytest.mark.parametrize("blocks", [[(200, 300)], [(100, 150), (400, 450)]])
 @pytest.mark.parametrize("embargo", [0, 5])
-def test_combinatorial_splits_are_judged_on_both_sides(blocks, embargo):
+def test_purge_and_embargo_are_checked_on_both_sides_of_a_test_block(blocks, embargo):
     days = pd.date_range("2019-01-01", periods=600, freq="D", tz="UTC")
     ends = pd.DataFrame(dict(long=days + pd.Timedelta("90D"), short=days + pd.Timedelta("30D")), days)
     test = np.concatenate([np.arange(*b) for b in blocks])
@@ -410,12 +410,19 @@ def test_the_longest_label_ends_last():
 
 
 @pytest.mark.parametrize("ends, index, message", [
-    (END - pd.Timedelta("9h"), SIX, "before its own time"), (END[:5], SIX, "5 rows, index 6"),
+    (END - pd.Timedelta("9h"), SIX, "before the time of its row"), (END[:5], SIX, "5 rows, index 6"),
     (END[:0], SIX[:0], "index is empty"),
     (END, SIX + pd.Timedelta("1h"), "different times"),
 ])
 def test_bad_label_ends_are_named(ends, index, message):
     with pytest.raises(ValueError, match=message): leakage.ends_by_label(ends, index)
+
+
+def test_rows_mature_when_their_label_ends():
+    rows = leakage.MaturedRows(pd.DatetimeIndex(END))  # labels of two hours
+    assert list(rows(0, 6, until=SIX[4])) == [0, 1, 2] and list(rows(1, 2, until=SIX[4])) == [1]
+    in_no_order = leakage.MaturedRows(pd.DatetimeIndex(END)[[3, 0, 5, 1, 2, 4]])
+    assert list(in_no_order(0, 6, until=SIX[4])) == [1, 3, 4]
 
 
 def test_bounds_follow_durations_and_the_calendar():
@@ -425,7 +432,7 @@ def test_bounds_follow_durations_and_the_calendar():
 
 
 @pytest.mark.parametrize("step, message", [("-1D", "does not move forward"), (None, "does not move forward"),
-                                           ("soon", "'soon' is no length")])
+                                           ("soon", "'soon' is not a duration or calendar offset: give a positive one")])
 def test_a_step_that_does_not_move_forward_is_refused(step, message):
     with pytest.raises(ValueError, match=message): leakage.span_bounds(T("2018-03-01"), T("2018-03-02"), step)
 
@@ -532,6 +539,11 @@ def test_every_kind_of_column_is_audited(mixed):
     assert audit(lambda f: f, mixed).ok
 
 
+def test_an_array_becomes_a_frame_on_the_times_of_the_input():
+    frame = leakage.as_frame(np.ones((3, 2)), X.to_frame())
+    assert frame.index.equals(X.index) and list(frame) == ["0", "1"]
+
+
 def test_rows_in_another_order_are_sorted():
     assert leakage.as_frame(X[::-1], X.to_frame()).index.tolist() == SIX[:3].tolist()
 
@@ -559,7 +571,8 @@ def test_calls_that_raise_are_counted_unless_they_must_not():
     frame = pd.DataFrame(dict(x=[1., 2.]), index=SIX[:2])
     subject = subject_of(lambda f: f.x / (len(f) - 1), frame)
     assert (subject.call(frame).x.tolist(), subject.call(frame.x), subject.runs, subject.raised) == ([1., 2.], None, 2, 1)
-    with pytest.raises(AuditError, match="fn raised AttributeError on 2 rows"): subject.call(frame[[]], must=True)
+    with pytest.raises(AuditError, match="fn raised AttributeError.* on a frame of 2 rows: correct fn"):
+        subject.call(frame[[]], must=True)
 
 
 @pytest.mark.parametrize("base, other, gap", [
@@ -624,31 +637,31 @@ def test_the_calendar_has_holidays_and_gaps():
     assert (gaps.tolist(), sorted({str(t.date()) for t in year[holidays]})) == ([9], ["2020-12-25", "2021-01-01"])
 
 
-def suspected(fn, frame) -> list[np.ndarray]:
-    "Suspect rows of a function."
+def candidates(fn, frame) -> list[np.ndarray]:
+    "Rows of a function that a later row moves, by column and kind of change."
     subject = subject_of(fn, frame)
     base = subject.call(frame)
-    return leakage.suspect_rows(subject, base, {c: (1e-6, 1e-9) for c in base})
+    return leakage.candidate_rows(subject, base, {c: (1e-6, 1e-9) for c in base})
 
 
-def test_rare_leaks_are_suspected_at_their_rows(mixed):
+def test_rows_of_a_rare_leak_are_candidates(mixed):
     rare = np.random.default_rng(3).random(len(mixed)) < .002  # known to the function only
     peek = lambda f: f.low.where(~rare[:len(f)], f.low.shift(-1))
-    for found in suspected(peek, mixed[["low"]]): assert rare[found - 1].all() and len(found) >= 2
-    assert rare[suspected(lambda f: peek(f).diff(), mixed[["low"]])[0] - 1].any()  # behind a difference too
+    for found in candidates(peek, mixed[["low"]]): assert rare[found - 1].all() and len(found) >= 2
+    assert rare[candidates(lambda f: peek(f).diff(), mixed[["low"]])[0] - 1].any()  # behind a difference too
 
 
-def test_a_leak_at_new_highs_is_suspected(mixed):
+def test_rows_of_a_leak_at_new_highs_are_candidates(mixed):
     drift = pd.DataFrame(dict(x=np.random.default_rng(5).normal(size=len(mixed)).cumsum() + 500), index=mixed.index)
     highs = lambda f: f.x.rolling(9).mean().where(f.x < f.x.cummax(), f.x.shift(-1))  # large changes would undo the highs
-    assert (drift.x == drift.x.cummax()).iloc[suspected(highs, drift)[0] - 1].sum() >= 2
+    assert (drift.x == drift.x.cummax()).iloc[candidates(highs, drift)[0] - 1].sum() >= 2
 
 
-def test_nothing_is_suspected_where_every_row_moves(mixed):
-    assert suspected(lambda f: f.low.expanding().mean(), mixed[["low"]]) == []
+def test_no_row_is_a_candidate_where_every_row_moves(mixed):
+    assert candidates(lambda f: f.low.expanding().mean(), mixed[["low"]]) == []
 
 
-def test_cuts_meet_both_ends_suspects_and_midnights(mixed):
+def test_cuts_meet_both_ends_candidates_and_midnights(mixed):
     low = mixed[["low"]]
     cuts = leakage.choose_cuts(low, low, [np.array([77, 78])], 32, np.random.default_rng(0))
     assert {1, 2, 3, len(low) - 2, len(low) - 1} <= set(cuts) and len(cuts) == 32 and {77, 78} & set(cuts)
@@ -680,7 +693,7 @@ def test_local_and_whole_cuts_find_the_same(back):
     assert at_cut(lambda f: f.shift(1), back)[0] == set()
 
 
-def test_a_back_fill_needs_holes_to_be_found():
+def test_a_back_fill_is_found_where_values_are_missing():
     assert [at_cut(lambda f: f.bfill(), 2000, holes=h)[0] for h in (False, True)] == [set(), {"truncation"}]
 
 
@@ -722,10 +735,10 @@ def test_a_function_that_writes_into_its_input_spoils_nothing(bars):
 
 
 @pytest.mark.parametrize("fn, message", [
-    (lambda f: f.close.shift(freq="1h"), "keep the frame's own index"),
-    (lambda f: np.zeros(5), "returned shape .5,. for 3000 rows"),
-    (lambda f: f["nothing"], "fn raised KeyError on 3000 rows"),
-    (lambda f: f.close * np.nan, "nothing could be compared: fn returned no value"),
+    (lambda f: f.close.shift(freq="1h"), "^fn returned rows at times that the frame does not have: return rows on"),
+    (lambda f: np.zeros(5), "^fn returned shape .5,. for 3000 rows"),
+    (lambda f: f["nothing"], "fn raised KeyError.'nothing'. on a frame of 3000 rows"),
+    (lambda f: f.close * np.nan, "nothing could be compared: fn returned no value before any cut: give a longer frame"),
 ])
 def test_a_function_that_cannot_be_audited_is_named(bars, fn, message):
     with pytest.raises(AuditError, match=message): audit(fn, bars)
@@ -735,7 +748,8 @@ def test_a_function_that_accepts_one_frame_only_cannot_be_audited(bars):
     def refuses(f):
         if not f.equals(bars): raise RuntimeError("needs the whole history")
         return f.close
-    with pytest.raises(AuditError, match="nothing could be compared: RuntimeError on .* needs the whole"): audit(refuses, bars)
+    with pytest.raises(AuditError, match="nothing could be compared: fn raised RuntimeError.*needs the whole"):
+        audit(refuses, bars)
 
 
 @pytest.mark.parametrize("change, error, message", [

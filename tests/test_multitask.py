@@ -174,7 +174,7 @@ def test_a_wrong_input_is_described(change, message):
 @pytest.mark.parametrize("change, message", [
     (lambda s: s.blocks, "state is tuple; expected ModelState"),
     (lambda s: s._replace(blocks=s.blocks[:1]), "state.blocks has 1 parts; expected 2"),
-    (lambda s: ModelState((None, s.blocks[1]), ()), "state.blocks.0 is NoneType; expected Mamba2State"),
+    (lambda s: ModelState((None, s.blocks[1]), ()), "state.blocks.0. is NoneType; expected Mamba2State"),
     (lambda s: s._replace(pool=3), "state.pool is int; expected tuple")], ids=["tuple", "fewer blocks", "none", "pool"])
 def test_a_wrong_state_is_described(change, message):
     model = MultitaskModel(preset("tiny", n_features=6))
@@ -189,7 +189,7 @@ def test_a_wrong_reset_is_described():
 
 def test_a_state_of_another_batch_is_refused_by_name():
     model, x = randomised(), inputs()
-    with pytest.raises(ValueError, match="state.blocks.0.conv has shape .2"): model(x[:1], model(x)[1])
+    with pytest.raises(ValueError, match="state.blocks.0..conv has shape .2"): model(x[:1], model(x)[1])
 
 
 @VARIANTS

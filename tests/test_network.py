@@ -1,4 +1,4 @@
-"The network finds the signal of the built-in market, and none where there is none; the forecaster and its choice."
+"The network finds the signal of the built-in market and none in a market without signal; the forecaster and its choice."
 import json
 import os
 
@@ -20,7 +20,7 @@ YEAR, PURGE = 24 * 365, 24 * 91
 
 
 def losses_before_and_after(seed: int, null: bool, out) -> tuple[dict, dict]:
-    "Losses on three purged years, of the climatology the heads start from and after three epochs on seven years."
+    "Losses on three purged years: of the climatology that the heads start from, and after three epochs on seven years."
     panel, _ = simulate_market(10 * YEAR, seed=seed, null=null)
     features, labels = build_features(panel), make_labels(panel.close)
     fit, later = np.arange(24 * 90, 7 * YEAR), np.arange(7 * YEAR + PURGE, 10 * YEAR - PURGE)
@@ -34,7 +34,7 @@ def losses_before_and_after(seed: int, null: bool, out) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize("null", [False, True], ids=["built-in market", "market without signal"])
-def test_signal_is_found_where_there_is_one(null, tmp_path):
+def test_the_network_learns_only_where_there_is_signal(null, tmp_path):
     torch.set_num_threads(1)
     pairs = [losses_before_and_after(seed, null, tmp_path / str(seed)) for seed in range(3)]
     direction = np.mean([after["cls"] - before["cls"] for before, after in pairs])

@@ -1,14 +1,13 @@
-"The committed notebooks: small, clean, with titled figures, opening with what the reader came for, and executed as they stand."
+"The committed notebooks: small, clean, with an early picture and titled figures, and executed as committed."
 import base64
 import json
 import math
 import re
 
 import numpy as np
-from conftest import DATA
+from helpers import DATA, PLOTLY
 
-PLOTLY = "application/vnd.plotly.v1+json"
-# These train networks: the last digits differ between kinds of processors, so only words and shapes are compared.
+# These train networks, whose last digits depend on the processor: only words and the structure of outputs are compared.
 TRAINED = {"04_mhsa", "04a_multitask", "04d_bptt", "05_tbptt_trainer", "05e_network", "05h_walkforward", "05i_track", "06a_cli"}
 LOCAL_PATH = re.compile(r"(?<![\w./])/(?:root|home|tmp|work|Users|private|var/folders)/[\w./-]*|[A-Z]:\\\\+Users")
 
@@ -33,7 +32,7 @@ def test_notebooks_are_small_and_clean(notebooks):
         if any(len(json.dumps(f)) > 200_000 for f in figures(code(notebook))): found.append(f"{name}: a figure over 200 KB")
         found += [f"{name}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
         found += [f"{name}: a warning or progress bar {o['text']}" for o in outputs if o.get("name") == "stderr"]
-        found += [f"{name}: path of one machine {path}" for path in LOCAL_PATH.findall(text)[:3]]
+        found += [f"{name}: a local path {path}" for path in LOCAL_PATH.findall(text)[:3]]
     assert not found
 
 
@@ -44,7 +43,7 @@ def test_a_notebook_opens_with_title_prose_and_a_picture_or_table(notebooks):
         if not re.fullmatch(r"# .+\n> .+", text_of(cells[0]).strip()): found.append(f"{name}: cell 0 is not title and subtitle")
         if cells[1]["cell_type"] != "markdown": found.append(f"{name}: no prose in cell 1")
         shown = next((k for k, c in enumerate(cells) if c.get("outputs")), len(cells))
-        if shown > max(5, .15 * len(cells)): found.append(f"{name}: the first output stands in cell {shown} of {len(cells)}")
+        if shown > max(5, .15 * len(cells)): found.append(f"{name}: the first output is in cell {shown} of {len(cells)}")
     assert not found
 
 
@@ -59,7 +58,7 @@ def test_figures_have_titles_and_axis_titles(notebooks):
     for name, notebook in notebooks.items():
         for layout in (f["layout"] for f in figures(code(notebook))):
             title = (layout.get("title") or {}).get("text")
-            # A scale of names, such as models, needs no title; the other one does.
+            # An axis of names, such as models, needs no title; the other axis does.
             axes = [v for k, v in layout.items() if re.fullmatch(r"[xy]axis\d*", k) and v.get("visible", True)]
             titled = not axes or any((a.get("title") or {}).get("text") for a in axes)
             if not title or not titled: found.append(f"{name}, {title}: no title of the figure or of an axis")
@@ -70,7 +69,7 @@ def test_figures_have_titles_and_axis_titles(notebooks):
 
 
 def plain(value):
-    "A figure's data with typed arrays as lists."
+    "The data of a figure with typed arrays as lists."
     if isinstance(value, dict) and set(value) >= {"dtype", "bdata"}:
         array = np.frombuffer(base64.b64decode(value["bdata"]), dtype=np.dtype(value["dtype"]))
         shape = [int(n) for n in str(value["shape"]).split(",")] if "shape" in value else [-1]
@@ -80,12 +79,12 @@ def plain(value):
 
 
 def difference(one, other, exact: bool = True, where: str = "") -> str | None:
-    "Where two outputs first differ; numbers may by 1e-6 of their size, or in any way unless `exact`."
+    "The first place where two outputs differ; numbers by more than 1e-6 of their size, and only if `exact`."
     if isinstance(one, dict) and isinstance(other, dict):
         if set(one) != set(other): return f"{where}: keys {sorted(set(one) ^ set(other))}"
         return next((d for k in one if (d := difference(one[k], other[k], exact, f"{where}.{k}"))), None)
     if isinstance(one, list) and isinstance(other, list):
-        if len(one) != len(other): return f"{where}: {len(one)} and {len(other)} entries" if exact else None
+        if len(one) != len(other): return f"{where}: {len(one)} and {len(other)} entries"
         return next((d for k, pair in enumerate(zip(one, other)) if (d := difference(*pair, exact, f"{where}[{k}]"))), None)
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (one, other))
     close = numbers and (not exact or math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9) or (one != one and other != other))
@@ -93,14 +92,14 @@ def difference(one, other, exact: bool = True, where: str = "") -> str | None:
 
 
 def tokens(text: str, exact: bool) -> list:
-    "Words and numbers of printed text; without numbers, and the spaces and lines that align them, unless `exact`."
+    "Words and numbers of printed text; unless `exact`, words only."
     found = re.split(r"(?<![\w.])([-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)(?![\w.])", text)
     if exact: return [float(t) if k % 2 else t.split() for k, t in enumerate(found)]
     return re.sub(r"[^A-Za-z]+", " ", re.sub(r"[-+]?\d[\d.]*(e[-+]?\d+)?", " ", text)).split()
 
 
 def shown(outputs: list[dict], exact: bool) -> list:
-    "What a cell shows, comparable: figures as data, tables and text as words and numbers."
+    "The outputs of a cell in a form to compare: figures as data, tables and text as words and numbers."
     found = []
     for output in outputs:
         data = output.get("data", {})
@@ -128,7 +127,7 @@ def test_execution_changes_no_output(notebooks, executed):
     assert not found and compared > 500
 
 
-def test_a_changed_number_would_be_seen(notebooks):
+def test_a_changed_number_is_found(notebooks):
     figure = next(f for f in figures(code(notebooks["06_results"])) if f["data"])
     one, other = plain(figure["data"]), plain(figure["data"])
     assert difference(one, other) is None

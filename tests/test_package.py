@@ -1,28 +1,25 @@
-"The package as others import it: silent, light, in order, without pickle, and exactly what the notebooks export."
+"The package as its users import it: silent, light, without cycles or pickle, and exactly what the notebooks export."
 import ast
 import configparser
 import importlib
-import json
 import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers import ENV
+from helpers import ENV, ROOT, read_result
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "cryptopredict"
-# The notebooks stand in the order in which data flow; a module imports only what stands before it. The museum exports nothing.
+# The notebooks follow the flow of the data; a module imports only earlier ones. The museum exports nothing.
 NOTEBOOKS = [p.stem.partition("_")[2] for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))]
 MODULES = [name for name in NOTEBOOKS if name != "museum"]
-# These need torch: the network, and what trains, evaluates and reports it.
+# These may import torch: the network, and the modules that train, evaluate and report it.
 NETWORK = {*MODULES[MODULES.index("states"):]} - {"scores", "baselines", "calibration", "console", "cli"}
-LIGHT, NETWORK_HERE = [m for m in MODULES if m not in NETWORK], [m for m in reversed(MODULES) if m in NETWORK]
-# Distributions whose module is called otherwise.
+LIGHT, NETWORK_MODULES = [m for m in MODULES if m not in NETWORK], [m for m in reversed(MODULES) if m in NETWORK]
+# Distributions whose module has another name.
 NAMES = {"TA-Lib": "talib", "scikit-learn": "sklearn", "mlflow-skinny": "mlflow", "tomli-w": "tomli_w"}
 
 WATCH = """import socket, sys
@@ -36,11 +33,11 @@ open(sys.argv[1], "w").write(" ".join({{m.partition(".")[0] for m in sys.modules
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    "What a fresh interpreter printed and what it had loaded: for the package (an empty name), a module, the whole network."
+    "Name -> (output, loaded modules) of a fresh interpreter that imports the package (''), a light module, or the network."
     cwd, notes = tmp_path_factory.mktemp("elsewhere"), tmp_path_factory.mktemp("loaded")
 
     def start(module):
-        code, note = WATCH.format(modules=NETWORK_HERE if module == "network" else [module]), notes / f"{module}.txt"
+        code, note = WATCH.format(modules=NETWORK_MODULES if module == "network" else [module]), notes / f"{module}.txt"
         done = subprocess.run([sys.executable, "-c", code, note], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"import of {module or 'cryptopredict'}:\n{done.stderr}"
         return done.stdout + done.stderr, set(note.read_text().split())
@@ -75,14 +72,14 @@ def test_import_is_silent_and_light(imported):
     assert not found
 
 
-def test_package_alone_loads_neither_torch_nor_tables(imported):
+def test_the_package_alone_loads_neither_torch_nor_pandas(imported):
     assert imported[""][1].isdisjoint({"torch", "pandas", "numpy", "pydantic", "rich", "tyro", "plotly"})
 
 
-def test_public_names_are_where_the_package_says():
+def test_public_names_are_those_of_their_modules():
     import cryptopredict as cp
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    block = next(n for n in tree.body if isinstance(n, ast.If))  # what a type checker reads
+    block = next(n for n in tree.body if isinstance(n, ast.If))  # read by type checkers
     assert {a.name: n.module for n in block.body for a in n.names} == cp.MODULE_OF
     assert set(cp.__all__) == {*cp.MODULE_OF, "__version__"} == set(dir(cp))
     for name, module in cp.MODULE_OF.items():
@@ -98,12 +95,12 @@ def test_no_module_imports_a_later_one():
     assert not found
 
 
-def test_one_notebook_is_one_module():
+def test_each_notebook_exports_one_module():
     assert set(MODULES) == {p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_")}
 
 
 def _declared(*keys: str) -> set[str]:
-    "Modules of the distributions that settings.ini names under these keys."
+    "Modules of the distributions that settings.ini requires under these keys."
     config = configparser.ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini", encoding="utf-8")
     entries = (entry for key in keys for entry in config["DEFAULT"][f"{key}requirements"].split())
@@ -115,7 +112,7 @@ def test_only_declared_dependencies_are_imported():
     optional = _declared("cuda_", "baselines_", "track_")
     known = _declared("") | optional | set(sys.stdlib_module_names) | {"cryptopredict"}
     used = {m: {name.partition(".")[0] for name in _imports(_tree(m))} for m in MODULES}
-    used["site"] -= {"nbdev"}  # which calls it
+    used["site"] -= {"nbdev"}  # nbdev itself calls this module
     assert not (strange := {m: sorted(n - known) for m, n in used.items() if n - known}), strange
     tops = {m: ast.Module([n for n in _tree(m).body if isinstance(n, ast.Import | ast.ImportFrom)], []) for m in MODULES}
     early = {m: {name.partition(".")[0] for name in _imports(t)} & optional for m, t in tops.items()}
@@ -134,7 +131,7 @@ def test_no_pickle_and_no_print():
     assert not found
 
 
-def test_everything_exported_is_there_and_documented():
+def test_exported_names_exist_and_have_docstrings():
     found = []
     for module in MODULES:
         loaded = importlib.import_module(f"cryptopredict.{module}")
@@ -160,17 +157,17 @@ def test_modules_are_what_the_notebooks_export(tmp_path):
 
 
 def test_package_data_is_declared():
-    # Files beside the modules reach a wheel only when setup.py names them.
+    # Files that are no modules reach a wheel only if setup.py names them.
     others = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
     assert all(re.fullmatch(r"presets/\w+\.toml|py\.typed", name) for name in others), others
     assert '["py.typed", "presets/*.toml"]' in (ROOT / "setup.py").read_text(encoding="utf-8")
 
 
 def test_results_are_small_and_hold_no_data_rows():
-    # The source files are not the project's to pass on; forecasts and scores made from them are.
+    # The project may not redistribute the source files; forecasts and scores computed from them it may.
     prices = {"open", "high", "low", "close", "volume", "r90"}
     for path in (ROOT / "results").iterdir():
         assert path.stat().st_size < 1_000_000, path.name
         if path.suffix == ".parquet": assert set(pd.read_parquet(path).columns).isdisjoint(prices), path.name
-    kept = json.loads((ROOT / "results" / "real.json").read_text(encoding="utf-8"))
+    kept = read_result("real")
     assert {"provenance", "config", "summary"} <= set(kept) and prices.isdisjoint(kept)

@@ -94,9 +94,9 @@ def test_hours_without_a_trade_may_be_absent():
 
 
 @pytest.mark.parametrize("n, closes, name, message", [
-    (5, None, "", "row 2, column 'value_time': bars are 1d apart from here on, not an hour"),
+    (5, None, "", "row 2, column 'value_time': bars are 1d apart from here on, expected 1h"),
     (1, 4, "", "row 1: the bar lasts 4h"),
-    (1, None, "BTCUSDT-1d-2024-01-01.csv", "row 1: the file's name says 1d, not an hour")])
+    (1, None, "BTCUSDT-1d-2024-01-01.csv", "row 1: the interval in the file name is 1d, expected 1h")])
 def test_a_daily_bar_is_named(n, closes, name, message):
     day = spaced("2024-01-01", n, "D").set_axis(range(1, n + 1))
     with pytest.raises(SourceError, match=message): check_hourly_bars("x", day, closes and day + closes * HOUR, name)
@@ -185,7 +185,7 @@ def test_repairs_of_times_are_counted(sample):
 
 def test_two_clocks_that_disagree_are_refused(sample):
     two = "unix,date,open,high,low,close,volume\n1704067200,2024-01-01T03:00:00Z,42300,42400,42200,42350,10"
-    with pytest.raises(SourceError, match="row 2, column 'date': says .*, and column 'unix' says"): read(sample(two))
+    with pytest.raises(SourceError, match="row 2, column 'date': is .*, but column 'unix' is"): read(sample(two))
 
 
 def test_swapped_volumes_are_refused(sample):
@@ -234,9 +234,9 @@ def test_a_quote_belongs_to_the_day_as_written(sample, offset):
 
 @pytest.mark.parametrize("name, text, message", [
     ("quotes.csv", YAHOO.replace("108.58", "100"), "row 3, column 'high'"),
-    ("DXY.csv", "Date,Open,High,Low,Close\n2024-01-02,12,12,12,12", "is not the dollar index"),
-    ("DX-Y.NYB.csv", THREE.replace(",DX-Y.NYB", ",DOGE-USD"), "DX-Y.*says DXY, the ticker DOGE-USD"),
-    ("quotes.csv", "Date,Open,High,Low,Close\n2024-01-02 01:00,1,1,1,1\n2024-01-02 02:00,1,1,1,1", "has several rows a day")])
+    ("DXY.csv", "Date,Open,High,Low,Close\n2024-01-02,12,12,12,12", "is not that of the dollar index"),
+    ("DX-Y.NYB.csv", THREE.replace(",DX-Y.NYB", ",DOGE-USD"), "DX-Y.*states DXY, the ticker DOGE-USD"),
+    ("quotes.csv", "Date,Open,High,Low,Close\n2024-01-02 01:00,1,1,1,1\n2024-01-02 02:00,1,1,1,1", "has several rows per day")])
 def test_quotes_that_cannot_be_right_are_refused(sample, name, text, message):
     with pytest.raises(SourceError, match=message): read_yahoo(sample(text, name))
 
@@ -257,7 +257,7 @@ def test_hash_rate_and_difficulty_follow_from_each_other(sample):
 
 @pytest.mark.parametrize("change, message", [
     ("200,4|200,-4", "row 3, column 'TxCnt': -4.0 is negative"), ("200,4|inf,4", "row 3, column 'HashRate': inf is infinite"),
-    ("2022-05-02,|2022-05-01 01:00,", "row 4, column 'time': has several rows a day"),
+    ("2022-05-02,|2022-05-01 01:00,", "row 4, column 'time': has several rows per day"),
     ("1651467600|soon", "row 3, column 'AssetEODCompletionTime': is 'soon'")])
 def test_a_fault_in_an_on_chain_file_names_row_and_column(sample, change, message):
     with pytest.raises(SourceError, match=message): read_coinmetrics(sample(CHAIN.replace(*change.split("|"))))
@@ -276,8 +276,8 @@ def test_the_format_is_recognised(sample, name, text, kind):
 
 @pytest.mark.parametrize("text, message", [
     ("https://www.cryptodatadownload.com\n1", "row 1: unknown format"), ("1381093200000,1,2,3,4,5", "row 1: unknown format"),
-    ("a,b,c\n1,2,3", "row 1: unknown format"), (FRED.replace("DGS10", "GDP"), "column 'GDP': it is not known when"),
-    (FRED.replace("observation_date,DGS10", "date,value"), "does not say which series")])
+    ("a,b,c\n1,2,3", "row 1: unknown format"), (FRED.replace("DGS10", "GDP"), "column 'GDP': unknown publication time"),
+    (FRED.replace("observation_date,DGS10", "date,value"), "does not name the series")])
 def test_an_unknown_format_is_refused(sample, text, message):
     with pytest.raises(SourceError, match=message): read(sample(text))
 

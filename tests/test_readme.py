@@ -1,14 +1,13 @@
-"README's commands, examples and figures agree with the checkout."
-import json
+"The commands, examples and figures of README agree with the code and the committed results."
 import re
 
 import numpy as np
 import torch
-from conftest import ROOT
+from helpers import ROOT, read_result
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXT = " ".join(README.split())
-REAL = json.loads((ROOT / "results" / "real.json").read_text(encoding="utf-8"))
+REAL = read_result("real")
 MEAN = {(r["model"], r["score"]): r["mean"] for r in REAL["summary"]}
 
 
@@ -18,7 +17,7 @@ def blocks(language: str) -> list[str]: return re.findall(rf"```{language}\n(.*?
 def test_readme_is_short(): assert len(README.splitlines()) <= 165
 
 
-def test_quoted_scores_are_the_committed_ones():
+def test_quoted_scores_are_those_of_the_committed_run():
     network, short = re.search(r"direction is (\d\.\d+); that of a climatology of the last four years is (\d.\d+)", TEXT).groups()
     har, climatology = re.search(r"error of log volatility is (\d\.\d+), climatology's (\d\.\d+)", TEXT).groups()
     quoted = {("mamba2", "log_loss"): network, ("climatology_4y", "log_loss"): short,
@@ -26,7 +25,7 @@ def test_quoted_scores_are_the_committed_ones():
     assert {key: f"{MEAN[key]:.3f}" for key in quoted} == quoted
 
 
-def test_findings_are_what_the_comparison_allows():
+def test_stated_findings_follow_from_the_comparison():
     better = {(r["model"], r["score"]) for r in REAL["comparison"] if r["verdict"] == "better"}
     assert ("log_har", "rmse_log_sigma") in better
     assert all(score.startswith(("rmse", "qlike")) for _, score in better), "README: no model is better on direction or band"
@@ -42,16 +41,16 @@ def test_findings_are_what_the_comparison_allows():
 
 def test_forest_figures_are_those_of_the_labels_notebook():
     text = (ROOT / "nbs" / "02_labels.ipynb").read_text(encoding="utf-8")
-    shown = re.search(r'"text": \[\s*"(\d+)%",\s*"(\d+)%",\s*"(\d+)%"', text)
+    shown = re.search(r'"text": \[\s*"(\d+)%",\s*"(\d+)%",\s*"(\d+)%",\s*"(\d+)%"', text)
     assert shown and "real data" in text
-    shuffled, purged, up = shown.groups()
-    assert f"{shuffled} % of cases when rows are split at random and in {purged} % when the split is purged" in TEXT
+    shuffled, past, purged, up = shown.groups()
+    assert f"{shuffled} % of cases when rows are split at random, in {past} % when it learns from the past alone" in TEXT
+    assert f"in {purged} % when the past is also purged" in TEXT
     assert f'"up" is right in {up} %' in TEXT
 
 
-def test_gpu_memory_is_what_was_measured():
-    vram = json.loads((ROOT / "results" / "vram.json").read_text(encoding="utf-8"))
-    peak = {(r["preset"], r["tbptt_len"]): r["peak_allocated"] / 1e9 for r in vram["sweep"]}
+def test_quoted_gpu_memory_is_that_measured():
+    peak = {(r["preset"], r["tbptt_len"]): r["peak_allocated"] / 1e9 for r in read_result("vram")["sweep"]}
     assert f"train in {peak['baseline', 1024]:.1f} GB and {peak['mhsa', 512]:.1f} GB" in TEXT
 
 

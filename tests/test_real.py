@@ -1,4 +1,4 @@
-"The real files: what each reader makes of its own, the committed results recomputed, and no look into the future."
+"The real files: every reader on its file, the panel, no look-ahead, and the committed results recomputed."
 import json
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import BASELINES
+from helpers import BASELINES, ROOT, read_result
 
 from cryptopredict import leakage, scores, sources
 from cryptopredict.features import ALL, build_features, registry
@@ -16,7 +16,7 @@ from cryptopredict.protocol import EvaluateConfig
 from cryptopredict.storage import flatten_keys
 from cryptopredict.walkforward import score_run
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = ROOT / "results"
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +31,9 @@ def run(real_run):
     return real_run, json.loads((real_run.out / "scores.json").read_text())
 
 
-def _committed() -> dict:
-    return json.loads((RESULTS / "real.json").read_text(encoding="utf-8"))
-
-
 # --- files ----------------------------------------------------------------------------------------------------------------
 
-FILES = [  # path, format, rows, first and last period; counts and ranges are those of the data's own README
+FILES = [  # path, format, rows, first and last period, from the README of the data
     ("market/kraken_XBTUSD_60.csv.gz", "kraken", 70253, "2013-10-06 21:00", "2023-01-07 09:00"),
     ("market/binance_BTCUSDT_1h.csv.gz", "binance", 52549, "2019-01-01 00:00", "2024-12-31 23:00"),
     ("market/BTCUSDT-1h-2024-11.csv", "binance", 720, "2024-11-01 00:00", "2024-11-30 23:00"),
@@ -54,7 +50,7 @@ HOLES, FLAT = 59, 4  # hours of outage and bars without volume in the long Binan
 
 
 @pytest.mark.parametrize("path, kind, rows, begin, end", FILES, ids=[Path(f[0]).name for f in FILES])
-def test_reader_on_its_file(data_dir, path, kind, rows, begin, end):
+def test_a_file_is_read_whole_with_its_format(data_dir, path, kind, rows, begin, end):
     table = sources.read(data_dir / path)
     assert (table.attrs["format"], len(table), table.attrs["repairs"]) == (kind, rows, {})
     assert list(table.columns[:2]) == ["value_time", "available_at"] and (table.dtypes.iloc[2:] == "float64").all()
@@ -66,17 +62,17 @@ def test_reader_on_its_file(data_dir, path, kind, rows, begin, end):
     assert (table["available_at"] > table["value_time"]).all(), "nothing is known before its period begins"
 
 
-def test_every_file_is_read_by_these(data_dir):
+def test_these_are_all_the_files(data_dir):
     there = {p.relative_to(data_dir).as_posix() for p in list_files(data_dir).files}
     assert there == {f[0] for f in FILES}
 
 
-def test_hours_without_trades_are_where_the_readme_says(data_dir):
+def test_hours_without_trades_are_those_in_the_readme_of_the_data(data_dir):
     kraken, binance = (sources.read(data_dir / f[0]) for f in FILES[:2])
     grid = pd.date_range(kraken["value_time"].iloc[0], kraken["value_time"].iloc[-1], freq="h")
     lost = grid.difference(pd.DatetimeIndex(kraken["value_time"]))
     assert lost.year.value_counts().reindex(range(2013, 2017)).tolist() == [825, 5438, 4348, 182]
-    # The longest hole: 57 hours from the last bar before it to the first after it.
+    # The longest gap: 57 hours between two bars.
     assert round(100 * len(lost) / len(grid), 1) == 13.4 and kraken["value_time"].diff().max() == pd.Timedelta("57h")
     hours = pd.date_range("2019-01-01", "2024-12-31 23:00", freq="h", tz="UTC")
     assert len(hours.difference(pd.DatetimeIndex(binance["value_time"]))) == len(hours) - len(binance) == HOLES
@@ -92,7 +88,7 @@ def test_klines_agree_with_the_long_binance_file(data_dir):
         assert np.allclose(klines.loc[both, sources.BAR_COLUMNS], iso.loc[both, sources.BAR_COLUMNS], rtol=1e-6)
 
 
-def test_vintages_agree(data_dir):
+def test_both_vintages_of_coin_metrics_agree(data_dir):
     new, old = (sources.read(data_dir / f[0]).set_index("value_time") for f in FILES[4:6])
     assert "HashRate" in old, "derived from DiffMean, which only the old vintage has"
     both = old.index[old.index >= "2012-01-01"].intersection(new.index)
@@ -101,11 +97,11 @@ def test_vintages_agree(data_dir):
         assert len(gap) > 2500 and gap.quantile(.99) < 1e-3, (column, gap.quantile(.99))
 
 
-def test_availability_of_coin_metrics(data_dir):
+def test_availability_of_coin_metrics_rows(data_dir):
     table = sources.read(data_dir / "onchain/coinmetrics_btc.csv.gz")
     lag = (table["available_at"] - table["value_time"].dt.floor("D") - pd.Timedelta("1D")) / pd.Timedelta("1h")
     real = table["value_time"] >= "2021-02-26"
-    assert (lag[~real] == 24).mean() > .99, "the back-fill date says nothing: 24 hours are assumed"
+    assert (lag[~real] == 24).mean() > .99, "a back-filled row has no publication date: 24 hours are assumed"
     assert 3 <= lag[real].median() <= 5 and lag.min() >= 0 and round(lag[real].max()) == 118
     assert table["value_time"][lag[real].idxmax()] == pd.Timestamp("2024-08-14", tz="UTC")
 
@@ -113,9 +109,9 @@ def test_availability_of_coin_metrics(data_dir):
 # --- panel ----------------------------------------------------------------------------------------------------------------
 
 
-def test_panel_keeps_its_contract(panel):
+def test_the_panel_has_its_documented_columns(panel):
     assert panel.index.name == "time" and str(panel.index.tz) == "UTC" and len(panel) == 98499
-    assert (np.diff(panel.index.asi8) == np.diff(panel.index.asi8)[0]).all(), "hourly without holes"
+    assert (np.diff(panel.index.asi8) == np.diff(panel.index.asi8)[0]).all(), "hourly without gaps"
     names = "open high low close volume tx_count transfer_count active_addresses fees hash_rate difficulty supply mvrv utxo_count"
     assert panel.columns.tolist() == [*names.split(), "dxy", "dtwexbgs", "dgs10", "dgs2", "is_filled", "is_splice"]
     assert panel.dtypes.astype(str).tolist() == ["float64"] * 18 + ["bool"] * 2
@@ -137,33 +133,33 @@ def test_known_prices_and_yields(panel):
     assert known.tolist()[:2] == [4.91, 4.91] and known.tolist()[2:] == [4.98, 4.98], known
 
 
-def test_nothing_is_used_early_or_old(data_dir):
+def test_no_value_is_used_early_or_stale(data_dir):
     bars, tables = sources.load_tables(data_dir)
     panel, provenance = sources.join_panel(bars, tables)
     report = leakage.audit_availability(tables, panel, provenance, sources.MAX_AGE).raise_if_leaky()
     assert report.tested["columns"] == 13 and report.tested["cells"] > 1_000_000
     shifted = [t.assign(available_at=t["available_at"] + pd.Timedelta("30min")) for t in tables]
-    assert not leakage.audit_availability(shifted, panel, provenance, sources.MAX_AGE).ok, "half an hour early is found"
-    assert panel.loc["2018-03-01":, "utxo_count"].isna().all(), "a chart that ends in January 2018 is not carried on"
+    assert not leakage.audit_availability(shifted, panel, provenance, sources.MAX_AGE).ok, "a value half an hour early is found"
+    assert panel.loc["2018-03-01":, "utxo_count"].isna().all(), "a chart that ends in January 2018 is not extended"
 
 
 # --- features -------------------------------------------------------------------------------------------------------------
 
 
-def test_features_are_whole_and_finite(panel):
+def test_features_cover_the_panel_and_are_finite(panel):
     made = build_features(panel.iloc[:100_000])
     assert made.shape == (len(panel.iloc[:100_000]), len(registry)) and (made.dtypes == "float32").all()
     assert not np.isinf(made.to_numpy()).any()
 
 
-def test_audit_of_features_on_the_real_panel(panel):
+def test_features_pass_the_audit_on_the_real_panel(panel):
     report = leakage.audit(build_features, panel).raise_if_leaky()
     assert report.tested["cuts"] >= 32 and report.tested["runs that raised"] == 0
     assert report.tested["of the whole frame"] <= 8 and report.tested["runs"] < 300, "work is bounded"
 
 
 def _another_future(panel: pd.DataFrame, cut: int) -> pd.DataFrame:
-    "The panel with every value from row `cut` on taken from elsewhere and scaled, some of it missing."
+    "The panel with all values from row `cut` on resampled and scaled, some of them missing."
     rng, rows = np.random.default_rng(cut), len(panel) - cut
     other = panel.copy()
     for name in panel.columns[:-2]:
@@ -174,20 +170,20 @@ def _another_future(panel: pd.DataFrame, cut: int) -> pd.DataFrame:
     return other
 
 
-def test_no_feature_moves_when_only_the_future_does(panel):
+def test_features_do_not_change_when_only_the_future_does(panel):
     base, moved = build_features(panel), pd.Series(False, index=list(registry))
     splice = int(np.flatnonzero(panel["is_splice"])[0])
     for cut in (20_000, splice, splice + 1, 90_000):
         made = build_features(_another_future(panel, cut))
         differs = ~((made == base) | (made.isna() & base.isna()))
         early = differs.iloc[:cut].any()
-        assert not early.any(), f"cut {panel.index[cut]}: {early.index[early].tolist()} moved before it"
+        assert not early.any(), f"cut {panel.index[cut]}: {early.index[early].tolist()} changed before it"
         moved |= (differs & made.notna() & base.notna()).iloc[cut:].any()
     clock = {name for name, f in registry.items() if f.group == "time"}
-    assert set(moved.index[~moved]) == clock, "every feature but the clock's answers to its input"
+    assert set(moved.index[~moved]) == clock, "every feature except those of the clock depends on the panel"
 
 
-def test_every_feature_is_known_somewhere(panel):
+def test_every_feature_has_values(panel):
     made = build_features(panel)
     assert {f.group for f in registry.values()} == set(ALL) and len(registry) >= 55
     assert made.notna().any().all(), made.columns[~made.notna().any()].tolist()
@@ -199,7 +195,7 @@ def test_every_feature_is_known_somewhere(panel):
 # --- the run --------------------------------------------------------------------------------------------------------------
 
 
-def test_run_is_small_and_clean(run):
+def test_the_run_is_within_its_memory_and_passes_every_audit(run):
     made, got = run
     assert made.peak < 2 * 2**30, made.peak
     assert made.stderr == "" and set(got["audits"]) == {"features", "labels", "disguise", "folds", "availability"}
@@ -207,7 +203,7 @@ def test_run_is_small_and_clean(run):
 
 
 def _same_means(ours: dict, theirs: dict, models: list[str]):
-    "Means, origins and windows of two `scores.json` for some models."
+    "Compare means, origins and windows of two `scores.json` for some models."
     for table, keys in (("summary", ("model", "score")), ("by_year", ("model", "year", "score"))):
         one, other = ({tuple(r[k] for k in keys): r for r in x[table] if r["model"] in models} for x in (ours, theirs))
         assert set(one) == set(other) and len(one) >= 9 * len(models)
@@ -217,7 +213,7 @@ def _same_means(ours: dict, theirs: dict, models: list[str]):
 
 
 def _same_differences(ours: dict, theirs: dict, models: list[str]):
-    "Differences to the reference and their p-values before Holm, whose adjustment counts all models of a run."
+    "Compare differences to the reference, and p-values before Holm's adjustment, which depends on all models of a run."
     tables = ([r for r in x["comparison"] if r["model"] in models] for x in (ours, theirs))
     one, other = ({(r["model"], r["score"]): (r["diff"], r["p"]) for r in rows} for rows in tables)
     assert set(one) == set(other) and len(one) == 8 * (len(models) - 1)
@@ -225,11 +221,11 @@ def _same_differences(ours: dict, theirs: dict, models: list[str]):
 
 
 def test_a_rerun_gives_the_committed_scores(run):
-    got, there = run[1], _committed()
+    got, there = run[1], read_result("real")
     assert all(got[k] == there[k] for k in ("origins", "begin", "end", "folds"))
     ours, theirs = flatten_keys(got["config"]), flatten_keys(there["config"])
     shared = (ours.keys() & theirs.keys()) - {"models", "seeds"}
-    assert all(ours[k] == theirs[k] for k in shared) and len(shared) > 40, "settings of both are equal"
+    assert all(ours[k] == theirs[k] for k in shared) and len(shared) > 40, "both have the same settings"
     _same_means(got, there, BASELINES)
     _same_differences(got, there, BASELINES)
 
@@ -242,8 +238,8 @@ def test_a_rerun_gives_the_committed_predictions(run):
 
 
 def test_committed_scores_are_those_of_the_committed_predictions(panel):
-    # All models, also those that take long to train.
-    there, made = _committed(), pd.read_parquet(RESULTS / "real.parquet")
+    # Of all models, also of those that take long to train.
+    there, made = read_result("real"), pd.read_parquet(RESULTS / "real.parquet")
     known = {k: v for k, v in there["config"].items() if k not in ("model", "train")}  # the network's settings change no score
     scored = score_run(EvaluateConfig(**known), made, make_labels(panel["close"]))
     assert set(made["model"]) == set(known["models"]) >= set(BASELINES) and scored["origins"] == there["origins"]
@@ -253,7 +249,7 @@ def test_committed_scores_are_those_of_the_committed_predictions(panel):
     assert verdicts[0] == verdicts[1]
 
 
-YARDSTICKS = {  # an independent script's figures on the same task, origins to 2024-09-30
+YARDSTICKS = {  # computed by an independent script on the same task, origins to 2024-09-30
     "climatology": dict(log_loss=1.002, pinball10=.0675, pinball90=.0769, coverage=.83),
     "climatology_4y": dict(log_loss=.989, pinball10=.0648, pinball90=.0765),
     "persistence": dict(rmse_sigma=.283, rmse_log_sigma=.377, qlike=.410),
@@ -279,7 +275,7 @@ def test_yardsticks_within_two_percent(until_september, model):
 
 
 def test_committed_results_are_of_these_files(panel):
-    there = _committed()
+    there = read_result("real")
     assert there["config"]["models"][:len(BASELINES)] == BASELINES and there["provenance"]["rows"] == len(panel)
     assert all(Path(f[0]).name in there["provenance"]["source"] for f in FILES)
-    assert re.fullmatch(r"[0-9a-f]{12}", there["provenance"]["commit"]), "results are made from committed code"
+    assert re.fullmatch(r"[0-9a-f]{12}", there["provenance"]["commit"]), "the results come from committed code"

@@ -1,11 +1,10 @@
-"Tables, figures and the report of a run: what they say follows from the numbers of the run."
-import json
+"Tables, figures, sentences and the report of a run follow from its numbers."
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from helpers import read_result
 from jinja2 import Environment
 
 from cryptopredict import results
@@ -30,7 +29,7 @@ def run(tmp_path_factory) -> Evaluation:
 
 
 @pytest.fixture(scope="module")
-def real() -> dict: return json.loads((ROOT / "results" / "real.json").read_text(encoding="utf-8"))
+def real() -> dict: return read_result("real")
 
 
 def mean_of(scores: dict, model: str, score: str) -> float:
@@ -45,7 +44,7 @@ def test_a_cell_of_the_score_table_is_mean_and_interval(run):
     assert table.loc["truth", "log loss"].startswith(f"{mean_of(run.record, 'truth', 'log_loss'):.3f} [")
 
 
-def test_claims_hold_every_comparison(run):
+def test_the_table_of_claims_holds_every_comparison(run):
     assert results.percent_text(pd.Series(dict(relative=-.1, rel_lo=-.25, rel_hi=.05))) == "-10.0% [-25.0%, +5.0%]"
     texts = [results.percent_text(pd.Series(dict(relative=r, rel_lo=np.nan))) for r in (.02, np.nan)]
     assert texts == ["+2.0%", "-"]
@@ -61,18 +60,22 @@ def test_the_skill_figure_draws_the_relative_differences(run):
     assert figure.data[-1].x[-1] == round(100 * qlike["relative"], 2)
 
 
-def test_reliability_shows_the_models_asked_for(run):
+def test_reliability_is_drawn_for_the_chosen_models(run):
     figure = results.figure_reliability(run.record, ("truth",))
     assert [t.name for t in figure.data if t.name and t.visible is True] == ["truth"] * 3
     with pytest.raises(ValueError, match="no model 'nope': name one of climatology"): run.plot_reliability(["nope"])
 
 
-def test_coverage_ends_with_the_whole_span(run):
+def test_a_figure_of_an_unknown_model_is_refused(run):
+    with pytest.raises(ValueError, match="there is no model 'nope'"): run.plot_fan("nope")
+
+
+def test_the_last_bar_of_coverage_is_that_of_all_years(run):
     last = results.figure_coverage(run.record).data[-1]
     assert (last.name, last.y[-1]) == ("truth", round(mean_of(run.record, "truth", "coverage"), 3))
 
 
-def test_a_band_on_the_price_starts_from_the_price_of_its_origin(run):
+def test_a_band_on_the_price_is_relative_to_the_price_at_its_origin(run):
     figure, k = results.figure_fan(run.predictions, run.realised, "truth"), 50
     made = run.predictions[run.predictions["model"] == "truth"].iloc[3 * k]
     start = run.realised.set_index("time")["close"][made["time"]]
@@ -80,13 +83,13 @@ def test_a_band_on_the_price_starts_from_the_price_of_its_origin(run):
     assert abs(figure.data[0].y[k] - start * np.exp(made["p90"])) < .01
 
 
-def test_the_newest_bands_start_from_the_newest_price(run):
+def test_the_newest_bands_are_relative_to_the_newest_price(run):
     figure = results.figure_newest(run.newest, run.realised, list(MODELS))
     assert [t.name for t in figure.data] == ["price", *MODELS] and all(t.y[0] < t.y[1] for t in figure.data[1:])
     assert figure.data[1].y[0] == round(run.realised["close"].iloc[-1] * np.exp(run.newest["p10"].iloc[0]), 2)
 
 
-def test_repeated_baselines_are_counted():
+def test_folds_in_which_the_network_repeats_its_baselines_are_counted():
     sentence = results.network_sentence(TRAINED)
     assert "Of 2 folds, heads of the network are enabled for direction in 0, band in 1, volatility in 0" in sentence
     assert "in 1 the network repeats its baselines" in sentence and results.network_sentence({"training": []}) == ""
@@ -118,14 +121,14 @@ def test_seeds_are_listed_only_where_there_are_several(run, real):
     assert results.seed_table(real).index.tolist() == ["mamba2, 3 seeds"]
 
 
-def test_sentences_on_audits():
+def test_the_sentence_on_audits_names_suspects_and_untested_parts():
     assert results.leak_sentence({}) == "No leak audit was made."
     found = results.leak_sentence(dict(disguise=SUSPECT))
     assert found.endswith("Worth a look, as an honest feature can look the same: mvrv (disguise).")
     assert results.leak_sentence(dict(own=dict(ok=False, tested={}, findings=[]))) == "Too little could be tested in: own."
 
 
-def test_sentences_follow_from_the_comparison(run):
+def test_findings_follow_from_audits_and_comparison(run):
     made = results.finding_sentences(run.record)
     assert made[0] == "The audits of features, labels, disguise, folds found no leak."
     assert made[-1].startswith("The test span holds") and len(made) == 7 and "the true distribution improves on" in made[4]
@@ -142,7 +145,7 @@ def test_dates_and_provenance_are_those_of_the_run(run):
     assert rows == [run.record["provenance"]["cryptopredict"], "450D"]
 
 
-def test_the_report_is_whole_and_fetches_nothing(run):
+def test_the_report_has_its_sections_and_fetches_nothing(run):
     page = results.write_report(run).read_text(encoding="utf-8")
     outside = re.sub(r"<script.*?</script>", "", page, flags=re.S)
     assert re.findall(r"(?:src|href)\s*=\s*[\"']?(https?:)?//", outside) == [] and page.count("plotly-graph-div") == 5
@@ -151,7 +154,7 @@ def test_the_report_is_whole_and_fetches_nothing(run):
     assert [text for text in shown if text not in outside] == []
 
 
-def test_the_report_escapes_what_it_is_given():
+def test_the_report_escapes_html_in_names():
     sections = [("<b>", [("audits", results.audit_rows({"<script>": SUSPECT}))])]
     page = Environment(autoescape=True).from_string(results.TEMPLATE).render(sections=sections)
     assert "<script>" not in page.split("</head>")[1] and "1 worth a look" in page and "&lt;b&gt;" in page
@@ -165,5 +168,5 @@ def test_a_run_of_one_model_can_be_drawn(run, real):
     alone = {**run.record, "comparison": [], "config": {**run.record["config"], "models": ["climatology"]}}
     assert len(results.figure_skill(alone).data) == 0 and results.claims(alone).empty
     assert len(results.finding_sentences(alone)) == 5
-    for figure in (results.figure_skill(real), results.figure_coverage(real)):  # the template would draw lines of width 0
+    for figure in (results.figure_skill(real), results.figure_coverage(real)):  # the template's default is width 0
         assert all(shape.line.width > 0 for shape in figure.layout.shapes) and len(figure.layout.shapes) >= 1

@@ -1,16 +1,13 @@
-"The committed measurements keep the project's promises; the notebooks quote them."
+"The committed measurements are within the bounds that README and notebooks promise."
 import json
 from itertools import product
 from statistics import median
 
-from conftest import ROOT
-
-
-def read(name: str) -> dict: return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+from helpers import read_result
 
 
 def test_memory_of_the_exact_gradient_is_flat_in_history():
-    gpu, cpu = read("exact"), read("exact_cpu")
+    gpu, cpu = read_result("exact"), read_result("exact_cpu")
     assert {(s["preset"], s["backend"]) for s in gpu["sweeps"]} == set(product(("baseline", "mhsa"), ("mamba_ssm", "torch")))
     for sweep in gpu["sweeps"]:
         peaks = [r["peak_allocated"] for r in sweep["records"]]
@@ -19,8 +16,8 @@ def test_memory_of_the_exact_gradient_is_flat_in_history():
     assert len(ratios) >= 4 and max(ratios) <= 1.6, "time per token compared with truncated"
 
 
-def test_speed_on_two_cores():
-    speed = read("speed")
+def test_speed_and_memory_on_two_cores():
+    speed = read_result("speed")
     assert speed["scan"]["ratio"]["median"] >= 20, "compared with a loop over time"
     assert speed["training"]["tokens_per_s"]["median"] >= 25_000 and speed["training"]["parameters"] >= 100_000
     assert min(v["ratio"]["median"] for v in speed["plain"].values() if isinstance(v, dict)) >= 1.4, "compared with a plain scan"
@@ -30,7 +27,7 @@ def test_speed_on_two_cores():
 
 
 def test_truncation_costs_little_beyond_the_decay_rates():
-    cost = read("truncation")
+    cost = read_result("truncation")
     rows = [r for r in cost["results"] if r["model"] == "mamba2" and r["epochs"] == 4]
     at = cost["lengths"].index(256)
     assert len(rows) >= 3 and all(r["cosine"]["all"][at] > .99 for r in rows)
@@ -38,12 +35,12 @@ def test_truncation_costs_little_beyond_the_decay_rates():
 
 
 def test_a_checkpoint_costs_little_at_the_preset_setting():
-    usual = next(r for r in read("checkpoints")["tiny"] if r["save_every"] == 500)
+    usual = next(r for r in read_result("checkpoints")["tiny"] if r["save_every"] == 500)
     assert usual["share"]["median"] < .02 and usual["bytes"] < 2e6
 
 
-def test_what_leaks_pay_is_above_what_honest_features_pay():
-    paid = read("leaks")
+def test_leaks_score_better_than_honest_features():
+    paid = read_result("leaks")
     loss = {r["name"]: r["log_loss"] for r in paid["leaks"] if r["target"] == "direction"}
     assert paid["honest"]["log_loss"] > paid["honest"]["climatology_log_loss"] and len(paid["leaks"]) >= 28
     assert max(loss["shuffled split"], loss["calibrated on the test"]) < .7
@@ -52,5 +49,5 @@ def test_what_leaks_pay_is_above_what_honest_features_pay():
 
 def test_gpu_figures_name_device_versions_and_commit():
     for name in ("vram", "exact", "checkpoints_gpu", "kills_gpu"):
-        text = json.dumps(read(name))
+        text = json.dumps(read_result(name))
         assert all(word in text for word in ("H100", "torch", "commit")), name

@@ -1,4 +1,4 @@
-"""Trainings that are killed, interrupted, left without disk space: a resumed run is bit-identical to an uninterrupted one."""
+"""Trainings that are killed, interrupted or out of disk space: a resumed run is bit-identical to an uninterrupted one."""
 
 import hashlib
 import json
@@ -16,39 +16,35 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import in_child
-from trainings import SIZES, config, data, die_at, differences, outcome
+from helpers import in_child, snapshot
+from trainings import SETTINGS, config, data, die, die_at, die_at_operation, differences, outcome
 
 from cryptopredict import checkpoint, tbptt_trainer
 from cryptopredict.bptt import rng_state
 from cryptopredict.checkpoint import CheckpointError, checkpoints, load_latest
 from cryptopredict.tbptt_trainer import Run, train
 
-pytestmark = pytest.mark.filterwarnings("ignore:passed over", "ignore:.*fork")
+pytestmark = pytest.mark.filterwarnings("ignore:skipped", "ignore:.*fork")
+
+
 @pytest.fixture(autouse=True)
 def _interruptible():
-    """SIGINT interrupts, also where the tests were started in the background, where it is ignored."""
+    """Let SIGINT interrupt even if the tests run in the background of a shell, where it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 def killed(out: Path, seed: int, steps: int) -> list[int]:
-    """Train into a folder, killed at a random step or operation on the disk again and again, to the end; the exit statuses."""
+    """Train to the end, killed up to six times at a random step or disk operation; the exit statuses."""
     draw, statuses = random.Random(seed), []
     while not statuses or statuses[-1]:
         def work():
             if draw.random() < .5: return train(config(), data(), out, on_update=die_at(draw.randrange(1, steps + 1)))
-            left = [draw.randrange(1, 50)]
-            for name in ("fsync", "rename", "replace", "unlink"):
-                def deadly(*args, plain=getattr(os, name), **kwargs):
-                    left[0] -= 1
-                    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)
-                    return plain(*args, **kwargs)
-                setattr(os, name, deadly)
+            die_at_operation(draw.randrange(1, 50), "fsync", "rename", "replace", "unlink")
             train(config(), data(), out)
         statuses.append(in_child(work) if len(statuses) < 6 else in_child(lambda: train(config(), data(), out)))
-        draw.random()  # draws in a child do not advance the parent's generator
+        draw.random()  # draws in a child do not advance the generator here
         assert statuses[-1] in (0, -signal.SIGKILL), statuses
     return statuses
 
@@ -73,24 +69,24 @@ PARTS = {"model", "optimiser", "histories", "guard", "micro_batcher", "step", "e
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory):
-    """A training with fp16's scaler and micro-batches, killed within its second epoch, and its outcome without the kill."""
+    """A training with fp16 and micro-batches, killed within its second epoch, and its outcome without the kill."""
     changes = dict(amp="fp16", lr=1e-3)
-    out, whole_ = tmp_path_factory.mktemp("half"), tmp_path_factory.mktemp("fp16")
+    out, whole = tmp_path_factory.mktemp("half"), tmp_path_factory.mktemp("fp16")
 
     def on_update(run, record, at=None):
-        if run.step == 1: run.micro_batcher.rows = 2  # as if memory had been short once: other dropout is drawn
-        if run.step == at: os.kill(os.getpid(), signal.SIGKILL)
-    at = train(config(**changes), data(), whole_, on_update=on_update).step - 1
+        if run.step == 1: run.micro_batcher.rows = 2  # as after an out-of-memory error; draws other dropout
+        if run.step == at: die()
+    at = train(config(**changes), data(), whole, on_update=on_update).step - 1
     work = lambda: train(config(**changes), data(), out, on_update=lambda run, record: on_update(run, record, at))
     assert in_child(work) == -signal.SIGKILL
     found = load_latest(out / "checkpoints")[0]
-    assert found["epoch"] == 1 and found["cursor"] > 0 and PARTS < set(found), "in the middle of everything"
-    return changes, out, outcome(whole_)
+    assert found["epoch"] == 1 and found["cursor"] > 0 and PARTS < set(found), "killed in the middle of an epoch"
+    return changes, out, outcome(whole)
 
 
 @pytest.mark.parametrize("part", ["", "scaler", *sorted(PARTS)])
 def test_every_part_of_a_checkpoint_is_needed(halves, tmp_path, part, monkeypatch):
-    """Negative controls: with any one part left as in a new training, the outcome differs."""
+    """Negative controls: if any one part is not restored, the outcome differs."""
     changes, out, expected = halves
     plain = Run.load_state_dict
 
@@ -101,7 +97,7 @@ def test_every_part_of_a_checkpoint_is_needed(halves, tmp_path, part, monkeypatc
         elif part == "optimiser": content[part] = dict(content[part], adamw=new.optimiser.adamw.state_dict())
         elif part in Run.PARTS: content[part] = getattr(new, part).state_dict()
         elif part == "rng": content[part] = rng
-        elif part == "carried": content[part] = run.model.init_state(SIZES["batch"])  # no hour read yet
+        elif part == "carried": content[part] = run.model.init_state(SETTINGS["batch"])  # before the first hour
         elif part == "data": content[part] = dict(content[part], scaler=None)
         elif part: content[part] = getattr(new, part)
         plain(run, content)
@@ -126,8 +122,8 @@ print("done", flush=True)
 """
 
 
-def signalled(out: Path, how: int, wait: float, times: int = 1) -> tuple[int, list[str]]:
-    """Exit status of a training that gets a signal some time after its first update, and what it printed."""
+def signalled(out: Path, how: int, wait: float) -> tuple[int, list[str]]:
+    """Exit status and output of a training that gets a signal some time after its first update."""
     script = SCRIPT.format(tests=str(Path(__file__).parent))
     process = subprocess.Popen([sys.executable, "-c", script, out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
@@ -136,7 +132,7 @@ def signalled(out: Path, how: int, wait: float, times: int = 1) -> tuple[int, li
         seen.append(line.strip())
         if line.strip() == "1": break
     time.sleep(wait)
-    for _ in range(times): process.send_signal(how)
+    process.send_signal(how)
     rest, _ = process.communicate(timeout=120)
     return process.returncode, seen + rest.split()
 
@@ -147,7 +143,7 @@ def test_a_signal_ends_a_training_after_a_save(finished_training, tmp_path, how,
     out, number = tmp_path / "out", getattr(signal, how)
     status, seen = signalled(out, number, wait)
     if "done" not in seen:
-        assert status == -number, "as the signal would have ended it: 128 + its number in a shell"
+        assert status == -number, "killed by the signal: a shell reports 128 + its number"
         assert load_latest(out / "checkpoints")[0]["step"] == int(seen[-1]), "no update is lost"
     assert in_child(lambda: train(config(), data(), out)) == 0
     path, other = load_latest(out / "checkpoints")[1], load_latest(finished_training / "checkpoints")[1]
@@ -155,9 +151,9 @@ def test_a_signal_ends_a_training_after_a_save(finished_training, tmp_path, how,
     assert (out / "metrics.jsonl").read_bytes() == (finished_training / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("number", range(1, 6))  # tensors, metadata, manifest, folder, name
-def test_a_signal_during_a_save_acts_when_the_checkpoint_is_whole(finished_training, tmp_path, monkeypatch, number):
-    """It comes at the n-th flush of the save at update 3, which is finished first."""
+@pytest.mark.parametrize("number", range(1, 6))  # flushes of tensors, metadata, manifest, folder, name
+def test_a_signal_during_a_save_takes_effect_after_the_save(finished_training, tmp_path, monkeypatch, number):
+    """The signal comes at the n-th flush of the save at update 3, which is completed first."""
     flushes, plain, saving, plain_save = [], os.fsync, [], tbptt_trainer.save
 
     def fsync(handle):
@@ -179,8 +175,8 @@ def test_a_signal_during_a_save_acts_when_the_checkpoint_is_whole(finished_train
     assert len(flushes) == 5 and not differences(tmp_path, outcome(finished_training))
 
 
-def test_a_second_signal_acts_at_once(tmp_path, monkeypatch):
-    """Two in one update: the first is deferred, the second acts as it does outside a training."""
+def test_a_second_signal_takes_effect_at_once(tmp_path):
+    """Two signals in one update: the first is deferred, the second acts as outside a training."""
     deferred = []
 
     def on_update(run, record):
@@ -197,24 +193,24 @@ def test_a_second_signal_acts_at_once(tmp_path, monkeypatch):
 def test_a_folder_in_use_is_refused_and_unchanged(tmp_path):
     out = tmp_path / "out"
 
-    def meet(run, record):
+    def train_again(run, record):
         if run.step != 2: return
-        before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        before = snapshot(out, times=False)
         with pytest.raises(ValueError, match="out is in use by another process"): train(config(), data(), out)
-        assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        assert snapshot(out, times=False) == before
         raise InterruptedError
 
-    with pytest.raises(InterruptedError): train(config(), data(), out, on_update=meet)
+    with pytest.raises(InterruptedError): train(config(), data(), out, on_update=train_again)
     train(config(), data(), out)
 
 
 @pytest.mark.parametrize("changes, message", [(dict(lr=.5), "lr: 0.003 in the folder, 0.5 in this call"), (dict(), "data: "),
                                            (dict(d_model=32), "model.d_model: 16 in the folder, 32 in this call")])
-def test_another_run_is_refused_and_nothing_changed(finished_training, changes, message):
-    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in finished_training.rglob("*") if p.is_file()}
+def test_a_run_with_other_settings_or_data_is_refused_and_changes_nothing(finished_training, changes, message):
+    before = snapshot(finished_training)
     fold = data() if changes else data()._replace(stop=999)
     with pytest.raises(ValueError, match=message): train(config(**changes), fold, finished_training)
-    assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in finished_training.rglob("*") if p.is_file()}
+    assert snapshot(finished_training) == before
 
 
 def test_a_folder_with_damaged_checkpoints_only_is_refused(tmp_path):
@@ -232,7 +228,7 @@ def test_a_full_disk_stops_the_training_and_keeps_the_last_checkpoint(tmp_path):
     report = os.open(message, os.O_WRONLY | os.O_CREAT)
 
     def fill():
-        def on_update(run, record):  # room for a line of metrics, none for a checkpoint
+        def on_update(run, record):  # room for a line of metrics but not for a checkpoint
             if run.step == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         try: train(config(), data(), out, on_update=on_update)
         except CheckpointError as error:
@@ -254,7 +250,7 @@ def test_old_checkpoints_are_pruned_and_the_best_is_kept(tmp_path):
     assert Run.load(tmp_path).at_epoch(6).epoch == 6
 
 
-def test_a_signal_at_the_very_end_acts(tmp_path, monkeypatch):
+def test_a_signal_at_the_end_of_the_last_epoch_takes_effect(tmp_path, monkeypatch):
     plain = Run.end_epoch
 
     def end_epoch(run, fold):
@@ -265,9 +261,9 @@ def test_a_signal_at_the_very_end_acts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("keep", [0, 2])
-def test_ends_of_epochs_are_kept_without_validation_too(tmp_path, keep):
+def test_checkpoints_of_epochs_are_kept_without_validation_too(tmp_path, keep):
     run = train(config(epochs=5, keep=keep, save_every=0), data()._replace(valid=None), tmp_path)
-    assert len(checkpoints(tmp_path / "checkpoints")) == (2 if keep else 6), "step 0 too"
+    assert len(checkpoints(tmp_path / "checkpoints")) == (2 if keep else 6), "step 0 counts"
     assert run.at_epoch(4).epoch == 4
     if keep:
         with pytest.raises(ValueError, match="no checkpoint of epoch 1 .keep is 2"): run.at_epoch(1)
@@ -282,16 +278,16 @@ def test_a_training_that_cannot_begin_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("lost, message", [("checkpoints", "without its checkpoints"), ("metrics.jsonl", "is shorter than")])
-def test_a_folder_that_lost_something_is_refused(finished_training, tmp_path, lost, message):
+def test_a_folder_with_missing_files_is_refused(finished_training, tmp_path, lost, message):
     shutil.copytree(finished_training, tmp_path / "out")
     path = tmp_path / "out" / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    before = snapshot(tmp_path / "out", times=False)
     with pytest.raises(ValueError, match=message): train(config(), data(), tmp_path / "out")
-    assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert snapshot(tmp_path / "out", times=False) == before
 
 
-def test_a_checkpoint_that_is_no_training_is_refused(tmp_path):
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     checkpoint.save(tmp_path / "checkpoints" / "step-1", {"a": 1})
     with pytest.raises(ValueError, match="not of a training run"): train(config(), data(), tmp_path)
     with pytest.raises(ValueError, match="not a checkpoint of a training run"): Run.load(tmp_path)
@@ -299,7 +295,7 @@ def test_a_checkpoint_that_is_no_training_is_refused(tmp_path):
 
 @pytest.fixture(scope="module", params=[1, 2])
 def walk_forward(request, tmp_path_factory):
-    """A walk-forward with the network in it, of one seed and of two, as a call, and the folder of an uninterrupted one."""
+    """A function that runs a walk-forward with the network (one seed, or two), and the folder of an uninterrupted run."""
     from cryptopredict.protocol import EvaluateConfig
     from cryptopredict.simulate import simulate_market
     from cryptopredict.walkforward import walk_forward_run
@@ -314,7 +310,7 @@ def walk_forward(request, tmp_path_factory):
 
 
 def reproducible(out: Path) -> dict[str, object]:
-    """All that a walk-forward writes, without times and memory."""
+    """Everything that a walk-forward writes, except times and memory."""
     scores = json.loads((out / "scores.json").read_text())
     for record in scores["training"]: record.update(tokens_per_s=None, peak_rss=None)
     left_out = {"timings.jsonl", "scores.json", "manifest.json"}
@@ -322,18 +318,18 @@ def reproducible(out: Path) -> dict[str, object]:
     return dict(kept, scores=scores)
 
 
-def test_a_walk_forward_resumes_inside_a_training(walk_forward, tmp_path):
-    """Killed again and again, inside different trainings of different folds and seeds."""
+def test_a_walk_forward_killed_inside_trainings_resumes_bit_identical(walk_forward, tmp_path):
+    """Killed five times, inside trainings of different folds and seeds."""
     call, whole = walk_forward
     out, places = tmp_path / "out", []
-    for left in (4, 40, 25, 60, 9):
-        def work(left=left):
-            count = [left]
+    for updates in (4, 40, 25, 60, 9):
+        def work(updates=updates):
+            remaining = [updates]
 
-            def die(run, record):
-                count[0] -= 1
-                if not count[0]: os.kill(os.getpid(), signal.SIGKILL)
-            call(out, die)
+            def count_down(run, record):
+                remaining[0] -= 1
+                if not remaining[0]: die()
+            call(out, count_down)
         assert in_child(work) == -signal.SIGKILL
         at = max(out.rglob("metrics.jsonl"), key=lambda p: p.stat().st_mtime_ns)
         places.append((str(at.relative_to(out)), len(at.read_text().splitlines())))
@@ -355,7 +351,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("wait", [.3, 1.1, *(pytest.param(k / 4, marks=pytest.mark.slow) for k in range(1, 11))])
 def test_a_signal_during_imports_ends_the_command(tmp_path, how, wait):
-    """The command has begun and torch, pandas and others are being imported: same exit code and message as later."""
+    """Exit code and message are the same while torch, pandas and others are still being imported."""
     words = [sys.executable, "-c", MAIN, "train", "--years", "3", "--horizon", "30D", "--out", "out"]
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "begun\n"
@@ -368,7 +364,7 @@ def test_a_signal_during_imports_ends_the_command(tmp_path, how, wait):
 
 
 def _rewrite(out: Path, change) -> None:
-    """Change the content of the newest checkpoint, with a manifest that fits."""
+    """Change the content of the newest checkpoint and sign it again."""
     content, path = load_latest(out / "checkpoints")
     shutil.rmtree(path)
     change(content)
@@ -376,7 +372,7 @@ def _rewrite(out: Path, change) -> None:
 
 
 def _newer(out: Path) -> None:
-    """Let the newest checkpoint be of a later version of the package."""
+    """Make the newest checkpoint one of a later version of the package."""
     manifest = checkpoints(out / "checkpoints")[0] / "manifest.json"
     body = dict(json.loads(manifest.read_text()), version=checkpoint.VERSION + 1)
     body.pop("sha256")
@@ -384,12 +380,13 @@ def _newer(out: Path) -> None:
 
 
 def _renamed(fold):
-    """The same tensors with another name of the last feature."""
+    """The same tensors, the last feature renamed."""
     return fold._replace(scaler=replace(fold.scaler, columns=("a", "b", "c", "d", "e", "x")))
 
 
-UNFIT = {  # change to a finished run, data it is trained on -> message of the error
-    "newer version": (_newer, data, "version 2 is not known here: load it with the cryptopredict that wrote it"),
+UNFIT = {  # name -> (change to a finished run, data to train on, message of the error)
+    "newer version": (_newer, data, "has version 2, which this cryptopredict does not know: "
+                      "load it with the version that wrote it"),
     "missing key": (lambda out: _rewrite(out, lambda c: c.pop("guard")), data,
                     "it lacks guard.: resume it with the version that wrote"),
     "missing key below": (lambda out: _rewrite(out, lambda c: c["guard"].pop("recent")), data, "it lacks guard.recent.: resume"),
@@ -410,14 +407,14 @@ def test_a_run_that_cannot_be_resumed_is_left_unchanged(finished_training, tmp_p
     harm, fold, message = UNFIT[case]
     shutil.copytree(finished_training, tmp_path / "out")
     harm(tmp_path / "out")
-    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()}
+    before = snapshot(tmp_path)
     with pytest.raises(ValueError, match=message) as error: train(config(), fold(), tmp_path / "out")
     assert len(str(error.value).splitlines()) == 1 and str(tmp_path / "out") in str(error.value)
-    assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()}
+    assert snapshot(tmp_path) == before
 
 
 def unprivileged(work) -> int:
-    """Exit status of work done by a user whom permissions bind; skipped where such a user may not read the package."""
+    """Run `work` as a user other than root; skip where such a user may not read the package. Returns its exit status."""
     package = Path(checkpoint.__file__).resolve()
     if os.geteuid() == 0 and not all(p.stat().st_mode & (0o001 if p.is_dir() else 0o004) for p in (package, *package.parents)):
         pytest.skip(f"other users may not read {package}: clone where they may")
@@ -429,7 +426,7 @@ def unprivileged(work) -> int:
 
 @pytest.fixture(params=[1, 2])
 def common(request):
-    """A run where every user may go, after its first epoch and finished."""
+    """A run that every user may read: after its first epoch, and finished."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     train(config(), data(), folder / "out", until=request.param)
@@ -449,42 +446,36 @@ def test_a_finished_run_that_may_only_be_read_can_be_loaded(common):
 @pytest.mark.parametrize("closed", ["", "checkpoints", "checkpoints/step-*/metadata.json", "metrics.jsonl"])
 @pytest.mark.parametrize("writable", [False, True])
 def test_files_without_permission_are_named_and_left_unchanged(common, closed, writable):
-    """What cannot be read does not count as absent: no new training begins in its place, though the rest may be written to."""
+    """An unreadable file does not count as missing: no new training begins in its place, even where the rest is writable."""
     if writable:
         for path in (common, *common.rglob("*")): path.chmod(0o777 if path.is_dir() else 0o666)
-    before = {p: p.read_bytes() for p in common.rglob("*") if p.is_file()}
+    before = snapshot(common, times=False)
     for path in common.glob(closed) if closed else [common]: path.chmod(0)
 
     def work():
         with pytest.raises((CheckpointError, PermissionError)) as error: train(config(), data(), common)
-        assert not isinstance(error.value, CheckpointError) or "may not be read: change its permissions" in str(error.value)
+        assert not isinstance(error.value, CheckpointError) or "no permission to read" in str(error.value)
     assert unprivileged(work) == 0
     common.chmod(0o755)
     for path in common.rglob("*"): path.chmod(0o755)
-    assert before == {p: p.read_bytes() for p in common.rglob("*") if p.is_file()}
+    assert snapshot(common, times=False) == before
 
 
 def test_a_missing_history_leaves_the_others_unchanged(tmp_path):
-    """Killed after an update that no checkpoint holds: histories are truncated only when none is missing."""
+    """After a kill past the last checkpoint, histories are truncated only if none is missing."""
     assert in_child(lambda: train(config(), data(), tmp_path / "out", on_update=die_at(8))) == -signal.SIGKILL
     (tmp_path / "out" / "validation.jsonl").unlink()
-    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    before = snapshot(tmp_path / "out", times=False)
     with pytest.raises(ValueError, match="validation.jsonl is shorter"): train(config(), data(), tmp_path / "out")
-    assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert snapshot(tmp_path / "out", times=False) == before
 
 
 def test_a_walk_forward_killed_while_its_folder_is_created_can_be_resumed(walk_forward, tmp_path):
-    """At every rename and new folder until its first training: the same call resumes it."""
+    """Killed at each rename and new folder before its first training; the same call resumes it."""
     call, whole = walk_forward
     for number in range(1, 9):
         def work(number=number):
-            left = [number]
-            for name in ("mkdir", "replace", "rename"):
-                def deadly(*args, plain=getattr(os, name), **kwargs):
-                    left[0] -= 1
-                    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)
-                    return plain(*args, **kwargs)
-                setattr(os, name, deadly)
+            die_at_operation(number, "mkdir", "replace", "rename")
             call(tmp_path / str(number), die_at(1))
         assert in_child(work) == -signal.SIGKILL
         assert in_child(lambda number=number: call(tmp_path / str(number), die_at(2))) == -signal.SIGKILL, number
@@ -496,7 +487,7 @@ def test_a_walk_forward_killed_while_its_folder_is_created_can_be_resumed(walk_f
 def test_a_walk_forward_in_use_is_refused(walk_forward, tmp_path):
     call, _ = walk_forward
 
-    def meet(run, record):
+    def run_again(run, record):
         with pytest.raises(ValueError, match="out is in use by another process"): call(tmp_path / "out")
         raise InterruptedError
-    with pytest.raises(InterruptedError): call(tmp_path / "out", meet)
+    with pytest.raises(InterruptedError): call(tmp_path / "out", run_again)

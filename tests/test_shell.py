@@ -1,4 +1,4 @@
-"The shell command as a user meets it: processes, exit codes, files, interrupts, bad input."
+"The shell command: exit codes, output, files, interrupts, bad input, the user's own code."
 import json
 import os
 import pty
@@ -21,8 +21,8 @@ from helpers import (
     ENV,
     SCHEMA,
     Outcome,
+    call_cli,
     command,
-    inside,
     one_line,
     shell,
     side_by_side,
@@ -33,48 +33,48 @@ from helpers import (
     write_sources,
 )
 
-# --- cases whose processes are started side by side; {} is the folder of inputs --------------------------------------------
+# --- tables of cases; {} is the folder of inputs --------------------------------------------------------------------------
 
-FAULTS = {  # command -> words its one line must hold
+FAULTS = {  # name -> (command, words that its error message must hold)
     "missing directory": ("run --data {}/nowhere", "nowhere no such directory"),
-    "a file for a directory": ("run --data {}/good/file.csv", "file.csv no such directory"),
+    "a file in place of a directory": ("run --data {}/good/file.csv", "file.csv no such directory"),
     "directory without files": ("run --data {}/nothing", "nothing .csv"),
     "empty file": ("run --data {}/empty", "empty/file.csv empty"),
     "header only": ("prepare --data {}/header", "header/file.csv no rows"),
     "unknown format": ("run --data {}/unknown", "unknown/file.csv row 1 unknown format Kraken"),
-    "no text": ("audit --data {}/binary", "binary/file.csv"),
+    "not text": ("audit --data {}/binary", "binary/file.csv"),
     "rows out of order": ("run --data {}/disordered", "disordered/file.csv row 53 value_time sort"),
-    "no bars": ("prepare --data {}/daily_only", "daily_only bars"),
+    "without bars": ("prepare --data {}/daily_only", "daily_only bars"),
     "too little history": ("run --data {}/good --n-cuts 1", "too little history"),
     "too little history for the horizon": ("run --data {}/short --n-cuts 1", "90D history"),
     "horizon longer than the data": ("evaluate --data {}/good --horizon 900D", "900D history"),
     "nothing before the first test": ("evaluate --data {}/good --config {}/short.toml --first-test 2017-01-05", "first_test"),
-    "a hole before every origin": ("evaluate --data {}/hole --config {}/short.toml --first-test 2017-06-19 --step 200D",
+    "a gap before every origin": ("evaluate --data {}/hole --config {}/short.toml --first-test 2017-06-19 --step 200D",
                                    "price known 90D bars"),
-    "a hole before the newest hour": ("forecast --data {}/hole --config {}/short.toml", "no bars 2017-06-10 2017-09-10 90D"),
+    "a gap before the newest hour": ("forecast --data {}/hole --config {}/short.toml", "no bars 2017-06-10 2017-09-10 90D"),
     "unknown config key": ("run --config {}/key.toml", "key.toml nonsense unknown key horizon"),
     "unknown key of a table": ("train --config {}/deep.toml", "deep.toml model.d_modle unknown key d_model"),
-    "out of its bound": ("train --config {}/high.toml", "high.toml train.lr 7.0 give 0.0 to 1.0"),
+    "value out of bounds": ("train --config {}/high.toml", "high.toml train.lr 7.0 number from 0.0 to 1.0"),
     "sizes that do not fit": ("evaluate --config {}/unfit.toml", "unfit.toml model headdim 7"),
-    "flag out of its bound": ("train --train.batch 0", "flags train.batch give 1 to 4096"),
+    "flag out of bounds": ("train --train.batch 0", "flags train.batch number from 1 to 4096"),
     "no such device": ("train --data {}/good --config {}/short.toml --train.device cuda", "device 'cuda' no GPU"),
     "no such backend": ("train --data {}/good --config {}/short.toml --model.backend mamba_ssm", "backend 'mamba_ssm'"),
-    "backend of a walk-forward": ("evaluate --data {}/good --config {}/short.toml --models mamba2 --model.backend mamba_ssm",
+    "no such backend in evaluate": ("evaluate --data {}/good --config {}/short.toml --models mamba2 --model.backend mamba_ssm",
                                   "backend 'mamba_ssm'"),
-    "no duration": ("train --config {}/embargo.toml", "embargo.toml embargo 'soon' duration"),
-    "no way of truncation": ("train --train.bptt span:0", "flags train bptt 'span:K'"),
+    "not a duration": ("train --config {}/embargo.toml", "embargo.toml embargo 'soon' duration"),
+    "not a truncation": ("train --train.bptt span:0", "flags train bptt 'span:K'"),
     "dry run on too little": ("train --data {}/short --dry-run", "history"),
-    "no TOML": ("run --config {}/broken.toml", "broken.toml TOML line 1"),
+    "not TOML": ("run --config {}/broken.toml", "broken.toml TOML line 1"),
     "bad value": ("run --config {}/value.toml", "value.toml horizon soon"),
     "unknown model in the file": ("forecast --config {}/list.toml", "list.toml models nope"),
     "missing config": ("evaluate --config {}/none.toml", "none.toml --config"),
     "unknown model": ("run --models nope", "models nope climatology"),
-    "a model twice": ("run --models ewma ewma", "models twice"),
+    "the same model twice": ("run --models ewma ewma", "models twice"),
     "negative seed": ("run --seed -1", "seed"),
     "no years": ("prepare --years 0", "--years 0"),
-    "no time": ("evaluate --data {}/good --config {}/short.toml --first-test never", "first_test never"),
+    "not a time": ("evaluate --data {}/good --config {}/short.toml --first-test never", "first_test never"),
     "step backwards": ("evaluate --data {}/good --config {}/short.toml --step -5D", "step -5D"),
-    "repair of nothing": ("prepare --repair sort", "--repair --data"),
+    "repair without files": ("prepare --repair sort", "--repair --data"),
     "unknown repair": ("prepare --data {}/good --repair magic", "magic drop_duplicates"),
     "forecast on too little": ("forecast --data {}/short", "history"),
     "function file missing": ("audit --data {}/good --fn none.py:f", "none.py"),
@@ -84,12 +84,12 @@ FAULTS = {  # command -> words its one line must hold
     "function file with an error": ("audit --data {}/good --fn {}/syntax.py:f", "syntax.py"),
     "function file with a missing import": ("audit --data {}/good --fn {}/imports.py:f", "module_that_is_not_there"),
     "truth for another horizon": ("evaluate --models climatology truth --horizon 30D", "truth 90D"),
-    "runs in a folder that is not there": ("runs nowhere", "nowhere folder"),
-    "not implemented yet: fetch": ("fetch", "fetch not implemented yet"),
-    "not implemented yet: plan": ("plan", "plan not implemented yet"),
+    "runs in a missing folder": ("runs nowhere", "nowhere folder"),
+    "not implemented: fetch": ("fetch", "fetch not implemented yet"),
+    "not implemented: plan": ("plan", "plan not implemented yet"),
 }
 SMALL = "--data {}/good --config {}/short.toml"
-REFUSED = {  # what differs from the run that stands there -> what the refusal may name
+REFUSED = {  # what differs from the existing run -> (flags, the setting that the message names)
     "another seed": (f"{SMALL} --seed 1", "seed"),
     "another horizon": (f"{SMALL} --horizon 6D", "horizon"),
     "another model": (f"{SMALL} --models climatology", "models"),
@@ -99,8 +99,8 @@ REFUSED = {  # what differs from the run that stands there -> what the refusal m
     "another number of resamples": (SMALL.replace("short", "resamples"), "n_boot"),
 }
 INTO = {"run": f"{SMALL} --n-cuts 1", "evaluate": SMALL, "train": SMALL, "prepare": "--data {}/good"}
-OCCUPIED = {f"{verb} into {what}": f"{verb} --out out {INTO[verb]}" for what in ("a file", "a folder of others") for verb in INTO}
-DAMAGED = {f"{name} {fault}": name for name in ("fold-00-ewma-0.parquet", "run.json") for fault in ("cut short", "not its own")}
+OCCUPIED = {f"{verb} into {what}": f"{verb} --out out {INTO[verb]}" for what in ("a file", "unrelated files") for verb in INTO}
+DAMAGED = {f"{name} {fault}": name for name in ("fold-00-ewma-0.parquet", "run.json") for fault in ("cut short", "replaced")}
 MISSPELT = {"no such key": "train --model.d-modle 3", "derived from data": "train --model.n-features 3", "no command": "",
             "no such command": "nonsense", "no such flag": "run --bogus 1", "no number": "run --years eight"}
 AUDITED = {"honest": None, "centred": "smooth", "scaled": "z", "filled": "load"}  # function -> its leaky column
@@ -108,11 +108,10 @@ WALK = "--data --years --seed --repair --config --seeds --models --first-test --
 HELP = {"run": f"{WALK} --out --n-cuts", "audit": f"{WALK} --n-cuts --fn --out", "evaluate": f"{WALK} --out",
         "forecast": f"{WALK} --out", "train": f"{WALK} --preset --epochs --out --dry-run", "fetch": "", "plan": "",
         "runs": "[PATH]", "prepare": "--data --years --seed --repair --out"}
-# Cases that get a process of their own; the others are called within this one, where a command takes a tenth of the time.
-OWN = {"missing directory", "empty file", "unknown format", "unknown config key", "too little history",
-       "a hole before every origin",
-       "function that raises", "another seed", "other data", "run into a folder of others", "prepare into a file",
-       "run.json cut short", "honest", "centred", *MISSPELT, *HELP}
+# Cases that run in a process of their own; the others run in this process, ten times faster.
+SEPARATE = {"missing directory", "empty file", "unknown format", "unknown config key", "too little history",
+            "a gap before every origin", "function that raises", "another seed", "other data", "run into unrelated files",
+            "prepare into a file", "run.json cut short", "honest", "centred", *MISSPELT, *HELP}
 OWN_CODE = """import pandas as pd
 COLUMNS = "p_down p_flat p_up p10 p90 sigma".split()
 NUMBER = 3
@@ -136,7 +135,7 @@ def speed(panel): return panel["close"].pct_change(6).to_frame("speed_6h")
 def tomorrow(panel): return panel["close"].pct_change().shift(-24).to_frame("tomorrow")
 def other_signature(panel, hours): return panel["close"].pct_change(hours).to_frame("speed")
 """
-OWN_FAULTS = {  # flags -> words of the one line: what is wrong and how to mend it
+OWN_FAULTS = {  # name -> (flags, words of the message: the fault and the remedy)
     "model file missing": ("--models ewma none.py:MyForecaster", "none.py:MyForecaster no file FILE.py:NAME"),
     "model without a file": ("--models ewma MyForecaster", "'MyForecaster' climatology my.py:Name"),
     "model missing in the file": ("--models ewma my.py:Nope", "my.py:Nope my.py 'Nope'"),
@@ -159,7 +158,7 @@ def filled(p): return honest(p).assign(load=p['volume'].where(p.index.hour == 12
 
 
 def _stage(case: str, cwd: Path, run: Path) -> str:
-    "What stands in the folder before the command, and the command."
+    "Prepare the folder of a case; the command to run in it."
     if case in REFUSED or case in DAMAGED: shutil.copytree(run, cwd / "out")
     if case in REFUSED: return f"evaluate --out out {REFUSED[case][0]}"
     if case in DAMAGED:
@@ -167,7 +166,7 @@ def _stage(case: str, cwd: Path, run: Path) -> str:
         file.write_bytes(file.read_bytes()[:60] if case.endswith("short") else b"{}")
         return f"evaluate --out out {SMALL}"
     if case.endswith("into a file"): write(cwd / "out", "mine")
-    if case.endswith("folder of others"): write(cwd / "out" / "deep" / "thesis.tex", "mine")
+    if case.endswith("unrelated files"): write(cwd / "out" / "deep" / "thesis.tex", "mine")
     if case in AUDITED:
         write(cwd / "mine.py", MINE)
         own = f"--fn mine.py:{case}" if case == "scaled" else f"mine.py:{case}" if case == "filled" else f"mine:{case}"
@@ -177,24 +176,24 @@ def _stage(case: str, cwd: Path, run: Path) -> str:
 
 @pytest.fixture(scope="module")
 def outcome(request, inputs, small_run, tmp_path_factory):
-    "What became of a case; the processes of all selected cases that have their own are started together, two at a time."
+    "A function from case to outcome; processes of the selected cases are started together, two at a time."
     before = snapshot(inputs)
     params = [i.callspec.params for i in request.session.items if i.path == request.path and hasattr(i, "callspec")]
 
     def start(case: str) -> Outcome:
         cwd = tmp_path_factory.mktemp("case")
         words = _stage(case, cwd, small_run).replace("{}", str(inputs)).split()
-        stood = snapshot(cwd)
-        return Outcome((shell if case in OWN else inside)(*words, cwd=cwd), cwd, stood)
-    own = {p["case"] for p in params if "case" in p} & OWN
+        run, before = shell if case in SEPARATE else call_cli, snapshot(cwd)
+        return Outcome(run(*words, cwd=cwd), cwd, before)
+    own = {p["case"] for p in params if "case" in p} & SEPARATE
     with side_by_side(sorted(own), start) as get: yield lambda case: get(case) if case in own else start(case)
     assert snapshot(inputs) == before, "a command changed its input"
 
 
-# --- run on the built-in market ------------------------------------------------------------------------------------------
+# --- run on the built-in market -------------------------------------------------------------------------------------------
 
 
-def test_default_run_meets_its_bounds(default_run):
+def test_the_default_run_is_within_its_memory_and_passes_every_audit(default_run):
     assert default_run.rc == 0, default_run.stderr
     assert default_run.peak < 2 * 2**30, default_run.peak
     scores = json.loads((default_run.out / "scores.json").read_text())
@@ -204,30 +203,30 @@ def test_default_run_meets_its_bounds(default_run):
     assert all(a["ok"] for a in scores["audits"].values())
 
 
-def test_default_run_prints_the_report_path_and_progress_only(default_run):
+def test_the_default_run_prints_the_report_path_and_progress_only(default_run):
     progress = re.compile(r"\d+ of \d+, .+: update \d+ of \d+ .+ tokens/s .+ MiB")
     from cryptopredict.console import training_line
     line = training_line(dict.fromkeys(("loss", "cls", "p10", "p90", "vol", "lr", "tokens_per_s", "peak_rss"), 1.))
     assert progress.fullmatch(f"3 of 9, fold 1 of 2, mamba2, seed 0, 4 min left: update 7 of 9  {line}"), line
-    assert all(progress.fullmatch(line) for line in default_run.stderr.splitlines()), "a line a minute where there is no terminal"
+    assert all(progress.fullmatch(line) for line in default_run.stderr.splitlines()), "without a terminal, one line per minute"
     assert [p.name for p in default_run.cwd.iterdir()] == ["runs"] and len(list(default_run.cwd.glob("runs/*"))) == 1
     assert f"report: {default_run.out.relative_to(default_run.cwd)}/report.html" in default_run.stdout
     assert all(f"audit of {what}" in default_run.stdout for what in ("features", "labels", "folds"))
     assert all(model in default_run.stdout for model in BASELINES)
 
 
-def test_run_folder_is_whole(default_run):
+def test_the_run_folder_holds_every_file(default_run):
     tables = {f"{n}.parquet" for n in ("forecast", "origins", "predictions")}
     others = {".lock", "certificate.json", "config.toml", "inventory.json", "parts", "report.html", "run.json", "scores.json"}
     assert {p.name for p in default_run.out.iterdir()} - {"network"} == tables | others
-    scores, paper = (json.loads((default_run.out / f"{name}.json").read_text()) for name in ("scores", "certificate"))
-    assert paper["ok"] and paper["audits"] == scores["audits"] and paper["provenance"] == scores["provenance"]
-    assert any(t.startswith("availability: not audited") for t in paper["untested"])
+    scores, certificate = (json.loads((default_run.out / f"{name}.json").read_text()) for name in ("scores", "certificate"))
+    assert certificate["ok"] and all(certificate[key] == scores[key] for key in ("audits", "provenance"))
+    assert any(t.startswith("availability: not audited") for t in certificate["untested"])
     parts = {f"fold-{k:02d}-{m}-0.parquet" for k in range(len(scores["folds"])) for m in scores["config"]["models"]}
     assert {p.name for p in (default_run.out / "parts").iterdir()} == parts
 
 
-def test_predictions_keep_the_schema(default_run):
+def test_predictions_have_the_documented_schema(default_run):
     made = pd.read_parquet(default_run.out / "predictions.parquet")
     assert made.columns.tolist() == SCHEMA and not made.isna().any(axis=None)
     assert not made.duplicated(["time", "model", "seed"]).any()
@@ -237,16 +236,16 @@ def test_predictions_keep_the_schema(default_run):
     assert len({tuple(part["time"]) for _, part in made.groupby("model")}) == 1, "every model forecasts at the same origins"
 
 
-def test_predictions_lie_in_their_test_span(default_run):
+def test_predictions_lie_in_their_test_spans(default_run):
     made = pd.read_parquet(default_run.out / "predictions.parquet")
     for k, fold in enumerate(json.loads((default_run.out / "scores.json").read_text())["folds"]):
         begin, end, fitted = (pd.Timestamp(t) for t in (fold["test"]["begin"], fold["test"]["end"], fold["refit"]["end"]))
-        assert fitted + pd.Timedelta("90D") <= begin, "labels of the fit had matured"
+        assert fitted + pd.Timedelta("90D") <= begin, "the labels of the fit have matured"
         assert made.loc[made["fold"] == k, "time"].between(begin, end).all()
 
 
 class _Page(HTMLParser):
-    "Headings, text outside scripts, and every address an attribute would fetch."
+    "Headings, text outside scripts, and every address that an attribute would fetch."
     addresses = ("src", "href", "srcset", "data", "poster", "action")
 
     def __init__(self, text: str):
@@ -290,7 +289,7 @@ def test_report_has_its_sections(default_run):
 # --- resuming a run -------------------------------------------------------------------------------------------------------
 
 
-def test_same_run_again_recomputes_nothing(small, small_run, tmp_path):
+def test_a_finished_run_is_not_recomputed(small, small_run, tmp_path):
     shutil.copytree(small_run, tmp_path / "out")
     before = snapshot(tmp_path / "out")
     again = shell("run", "--out", "out", "--n-cuts", "4", *small, cwd=tmp_path)
@@ -305,7 +304,7 @@ def test_same_run_again_recomputes_nothing(small, small_run, tmp_path):
 @pytest.mark.parametrize("case", REFUSED)
 def test_another_run_in_the_same_folder_is_refused(outcome, case):
     got = outcome(case)
-    assert got.done.returncode == 2 and got.untouched(), "nothing is written over: no byte, no date"
+    assert got.done.returncode == 2 and got.untouched(), "nothing is overwritten"
     message = one_line(got.done.stderr)
     assert REFUSED[case][1] in message and "--out" in message
 
@@ -318,20 +317,20 @@ def test_an_out_folder_that_holds_no_run_is_refused(outcome, case):
 
 @pytest.fixture(scope="module")
 def many_parts(small) -> list[str]:
-    "A walk-forward of seconds in a hundred and more parts."
+    "Words of a walk-forward that takes seconds and has more than a hundred parts."
     return ["evaluate", "--out", "out", *small, "--step", "2D"]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(many_parts, tmp_path_factory) -> Path:
-    "The folder of that walk-forward when nothing stops it."
+    "The folder of that walk-forward, uninterrupted."
     folder = tmp_path_factory.mktemp("whole")
     assert shell(*many_parts, cwd=folder).returncode == 0
     return folder / "out"
 
 
 def _stopped(words: list[str], cwd: Path, how: int, sign: str = "out/parts/*.parquet") -> tuple[int, str]:
-    "Send a signal to a command as soon as a file stands, the first part of a walk-forward; exit code and stderr."
+    "Send a signal to a command as soon as a file exists; its exit code and stderr."
     # A shell that runs tests in the background may have SIGINT ignored, which a child would inherit.
     process = subprocess.Popen(
         [command(), *words], cwd=cwd, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -351,13 +350,13 @@ def test_a_stopped_walk_forward_resumes_bit_identical(many_parts, uninterrupted,
     out = tmp_path / "out"
     kept = {p.name: p.read_bytes() for p in (out / "parts").glob("*.parquet")}
     assert ended == code and 0 < len(kept) < len(list((uninterrupted / "parts").iterdir())), "stopped in the middle"
-    assert all((uninterrupted / "parts" / name).read_bytes() == data for name, data in kept.items()), "what stands is whole"
+    assert all((uninterrupted / "parts" / name).read_bytes() == data for name, data in kept.items()), "finished parts are whole"
     assert not (out / "predictions.parquet").exists() and not (out / "scores.json").exists()
     if how != "SIGKILL": assert len(stderr.splitlines()) == 1 and not list(tmp_path.rglob("*.tmp")), stderr
     again = shell(*many_parts, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     differ = {p for p, entry in snapshot(uninterrupted, times=False).items() if snapshot(out, times=False).get(p) != entry}
-    assert not differ, f"not those of an uninterrupted run: {differ}"
+    assert not differ, f"other than in an uninterrupted run: {differ}"
 
 
 @pytest.mark.parametrize("how, code", [("SIGKILL", -9), ("SIGINT", 130), ("SIGTERM", 143)])
@@ -376,7 +375,7 @@ def test_a_stopped_training_resumes_bit_identical(tmp_path, trained, how, code):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[list[str], Path]:
-    "The words of a training, and its folder when nothing stops it."
+    "The words of a training, and its folder, uninterrupted."
     folder, words = tmp_path_factory.mktemp("trained"), "train --years 4 --epochs 3 --horizon 30D --out out".split()
     assert shell(*words, cwd=folder).returncode == 0
     return words, folder / "out"
@@ -387,9 +386,9 @@ def test_lost_parts_are_recomputed(small, small_run, tmp_path):
     before = snapshot(tmp_path / "out", times=False)
     for lost in ("parts/fold-00-ewma-0.parquet", "parts/fold-03-climatology-0.parquet", "predictions.parquet", "report.html"):
         (tmp_path / "out" / lost).unlink()
-    assert inside("evaluate", "--out", "out", *small, cwd=tmp_path).returncode == 0
+    assert call_cli("evaluate", "--out", "out", *small, cwd=tmp_path).returncode == 0
     after = snapshot(tmp_path / "out", times=False)
-    assert {p for p in before if before[p] != after.get(p)} == {"report.html"}, "evaluate: no report; the certificate is kept"
+    assert {p for p in before if before[p] != after.get(p)} == {"report.html"}, "evaluate: no report, the same certificate"
 
 
 @pytest.mark.parametrize("case", DAMAGED)
@@ -411,15 +410,15 @@ def test_progress_bar_on_a_terminal(small, tmp_path):
         if not chunk: break
         seen += chunk
     os.close(ours)
-    # Redrawn ten times a second, so that a short step may never show.
+    # It is redrawn ten times a second: a short step may never show.
     assert process.wait(60) == 0 and (b" of 6, " in seen or b"newest forecast" in seen)
 
 
-# --- bad input -----------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_bad_input_gets_one_line_and_exit_2(outcome, case):
+def test_bad_input_gets_one_line_and_exit_code_2(outcome, case):
     got = outcome(case)
     assert "Traceback" not in got.done.stderr + got.done.stdout, got.done.stderr
     assert got.done.returncode == 2, (got.done.returncode, got.done.stderr)
@@ -429,37 +428,37 @@ def test_bad_input_gets_one_line_and_exit_2(outcome, case):
 
 
 @pytest.mark.parametrize("case", MISSPELT)
-def test_a_misspelt_command_line_exits_2(outcome, case):
+def test_a_misspelt_command_line_exits_with_2(outcome, case):
     got = outcome(case)
     assert got.done.returncode == 2 and got.done.stderr and "Traceback" not in got.done.stderr and got.untouched()
 
 
 @pytest.mark.parametrize("step", ["6h", "1h"])
-def test_only_official_origins_are_scored(small, tmp_path, step):
+def test_only_origins_at_midnight_are_scored(small, tmp_path, step):
     # Folds this short hold no 00:00 UTC: refused before anything is written, or left out of the scores.
-    done = inside("evaluate", *small, "--first-test", "2017-10-22", "--step", step, "--out", "out", cwd=tmp_path)
+    done = call_cli("evaluate", *small, "--first-test", "2017-10-22", "--step", step, "--out", "out", cwd=tmp_path)
     if done.returncode == 2: assert "step" in one_line(done.stderr) and not (tmp_path / "out").exists()
     else: assert set(pd.read_parquet(tmp_path / "out" / "predictions.parquet")["time"].dt.hour) == {0}
 
 
-# --- configuration -------------------------------------------------------------------------------------------------------
+# --- configuration --------------------------------------------------------------------------------------------------------
 
 
-def test_flags_win_over_the_file_and_the_file_over_defaults(inputs, tmp_path):
+def test_flags_override_the_file_and_the_file_overrides_defaults(inputs, tmp_path):
     lines = (inputs / "short.toml").read_text().replace("n_boot = 100", "n_boot = 150\nseed = 7")
     write(tmp_path / "c.toml", lines)
-    done = inside("evaluate", "--data", f"{inputs}/good", "--config", "c.toml", "--horizon", "6D", "--out", "out", cwd=tmp_path)
+    done = call_cli("evaluate", "--data", f"{inputs}/good", "--config", "c.toml", "--horizon", "6D", "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "out" / "scores.json").read_text())["config"]
     assert (config["n_boot"], config["vol_window"], config["horizon"], config["embargo"]) == (150, "2D", "6D", "0D")
-    assert config["seed"] == 7, "a flag that was not given does not win over the file"
+    assert config["seed"] == 7, "the default of a flag does not override the file"
 
 
-def test_the_network_is_set_by_flags_over_the_file_over_the_preset(inputs, tmp_path):
+def test_network_flags_override_the_file_and_the_file_overrides_the_preset(inputs, tmp_path):
     write(tmp_path / "c.toml", (inputs / "short.toml").read_text(), 'preset = "mhsa"', "[model]", "mlp = 64", "n_layers = 2",
           "[train]", "tbptt_len = 128", "lr = 0.01")
     flags = ["--config", "c.toml", "--model.d-model", "32", "--model.headdim", "16", "--train.lr", "0.02"]
-    done = inside("evaluate", "--data", f"{inputs}/good", *flags, "--out", "out", cwd=tmp_path)
+    done = call_cli("evaluate", "--data", f"{inputs}/good", *flags, "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     config = tomllib.loads((tmp_path / "out" / "config.toml").read_text())
     scored_config = json.loads((tmp_path / "out" / "scores.json").read_text())["config"]
@@ -467,31 +466,31 @@ def test_the_network_is_set_by_flags_over_the_file_over_the_preset(inputs, tmp_p
     model, train = config["model"], config["train"]
     assert (model["d_model"], model["mlp"], model["attention_every"], model["d_state"]) == (32, 64, 3, 128)
     assert (train["lr"], train["tbptt_len"], train["weight_decay"], train["batch"]) == (.02, 128, .03, 16)
-    refused = inside("evaluate", "--data", f"{inputs}/good", *flags, "--train.lr", "0.03", "--out", "out", cwd=tmp_path)
+    refused = call_cli("evaluate", "--data", f"{inputs}/good", *flags, "--train.lr", "0.03", "--out", "out", cwd=tmp_path)
     assert refused.returncode == 2 and "train.lr: 0.02 in the folder, 0.03 in this call" in one_line(refused.stderr)
 
 
-def test_written_configuration_is_the_same_run(inputs, small_run, tmp_path):
+def test_the_written_configuration_resumes_the_run(inputs, small_run, tmp_path):
     shutil.copytree(small_run, tmp_path / "out")
     before = snapshot(tmp_path / "out" / "parts")
-    done = inside("evaluate", "--data", f"{inputs}/good", "--config", "out/config.toml", "--out", "out", cwd=tmp_path)
+    done = call_cli("evaluate", "--data", f"{inputs}/good", "--config", "out/config.toml", "--out", "out", cwd=tmp_path)
     assert done.returncode == 0 and snapshot(tmp_path / "out" / "parts") == before, done.stderr
 
 
-# --- the other commands --------------------------------------------------------------------------------------------------
+# --- the other commands ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", AUDITED)
 def test_audit_distinguishes_leaky_from_honest(outcome, case):
     got, leaky = outcome(case), AUDITED[case]
     assert got.done.returncode == (1 if leaky else 0) and got.done.stderr == "" and "Traceback" not in got.done.stdout
-    # Findings are rows that begin with the column's name; the honest columns beside a leaky one are not named.
+    # Findings begin with the name of the column; honest columns next to the leaky one are not named.
     named = {line.split()[0] for line in got.done.stdout.splitlines() if line.strip()} & {"vol", "trend", "smooth", "z", "load"}
     assert named == ({leaky} if leaky else set()) and got.untouched(), got.done.stdout
 
 
-def test_audit_of_the_project_itself(small, tmp_path):
-    done = inside("audit", *small, "--n-cuts", "3", cwd=tmp_path)
+def test_the_built_in_features_pass_the_audit_command(small, tmp_path):
+    done = call_cli("audit", *small, "--n-cuts", "3", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "") and list(tmp_path.iterdir()) == []
     audits = ("features", "labels", "disguise", "folds")
     assert all(f"audit of {what}: LeakReport: no leak found" in done.stdout for what in audits)
@@ -507,7 +506,7 @@ def test_a_leak_stops_the_run(small, tmp_path, monkeypatch, capsys, verb):
     monkeypatch.setattr(run_audits, "build_features", leaky)
     monkeypatch.chdir(tmp_path)
     code = cli.main([verb, *small, *(["--out", "out"] if verb == "run" else []), "--n-cuts", "2"])
-    assert code == 1 and "tomorrow" in capsys.readouterr().out and list(tmp_path.iterdir()) == [], "no walk-forward on a leak"
+    assert code == 1 and "tomorrow" in capsys.readouterr().out and list(tmp_path.iterdir()) == [], "no walk-forward after a leak"
 
 
 def test_prepare_writes_three_tables_and_overwrites_none(tmp_path):
@@ -538,7 +537,7 @@ def test_forecast_prints_every_model(tmp_path):
 
 
 def test_forecast_writes_what_it_prints_and_overwrites_nothing(small, tmp_path):
-    done = inside("forecast", *small, "--out", "new/f.json", cwd=tmp_path)
+    done = call_cli("forecast", *small, "--out", "new/f.json", cwd=tmp_path)
     made = json.loads((tmp_path / "new" / "f.json").read_text())
     rows = made["forecasts"]
     assert done.returncode == 0 and [r["model"] for r in rows] == ["climatology", "ewma"] and set(rows[0]) == set(SCHEMA)
@@ -546,12 +545,12 @@ def test_forecast_writes_what_it_prints_and_overwrites_nothing(small, tmp_path):
     assert made["horizon"] == "5D" and f"close {made['close']:.2f}" in done.stdout and made["ages"] == {"bars": 1.0}
     assert "age of the newest value of each input" in done.stdout and "bars 1 h" in done.stdout
     before = snapshot(tmp_path)
-    again = inside("forecast", *small, "--out", "new/f.json", cwd=tmp_path)
+    again = call_cli("forecast", *small, "--out", "new/f.json", cwd=tmp_path)
     assert again.returncode == 2 and "f.json" in one_line(again.stderr) and snapshot(tmp_path) == before
 
 
 def test_forecast_prints_the_configured_spans(small, tmp_path):
-    done = inside("forecast", *small, cwd=tmp_path)
+    done = call_cli("forecast", *small, cwd=tmp_path)
     assert done.returncode == 0 and "90-day" not in done.stdout and "30-day" not in done.stdout, "the spans are 5 and 2 days"
 
 
@@ -579,7 +578,7 @@ def test_help_names_every_flag(outcome, case):
     if not HELP[case]: assert "not implemented yet" in got.done.stdout.lower()
 
 
-# --- run on files --------------------------------------------------------------------------------------------------------
+# --- run on files ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -604,7 +603,7 @@ def test_run_on_files_of_every_format(files):
     assert scores["config"]["models"] == BASELINES and len(scores["folds"]) == 6 and (files / "out" / "report.html").exists()
 
 
-def test_panel_of_files_is_as_known_at_each_hour(files):
+def test_each_hour_of_the_panel_holds_what_was_known(files):
     panel = pd.read_parquet(files / "prepared" / "panel.parquet")
     def first(column, value): return str(panel.index[np.isclose(panel[column], value, rtol=1e-9)][0])
     def day(date): return (pd.Timestamp(date) - pd.Timestamp("2017-01-01")).days
@@ -617,7 +616,7 @@ def test_panel_of_files_is_as_known_at_each_hour(files):
     assert first("utxo_count", 5e7 + day("2018-05-05")) == "2018-05-07 00:00:00+00:00"
 
 
-def test_hours_without_trades_and_the_splice(files):
+def test_hours_without_trades_are_filled_and_the_splice_is_marked(files):
     panel = pd.read_parquet(files / "prepared" / "panel.parquet")
     assert panel.index[panel["is_splice"]].tolist() == [pd.Timestamp("2019-01-01 01:00", tz="UTC")]
     before = panel.index <= "2019-01-01"
@@ -629,20 +628,20 @@ def test_hours_without_trades_and_the_splice(files):
 def test_files_are_repaired_only_on_request(tmp_path):
     bars = walk(24 * 30)
     write_binance(tmp_path / "data" / "file.csv", bars.iloc[[*range(100), 101, 100, *range(102, len(bars))]])
-    refused = inside("prepare", "--data", "data", "--out", "out", cwd=tmp_path)
+    refused = call_cli("prepare", "--data", "data", "--out", "out", cwd=tmp_path)
     assert refused.returncode == 2 and "sort" in one_line(refused.stderr) and not (tmp_path / "out").exists()
-    repaired = inside("prepare", "--data", "data", "--out", "out", "--repair", "sort", cwd=tmp_path)
+    repaired = call_cli("prepare", "--data", "data", "--out", "out", "--repair", "sort", cwd=tmp_path)
     assert repaired.returncode == 0, repaired.stderr
     close = pd.read_parquet(tmp_path / "out" / "panel.parquet")["close"]
     assert np.array_equal(close.to_numpy(), bars["close"].to_numpy())
 
 
-# --- forecasters and features of one's own -------------------------------------------------------------------------------
+# --- the user's own forecasters and features ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def brief(inputs, tmp_path_factory) -> Path:
-    "A folder with my.py, 230 days of bars and a configuration of three folds: as little as an audit of a forecaster takes."
+    "A folder with my.py, 230 days of bars and a configuration of three folds: the least that the audit of a forecaster needs."
     folder = tmp_path_factory.mktemp("brief")
     write(folder / "my.py", OWN_CODE)
     write_binance(folder / "data" / "file.csv", walk(24 * 230))
@@ -650,14 +649,14 @@ def brief(inputs, tmp_path_factory) -> Path:
     return folder
 
 
-def _own(verb: str, flags: str, folder: Path, out: str = "out") -> subprocess.CompletedProcess:
-    "A walk-forward with code of one's own, with few cuts where the command audits everything."
+def _run_own_code(verb: str, flags: str, folder: Path, out: str = "out") -> subprocess.CompletedProcess:
+    "Run a walk-forward with code from my.py, with few cuts if the command audits everything."
     words = f"{verb} --data data --config c.toml --out {out} {flags}" + " --n-cuts 1" * (verb == "run")
-    return inside(*words.split(), cwd=folder)
+    return call_cli(*words.split(), cwd=folder)
 
 
 def test_own_forecaster_and_feature_become_part_of_the_run(brief):
-    done = _own("run", "--models climatology_4y my.py:MyForecaster --features my.py:speed", brief, "whole")
+    done = _run_own_code("run", "--models climatology_4y my.py:MyForecaster --features my.py:speed", brief, "whole")
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     out, models = brief / "whole", {"climatology_4y", "my.py:MyForecaster"}
     scores, made = json.loads((out / "scores.json").read_text()), pd.read_parquet(out / "predictions.parquet")
@@ -672,12 +671,12 @@ def test_own_forecaster_and_feature_become_part_of_the_run(brief):
 def test_evaluate_scores_an_own_forecaster_and_resumes_it_only_unchanged(brief, tmp_path):
     shutil.copytree(brief, tmp_path / "copy")
     flags, folder = "--models climatology_4y my.py:MyForecaster", tmp_path / "copy"
-    first = _own("evaluate", flags, folder)
+    first = _run_own_code("evaluate", flags, folder)
     assert first.returncode == 0 and "my.py:MyForecaster" in first.stdout, first.stderr
     before = snapshot(folder / "out" / "parts")
-    assert _own("evaluate", flags, folder).returncode == 0 and snapshot(folder / "out" / "parts") == before
+    assert _run_own_code("evaluate", flags, folder).returncode == 0 and snapshot(folder / "out" / "parts") == before
     write(folder / "my.py", OWN_CODE.replace(".6]", ".7]"))
-    changed = _own("evaluate", flags, folder)
+    changed = _run_own_code("evaluate", flags, folder)
     assert changed.returncode == 2 and snapshot(folder / "out" / "parts") == before
     assert all(word in one_line(changed.stderr) for word in ("my.py:MyForecaster", "--out"))
 
@@ -688,21 +687,21 @@ def test_evaluate_scores_an_own_forecaster_and_resumes_it_only_unchanged(brief, 
     ("evaluate", "--features my.py:tomorrow", "tomorrow"),
 ])
 def test_own_code_that_sees_the_future_is_refused(brief, verb, flags, found):
-    done = _own(verb, flags, brief)
+    done = _run_own_code(verb, flags, brief)
     assert done.returncode == 1 and "Traceback" not in done.stderr and not (brief / "out").exists(), done.stderr
     assert len((done.stderr or done.stdout.splitlines()[-1]).splitlines()) == 1 and "leak" in done.stderr + done.stdout
     assert flags.split()[-1] in done.stdout + done.stderr and found in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("case", OWN_FAULTS)
-def test_own_code_that_does_not_fit_gets_one_line_with_the_remedy(brief, case):
+def test_unusable_own_code_gets_one_line_with_the_remedy(brief, case):
     flags, words = OWN_FAULTS[case]
-    done = _own("evaluate", flags, brief, "refused")
+    done = _run_own_code("evaluate", flags, brief, "refused")
     shutil.rmtree(brief / "refused", ignore_errors=True)
     assert done.returncode == 2 and all(word in one_line(done.stderr) for word in words.split()), done.stderr
 
 
-# --- output that cannot be written, bugs ----------------------------------------------------------------------------------
+# --- output that cannot be written, and bugs ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["latin-1", "full", *(pytest.param(how, marks=pytest.mark.slow) for how in ("ascii", "closed"))])
@@ -718,7 +717,7 @@ def test_the_report_is_written_even_if_stdout_fails(small, tmp_path, how):
     if how in ("latin-1", "ascii"): assert b"log sigma" in done.stdout and b"report: out/report.html" in done.stdout
 
 
-def test_a_bug_exits_3_and_a_mistake_2(tmp_path):
+def test_a_bug_exits_with_3_and_a_mistake_with_2(tmp_path):
     fault = "import sys, unittest.mock as m; from cryptopredict.cli import main; {patch} sys.exit(main({words!r}))"
     def outcome(*words, patch=""):
         code = fault.format(patch=patch, words=list(words))

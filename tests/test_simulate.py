@@ -1,4 +1,4 @@
-"The built-in market: each draw has the distribution that is stated, and the law of the future follows from the states alone."
+"The simulated market: each draw has its stated distribution, and the conditional distribution follows from the states alone."
 from math import erf
 
 import numpy as np
@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from cryptopredict import simulate as S
-from cryptopredict.simulate import PARAMS, conditional_law, market_states, simulate_market, truth_cdf
+from cryptopredict.simulate import PARAMS, conditional_distribution, market_states, simulate_market, truth_cdf
 
 HOURS = 6 * 365 * 24
 START = pd.Timestamp("2016-01-01", tz="UTC")
@@ -20,7 +20,7 @@ def market() -> tuple[pd.DataFrame, pd.DataFrame]: return simulate_market(HOURS,
 
 @pytest.fixture(scope="module")
 def draws() -> dict:
-    "Shocks and states of many days, each from a stream of its own."
+    "Shocks and states of many days, each from its own random stream."
     e = S.draw_shocks(np.random.default_rng(0), 200_000)
     day = e.sum(1) / np.sqrt(24)
     s = S.draw_regimes(np.random.default_rng(0), len(day))
@@ -129,7 +129,7 @@ def test_daily_columns_change_at_midnight_only(market):
     assert set(moved.index.hour[moved]) == {0}
 
 
-def test_equal_arguments_give_equal_bits_and_seeds_differ(market):
+def test_the_same_arguments_give_bit_identical_results_and_seeds_differ(market):
     for a, b in zip(simulate_market(HOURS, seed=1), market): pd.testing.assert_frame_equal(a, b, check_exact=True)
     assert not np.array_equal(S.draw_panel(5000, 2, False, START).close, market[0].close.iloc[:5000])
 
@@ -157,7 +157,8 @@ def test_states_are_read_back_exactly(market):
 
 @pytest.mark.parametrize("change, message", [
     (lambda p: p.drop(columns="fees"), "fees"), (lambda p: p.drop(p.index[50]), "holes"),
-    (lambda p: p.assign(volume=p.volume.where(p.index != p.index[80])), "2016-01-05")], ids=["column", "hole", "NaN"])
+    (lambda p: p.assign(volume=p.volume.where(p.index != p.index[80])), "2016-01-05 .*volume is missing"),
+    (lambda p: p.assign(dxy=0 * p.dxy), "2016-01-02 .*dxy is missing or not positive")], ids=["column", "hole", "NaN", "zero"])
 def test_a_panel_without_readable_states_is_named(market, change, message):
     with pytest.raises(ValueError, match=message): market_states(change(market[0].iloc[:3000]))
 
@@ -171,7 +172,7 @@ def test_what_the_states_do_not_explain_is_noise(market):
     assert S.M_GRID[0] + .5 < m.min() and m.max() < S.M_GRID[-1] - .5, "the grid is wide enough"
 
 
-# --- the law --------------------------------------------------------------------------------------------------------------
+# --- the conditional distribution -----------------------------------------------------------------------------------------
 
 
 def test_the_drift_of_ninety_days_splits_into_states_shocks_and_noise():
@@ -189,11 +190,11 @@ def test_the_drift_of_ninety_days_splits_into_states_shocks_and_noise():
     assert np.abs(rest @ shocks / n).max() < 4.5 * np.sqrt(var / n)
 
 
-def test_futures_begin_with_the_regime_they_start_from():
-    e, eta, u = S.draw_futures(np.random.default_rng(0), 50)
+def test_paths_begin_with_the_regime_they_start_from():
+    e, eta, u = S.draw_path_inputs(np.random.default_rng(0), 50)
     assert (e.shape, eta.shape, u.shape) == ((50, 90, 24), (50, 90), (50, 90))
     assert 0 <= u.min() and u.max() < 1 and abs(eta.mean()) < 4 / np.sqrt(eta.size)
-    g, drift = S.future_paths(1, e.sum(2) / np.sqrt(24), eta, u)
+    g, drift = S.simulate_paths(1, e.sum(2) / np.sqrt(24), eta, u)
     first = np.where(u[:, 0] < PARAMS.leave[1], 0, 1)
     expected = .04 * np.log(PARAMS.vol)[first] + PARAMS.sig_h * np.sqrt(1 - PARAMS.rho**2) * eta[:, 0]
     np.testing.assert_allclose(g[:, 0], expected)
@@ -209,7 +210,7 @@ def test_the_smoothed_cdf_is_that_of_the_sample_plus_a_normal():
 
 
 def test_tables_rise_with_volatility_and_turbulence():
-    cdf, points = S.law_tables(32_768, 0)
+    cdf, points = S.distribution_tables(32_768, 0)
     assert (np.diff(points[..., 2], axis=1) > 0).all() and (points[1, :, 2] > points[0, :, 2]).all()
     assert (points[..., 0] < points[..., 1]).all()
     assert cdf[:, :, 0].max() < 1e-2 and (np.diff(cdf.mean(3), axis=2) > -1e-12).all()
@@ -227,7 +228,7 @@ def test_the_drift_adds_little_to_sigma():
     assert .5 < none < much < 1.02 * .5
 
 
-def test_the_law_of_a_null_market_is_that_of_its_random_walk():
+def test_the_distribution_of_a_null_market_is_that_of_its_random_walk():
     rng = np.random.default_rng(9)
     r = PARAMS.null_mu * 90 + PARAMS.null_vol * np.sqrt(90 / 365) * rng.standard_normal(400_000)
     hours = PARAMS.null_vol / np.sqrt(8760) * rng.standard_normal((4000, 720)) + PARAMS.null_mu / 24
@@ -237,14 +238,14 @@ def test_the_law_of_a_null_market_is_that_of_its_random_walk():
     assert abs(np.sqrt(365 / 30 * (hours**2).sum(1)).mean() / row.sigma - 1) < .002
 
 
-def test_truth_has_a_row_per_midnight_and_is_a_law(market):
+def test_truth_has_a_row_per_midnight_and_is_a_distribution(market):
     panel, truth = market
     assert list(truth.columns) == ["p_down", "p_flat", "p_up", "p10", "p90", "sigma", "mc_se"]
     pd.testing.assert_index_equal(truth.index, panel.index[23::24], exact="equiv")
     probs = truth[["p_down", "p_flat", "p_up"]]
     assert np.allclose(probs.sum(axis=1), 1) and (probs > 0).all(axis=None)
     assert (truth.p10 < truth.p90).all() and (truth.sigma > 0).all() and truth.mc_se.max() <= .005
-    with pytest.raises(ValueError, match="paths=100"): conditional_law(panel, paths=100)
+    with pytest.raises(ValueError, match="paths=100"): conditional_distribution(panel, paths=100)
 
 
 @pytest.mark.parametrize("cut", [30, 9_000, 20_000, 31_111, 52_000])
@@ -252,23 +253,23 @@ def test_truth_does_not_change_with_the_future(market, cut):
     panel, truth = market
     other, rng = panel.copy(), np.random.default_rng(cut)
     other.iloc[cut:, :18] = other.iloc[cut:, :18].to_numpy() * np.exp(rng.normal(0, .5, (HOURS - cut, 18)))
-    known, law = truth.loc[:panel.index[cut - 1]], conditional_law(other)
-    pd.testing.assert_frame_equal(law.loc[known.index], known, **exactly)
-    pd.testing.assert_frame_equal(conditional_law(panel.iloc[:cut]), known, **exactly)
-    after = law.loc[panel.index[cut]:].iloc[1:]
+    known, changed = truth.loc[:panel.index[cut - 1]], conditional_distribution(other)
+    pd.testing.assert_frame_equal(changed.loc[known.index], known, **exactly)
+    pd.testing.assert_frame_equal(conditional_distribution(panel.iloc[:cut]), known, **exactly)
+    after = changed.loc[panel.index[cut]:].iloc[1:]
     assert (after.p_up != truth.p_up[after.index]).mean() > .99
 
 
 def test_truth_needs_only_the_last_day(market):
     panel, truth = market
-    late = conditional_law(panel.iloc[24 * 100:])
+    late = conditional_distribution(panel.iloc[24 * 100:])
     pd.testing.assert_frame_equal(late, truth.loc[late.index], **exactly)
 
 
 def test_mc_se_is_the_spread_between_random_numbers(market):
     panel, truth = market[0].iloc[:24 * 730], market[1].iloc[:730]
     probs = ["p_down", "p_flat", "p_up"]
-    others = [conditional_law(panel, paths=2_048, seed=k) for k in range(1, 9)]
+    others = [conditional_distribution(panel, paths=2_048, seed=k) for k in range(1, 9)]
     misses = np.stack([(t[probs] - truth.loc[t.index, probs]).to_numpy() for t in others])  # (seeds, origins, 3)
     actual, stated = np.sqrt((misses**2).mean(0)).max(1), np.mean([t.mc_se for t in others], axis=0)
     # The mc_se of one table is itself an estimate and moves by some tenths of its value between seeds.
@@ -289,7 +290,7 @@ def test_the_cdf_at_a_time_that_is_no_origin_is_named(market):
         truth_cdf(market[0], pd.Series([.1], pd.DatetimeIndex(["2015-01-01"], tz="UTC")))
 
 
-def test_a_null_market_has_one_law_and_returns_without_memory():
+def test_a_null_market_has_one_distribution_and_returns_without_memory():
     panel, truth = simulate_market(HOURS, 0, null=True)
     assert list(panel.columns) == S.COLUMNS and (truth.nunique() == 1).all()
     r = np.log(panel.close).diff().dropna()

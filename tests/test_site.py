@@ -1,4 +1,4 @@
-"The site: what nbdev_proc_nbs makes of the notebooks, and, where Quarto is installed, what Quarto makes of that."
+"The site: the pages that nbdev_proc_nbs writes and, where Quarto is installed, the rendered HTML."
 import json
 import os
 import re
@@ -7,16 +7,14 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from helpers import ENV
+from helpers import ENV, PLOTLY, ROOT
 
-COLUMNS = 100  # a signature line of more characters scrolls on a page
-PLOTLY = "application/vnd.plotly.v1+json"
+COLUMNS = 100  # a longer signature line would scroll
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    "A copy of the checkout in which nbdev_proc_nbs has run: the folder `_proc`."
+    "The folder `_proc` that nbdev_proc_nbs writes in a copy of the checkout."
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(ROOT / "nbs", folder / "nbs", symlinks=True)
     shutil.copytree(ROOT / "results", folder / "results")
@@ -49,7 +47,7 @@ def documentation(cells: list[dict]) -> list[str]:
     return ["".join(o["data"]["text/markdown"]) for c in shown for o in c["outputs"] if "text/markdown" in o.get("data", {})]
 
 
-def test_every_notebook_is_a_page_with_title_subtitle_and_its_opening_prose(pages, notebooks):
+def test_every_notebook_is_a_page_with_title_subtitle_and_opening_prose(pages, notebooks):
     assert set(pages) == set(notebooks)
     found = []
     for name, cells in pages.items():
@@ -71,7 +69,7 @@ def test_the_home_page_has_one_title(site):
     assert pictures and all((site / name).exists() and (ROOT / name).exists() for name in pictures)
 
 
-def test_links_between_pages_are_relative_and_lead_somewhere(pages, site):
+def test_links_between_pages_are_relative_and_have_targets(pages, site):
     targets = {re.search(r"output-file: (\S+)", cells[0]["source"]).group(1) for cells in pages.values()} | {"index.html"}
     found, counted = [], 0
     for name, cells in pages.items():
@@ -83,7 +81,7 @@ def test_links_between_pages_are_relative_and_lead_somewhere(pages, site):
     assert not found and counted > 100
 
 
-def test_no_page_fetches_anything_from_elsewhere(pages, site):
+def test_no_page_fetches_anything_from_the_network(pages, site):
     found = []
     for name, cells in pages.items():
         text = json.dumps(cells)
@@ -95,7 +93,7 @@ def test_no_page_fetches_anything_from_elsewhere(pages, site):
     assert "http" not in config and "html-math-method: mathml" in config
 
 
-def test_figures_are_drawn_from_data_by_one_copy_of_plotly(pages, site):
+def test_all_figures_are_drawn_by_one_local_copy_of_plotly(pages, site):
     drawn = 0
     for name, cells in pages.items():
         for output in (o for c in cells for o in c.get("outputs", []) if PLOTLY in o.get("data", {})):
@@ -144,7 +142,7 @@ def test_navigation_is_grouped_and_lists_every_page_once(site, notebooks):
 
 
 @pytest.mark.skipif(not shutil.which("quarto"), reason="Quarto is not installed")
-def test_rendered_pages(site, notebooks):
+def test_rendered_pages_have_one_title_their_prose_and_a_dark_theme(site, notebooks):
     done = subprocess.run(["quarto", "render", "--no-cache"], cwd=site, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     docs = site / "_docs"

@@ -17,9 +17,11 @@ from cryptopredict.states import (
     concat_states,
     debug,
     detach,
+    load_state,
     map_state,
     move_state,
     register_state,
+    save_state,
     where_state,
 )
 
@@ -82,6 +84,17 @@ def test_moving_to_an_integer_type_is_refused():
     _refused("dtype is torch.int64", move_state, STATE, dtype=torch.int64)
 
 
+@pytest.mark.parametrize("metadata, message", [
+    (None, "cannot be read as a state: it has no sha256: give a file written by save_state"),
+    ({"sha256": "0"}, "its content does not match its sha256: restore it from a backup")], ids=["none", "another"])
+def test_a_file_without_its_hash_is_refused(tmp_path, metadata, message):
+    from safetensors.torch import save_file
+    save_state(STATE, tmp_path / "state.safetensors")
+    assert torch.equal(load_state(tmp_path / "state.safetensors", STATE)[0].ssm, STATE[0].ssm)
+    save_file({"[0].conv": STATE[0].conv, "[0].ssm": STATE[0].ssm}, tmp_path / "other.safetensors", metadata)
+    _refused(message, load_state, tmp_path / "other.safetensors", STATE)
+
+
 def test_numbers_are_checked_under_debug_only():
     bad = torch.zeros(2, 3)
     bad[1, 2] = math.nan
@@ -100,7 +113,7 @@ def test_the_first_argument_that_is_no_tensor_is_named():
 
 @pytest.mark.parametrize("reset, message", [
     (torch.zeros(12), "reset has shape (12,); with x (2, 12, 4) expected (2, 12)"),
-    (torch.zeros(2, 12), "reset is torch.float32 on cpu; expected torch.bool on cpu, as x"),
+    (torch.zeros(2, 12), "reset is torch.float32 on cpu; expected torch.bool on cpu like x"),
     (torch.zeros(2, 12, dtype=torch.bool, device="meta"), "reset is torch.bool on meta; expected torch.bool on cpu"),
     ([], "reset is list; expected a torch.Tensor")], ids=["shape", "dtype", "device", "type"])
 def test_a_reset_that_does_not_fit_is_named(reset, message):
@@ -113,7 +126,7 @@ FRESH = Layer().init_state(2)
 @pytest.mark.parametrize("state, message", [
     (FRESH._replace(ssm=FRESH.ssm.double()), "state.ssm is torch.float64; expected torch.float32"),
     (Layer().init_state(1), "state.conv has shape (1, 4, 1); for u (2, 12, 4) expected (2, 4, 1)"),
-    (map_state(lambda v: v.to("meta"), FRESH), "state.conv is on meta, the model on cpu: move_state moves it"),
+    (map_state(lambda v: v.to("meta"), FRESH), "state.conv is on meta, the model on cpu: move it with move_state"),
     (tuple(FRESH), "state is tuple; expected Memory")], ids=["dtype", "batch", "device", "class"])
 def test_a_state_that_does_not_fit_is_named(state, message):
     _refused(message, check_state, Layer(), U, state)
@@ -121,6 +134,11 @@ def test_a_state_that_does_not_fit_is_named(state, message):
 
 def test_a_state_with_too_few_parts_is_refused():
     _refused("state has 1 parts; expected 2", check_like, STATE[:1], STATE, "state", U)
+
+
+def test_a_part_of_a_nested_state_is_named_by_its_path():
+    first = map_state(lambda v: v[:1], STATE)
+    _refused("state[0].conv has shape (1, 3, 3)", check_like, first, STATE, "state", U)
 
 
 def test_a_state_that_is_not_finite_is_refused_under_debug():

@@ -100,6 +100,12 @@ def test_path_targets_are_the_quantiles_of_the_path(labels):
     assert (targets.low[3], targets.high[7]) == (-1, 1)
 
 
+def test_each_label_is_kept_at_its_own_rows(labels):
+    targets = label_targets(labels, LabelRows(r90=np.array([3]), sigma=np.array([3, 7])), "terminal")
+    known = {name: torch.isfinite(v).nonzero().flatten().tolist() for name, v in targets._asdict().items()}
+    assert known == dict(direction=[3], low=[3], high=[3], sigma=[3, 7])
+
+
 def test_rows_without_any_label_are_named(labels):
     check_labelled(labels, fit=ROWS, valid=None)
     with pytest.raises(ValueError, match="fit holds no labelled row"): check_labelled(labels, fit=ROWS[:0])
@@ -117,12 +123,12 @@ def test_a_fold_holds_labels_at_its_rows_only(features, labels, data):
     (lambda f, l: (f, l.assign(r90=np.nan), ROWS), "fit holds no labelled row"),
     (lambda f, l: (f, l, ROWS, ROWS[:0]), "valid holds no labelled row"),
     (lambda f, l: (f, l[1:], ROWS), "labels has 2999 rows, features 3000"),
-    (lambda f, l: (f[::-1], l, ROWS), "in another order: give the same hours"),
+    (lambda f, l: (f[::-1], l, ROWS), "differ in their hours or the order of hours"),
     (lambda f, l: (f, l, ROWS, None, None, "mean"), "target is 'mean'"),
     (lambda f, l: (f, l.assign(p10_path=np.nan), ROWS, None, None, "path"), "fit holds no labelled row"),
     (lambda f, l: (f * np.nan, l, ROWS), "every feature is missing"),
     (lambda f, l: (f, l, ROWS, None, np.full(HOURS, np.nan)), "anchor is not known at any row of fit"),
-], ids=["no label", "no row to stop on", "other length", "other order", "target", "no path", "no feature", "no anchor"])
+], ids=["no label", "no validation row", "other length", "other order", "target", "no path", "no feature", "no anchor"])
 def test_a_wrong_argument_of_a_fold_is_named(features, labels, change, message):
     with pytest.raises(ValueError, match=message): fold_data(*change(features, labels))
 
@@ -132,7 +138,7 @@ def test_a_wrong_argument_of_a_fold_is_named(features, labels, change, message):
 
 def test_a_short_history_gets_fewer_streams():
     plan = plan_streams(9_000, 16, 1024)
-    assert plan.chunks >= 4 and "batch 16 -> 1" in plan.note
+    assert plan.chunks >= 4 and plan.note == "batch 16 -> 1: a stream must hold four chunks"
 
 
 def test_a_history_too_short_for_four_chunks_is_refused():

@@ -1,4 +1,4 @@
-"""Trackers of trainings that are killed, rewound, run in a row; what they wrote is read back with TensorBoard and MLflow."""
+"""Trackers of trainings that are killed, rewound or run in a row, read back with TensorBoard and MLflow."""
 
 import gc
 import json
@@ -20,7 +20,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
-from helpers import in_child, inside, one_line, shell, write
+from helpers import call_cli, in_child, one_line, shell, write
 from trainings import config, data, die, die_at, history, outcome
 
 from cryptopredict.tbptt_trainer import Run, steps_per_epoch, train
@@ -40,7 +40,7 @@ TRACKERS = ("TensorBoard", "MLflow")
 
 
 def expected_curves(out: Path) -> dict[str, list[tuple[int, float]]]:
-    """The curves a tracker must hold of a training, from the training's histories."""
+    """The curves that a tracker must hold, from the histories of the training."""
     curves = {}
     for r in history(out, "metrics"):
         for key in CURVES.keys() & r.keys(): curves.setdefault(CURVES[key], []).append((r["step"], float(r[key])))
@@ -50,45 +50,45 @@ def expected_curves(out: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def from_tensorboard(root: Path, out: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard's own reader finds."""
+    """The curves that TensorBoard reads."""
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     events = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def mlflow_runs(uri: str, out: Path) -> tuple[MlflowClient, list]:
-    """The MLflow runs of a training, by the number of rewinds before each; a client that reads them."""
+    """A client, and the MLflow runs of a training by the number of rewinds before each."""
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("cryptopredict").experiment_id
     runs = client.search_runs([experiment], f"tags.`cryptopredict.folder` = '{out.resolve()}'")
     runs = sorted(runs, key=lambda r: int(r.data.tags["cryptopredict.rewinds"]))
-    assert [r.data.tags["cryptopredict.rewinds"] for r in runs] == [str(k) for k in range(len(runs))], "one run each"
+    assert [r.data.tags["cryptopredict.rewinds"] for r in runs] == [str(k) for k in range(len(runs))], "one run per rewind"
     parents = [r.data.tags.get("mlflow.parentRunId") for r in runs]
-    assert parents == [None, *(r.info.run_id for r in runs[:-1])], "each the child of the one before its rewind"
+    assert parents == [None, *(r.info.run_id for r in runs[:-1])], "each run is the child of the run before its rewind"
     assert all(r.info.status == "KILLED" for r in runs[:-1])
     return client, runs
 
 
 def curves_of(client: MlflowClient, run) -> dict[str, list[tuple[int, float]]]:
-    """The curves of an MLflow run; its latest metrics must be the last of each."""
+    """The curves of an MLflow run, whose latest metrics must be the last points."""
     curves = {k: sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, k)) for k in run.data.metrics}
     assert {key: curve[-1][1] for key, curve in curves.items()} == run.data.metrics
     return curves
 
 
 def from_mlflow(root: Path, out: Path) -> dict[str, list[tuple[int, float]]]:
-    """What MLflow's client finds in the database for a training, after its last rewind."""
+    """The curves of a training after its last rewind that MLflow's client finds in the database."""
     client, runs = mlflow_runs(f"sqlite:///{root}/runs.db", out)
     return curves_of(client, runs[-1])
 
 
 def make(kind: str, root: Path) -> Tracker:
-    """A tracker of a kind."""
+    """A new tracker of the named kind."""
     return TensorBoard() if kind == "TensorBoard" else MLflow(root / "runs.db")
 
 
 def check_curves(held: dict, out: Path, error: float = 0.) -> None:
-    """Every step once, in order, with the value in the histories, up to a relative error."""
+    """Check that curves hold every step once, in order, with the values of the histories up to a relative error."""
     want = expected_curves(out)
     assert {name for name in held if name.partition("/")[0] not in ("speed", "memory")} == want.keys()
     for name, curve in want.items():
@@ -100,14 +100,14 @@ def check_curves(held: dict, out: Path, error: float = 0.) -> None:
 
 
 def check(kind: str, root: Path, out: Path) -> None:
-    """TensorBoard holds the curves rounded to float32, MLflow exactly."""
+    """Check the curves of a tracker: TensorBoard rounds them to float32, MLflow keeps them exactly."""
     if kind == "TensorBoard": check_curves(from_tensorboard(root, out), out, 2**-24)
     else: check_curves(from_mlflow(root, out), out)
 
 
 @pytest.fixture(scope="module")
 def empty_database(tmp_path_factory) -> Path:
-    """MLflow's tables, which take it seconds to make."""
+    """A database with MLflow's empty tables, which take seconds to create."""
     database = tmp_path_factory.mktemp("empty") / "runs.db"
     MlflowClient(f"sqlite:///{database}").search_experiments()
     return database
@@ -123,12 +123,12 @@ def prepared(empty_database, tmp_path) -> None:
 
 @pytest.mark.parametrize("kind", TRACKERS)
 @pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 8))])
-def test_curves_are_whole_after_kills_at_random(finished_training, tmp_path, kind, seed):
+def test_curves_are_complete_after_kills_at_random_steps(finished_training, tmp_path, kind, seed):
     draw, steps, statuses = random.Random(seed), Run.load(finished_training).step, []
     for end in [*sorted(draw.sample(range(1, steps), 4)), 0]:
         def work(end=end):
             with make(kind, tmp_path) as tracker:
-                # Killed before its tracker gets an update, or after.
+                # Killed before the tracker gets the update, or after.
                 both = (die_at(end), tracker) if end % 2 else (tracker, die_at(end))
                 train(config(), data(), tmp_path / "out", on_update=CallbackList(*both))
         statuses.append(in_child(work))
@@ -140,9 +140,9 @@ def test_curves_are_whole_after_kills_at_random(finished_training, tmp_path, kin
 @pytest.mark.parametrize("kind", TRACKERS)
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("records", [9, 16])
-def test_curves_are_whole_after_a_kill_inside_a_write(prepared, tmp_path, kind, late, records):
-    """Half a record in an event file; numbers in the database and not in the histories the training resumes from. A late tracker
-    is killed while it takes the history of the training before it."""
+def test_curves_are_complete_after_a_kill_inside_a_write(prepared, tmp_path, kind, late, records):
+    """The kill leaves half a record in an event file, and points in the database past the newest checkpoint. A late tracker
+    is killed while it copies the history of the training so far."""
     def work():
         plain = RecordWriter.write
 
@@ -163,14 +163,14 @@ def test_curves_are_whole_after_a_kill_inside_a_write(prepared, tmp_path, kind, 
 
 @pytest.mark.parametrize("kind", TRACKERS)
 @pytest.mark.parametrize("past_validation", [False, True])
-def test_curves_are_whole_after_a_rewind_and_a_kill(prepared, spoil, tmp_path, kind, past_validation):
-    """Rewound by some updates, or from the first of an epoch into the one before, past its validation."""
+def test_curves_are_complete_after_a_rewind_and_a_kill(prepared, spoil, tmp_path, kind, past_validation):
+    """A rewind of some updates, or from the first update of an epoch back across a validation."""
     c, fold, seen = config(epochs=6), data(), []
     at = 4 * steps_per_epoch(c, fold) + 1 + 4 * (not past_validation)
     spoil({at - 1}, 1e5, 1)
 
     def work():
-        MLflow.updates = 1  # every update that is rewound was sent
+        MLflow.updates = 1  # sends every update, also those rewound later
         kill = lambda run, record: die() if run.guard.rewinds and run.step == at - 1 else None
         with make(kind, tmp_path) as tracker: train(c, fold, tmp_path / "out", on_update=CallbackList(tracker, kill))
     assert in_child(work) == -signal.SIGKILL
@@ -184,8 +184,8 @@ def test_curves_are_whole_after_a_rewind_and_a_kill(prepared, spoil, tmp_path, k
     assert max(value for _, value in held) < 1e3 and seen[0] < at and held[-1][0] == seen[-1]
 
 
-def test_several_trainings_in_a_row_write_nowhere_else(tmp_path, monkeypatch):
-    """All trackers at once, from one training to the next; no connection, no folder in the current directory."""
+def test_trackers_of_several_trainings_write_only_into_their_folders(tmp_path, monkeypatch):
+    """All trackers at once, over two trainings: no network, and no other folder in the current directory."""
     def refuse(*args): raise AssertionError("a connection")
     monkeypatch.setattr(socket.socket, "connect", refuse)
     (tmp_path / "here").mkdir()
@@ -205,7 +205,7 @@ def test_several_trainings_in_a_row_write_nowhere_else(tmp_path, monkeypatch):
     assert (run.data.params["seed"], run.data.params["model.d_model"]) == ("0", "16")
 
 
-def test_a_tracker_that_starts_late_holds_everything(prepared, tmp_path):
+def test_a_tracker_that_starts_late_holds_the_whole_history(prepared, tmp_path):
     train(config(), data(), tmp_path / "out", until=1)
     with CallbackList(*(make(kind, tmp_path) for kind in TRACKERS)) as watch:
         train(config(), data(), tmp_path / "out", on_update=watch)
@@ -224,8 +224,8 @@ def test_an_error_fails_the_mlflow_run_and_a_resume_finishes_it(prepared, tmp_pa
     assert (before.status, after.status) == ("FAILED", "FINISHED") and before.run_id == after.run_id
 
 
-def trained(tmp_path: Path, tracker) -> list[str]:
-    """Train to the end with a tracker that fails; returns its warnings."""
+def warnings_of_training(tmp_path: Path, tracker) -> list[str]:
+    """Train to the end with a tracker that fails; its warnings."""
     with warnings.catch_warnings(record=True) as caught, tracker:
         warnings.simplefilter("always")
         train(config(), data(), tmp_path / "out", on_update=tracker)
@@ -237,37 +237,37 @@ def test_a_full_disk_ends_the_tracker_and_not_the_training(finished_training, tm
     plain, tracebacks = RecordWriter.__init__, []
     monkeypatch.setattr(RecordWriter, "__init__", lambda self, writer: plain(self, open("/dev/full", "wb", buffering=0)))
     monkeypatch.setattr(threading, "excepthook", tracebacks.append)  # by default printed to stderr
-    found = trained(tmp_path, TensorBoard())
+    found = warnings_of_training(tmp_path, TensorBoard())
     assert len(found) == 1 and found[0].startswith("TensorBoard failed") and "No space left" in found[0]
     assert outcome(tmp_path / "out") == outcome(finished_training)
-    assert capfd.readouterr() == ("", "") and not tracebacks, "one warning says it all"
+    assert capfd.readouterr() == ("", "") and not tracebacks, "one warning, and nothing else is printed"
 
 
 def test_a_locked_database_ends_the_tracker_and_not_the_training(finished_training, tmp_path, capfd):
     tracker = MLflow(tmp_path / "runs.db")
     with closing(sqlite3.connect(tmp_path / "runs.db", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        found = trained(tmp_path, tracker)
+        found = warnings_of_training(tmp_path, tracker)
     assert len(found) == 1 and found[0].startswith("MLflow failed") and found[0].endswith("database is locked")
     assert capfd.readouterr() == ("", "")
     assert outcome(tmp_path / "out") == outcome(finished_training)
 
 
 class MLflowStub(BaseHTTPRequestHandler):
-    """MLflow's REST paths, as far as its client needs them here, answered from a database by MLflow's own client."""
+    """The part of MLflow's REST API that its client needs here, answered from a database by MLflow's own client."""
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_) -> None: pass
 
     def answer(self) -> None:
-        if self.server.stopped:  # a connection that was kept open must not outlive the server
+        if self.server.stopped:  # close connections that were kept open, too
             self.close_connection = True
             return
         url = urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        asked = json.loads(body) if body else dict(parse_qsl(url.query))
+        request = json.loads(body) if body else dict(parse_qsl(url.query))
         method = getattr(self, url.path.removeprefix("/api/2.0/mlflow/").replace("/", "_").replace("-", "_"), None)
-        found = method(self.server.client, **asked) if method else None
+        found = method(self.server.client, **request) if method else None
         content = dict(error_code="RESOURCE_DOES_NOT_EXIST", message=url.path) if found is None else found
         self.server.paths.append(url.path)
         self.send_response(404 if found is None else 200)
@@ -314,7 +314,7 @@ class MLflowStub(BaseHTTPRequestHandler):
 
 @contextmanager
 def mlflow_server(database: Path) -> Iterator[ThreadingHTTPServer]:
-    """A server of `MLflowStub` on a free port; `uri` is its address, `paths` are those that were asked for."""
+    """A server of `MLflowStub` on a free port, with its address as `uri` and the requested paths as `paths`."""
     with ThreadingHTTPServer(("127.0.0.1", 0), MLflowStub) as server:
         server.client, server.paths, server.stopped = MlflowClient(f"sqlite:///{database}"), [], False
         server.uri = f"http://127.0.0.1:{server.server_port}"
@@ -361,15 +361,15 @@ def test_a_rewind_starts_a_child_run(prepared, spoil, uri, tmp_path):
 
 
 def test_the_command_takes_the_address_of_a_server(prepared, inputs, tmp_path, monkeypatch):
-    """`--mlflow http://...` is no name of a folder."""
+    """`--mlflow http://...` is not taken for the name of a folder."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     sizes = ["d_model = 16", "headdim = 8", "mlp = 24", "n_layers = 1"]
     write(tmp_path / "c.toml", 'horizon = "5D"', 'vol_window = "2D"', 'validation = "60D"', 'first_test = "2017-08-01"',
           "epochs = 1", "validation_spans = 1", "[model]", *sizes, "[train]", "batch = 2", "tbptt_len = 128")
     (tmp_path / "here").mkdir()
     with mlflow_server(tmp_path / "served.db") as server:
-        done = inside("train", "--data", inputs / "good", "--config", tmp_path / "c.toml", "--out", "out", "--mlflow", server.uri,
-                      cwd=tmp_path / "here")
+        words = ["train", "--data", inputs / "good", "--config", tmp_path / "c.toml", "--out", "out", "--mlflow", server.uri]
+        done = call_cli(*words, cwd=tmp_path / "here")
         assert done.returncode == 0, done.stderr
         assert "http:" not in done.stdout, "the client prints no links"
         assert [p.name for p in (tmp_path / "here").iterdir()] == ["out"]
@@ -385,8 +385,8 @@ def test_a_server_that_does_not_answer_is_an_error_before_the_training(inputs, t
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
-        uri = f"http://127.0.0.1:{free.getsockname()[1]}"  # bound, so that no other process takes it; nothing listens
-        # A process of its own: pytest would take what libraries log.
+        uri = f"http://127.0.0.1:{free.getsockname()[1]}"  # bound, so that no other process takes the port, but nobody listens
+        # In a process of its own, since pytest captures what libraries log.
         done = shell("train", "--data", inputs / "good", "--out", "out", "--mlflow", uri, cwd=tmp_path)
     assert done.returncode == 2 and uri in one_line(done.stderr) and "tracking URI: choose another" in done.stderr
     assert not list(tmp_path.iterdir())
@@ -404,9 +404,9 @@ def test_a_server_that_stops_ends_the_tracker_and_not_the_training(prepared, fin
                 server.shutdown()
                 server.server_close()
             if run.step == 10: wait(tracker.sending, return_when=FIRST_EXCEPTION)
-        found = trained(tmp_path, CallbackList(tracker, stop))
+        found = warnings_of_training(tmp_path, CallbackList(tracker, stop))
     assert len(found) == 1 and found[0].startswith("MLflow failed")
-    assert sum(not sending.done() for sending in tracker.sending) < 2, "the rest is not sent: the process could not end before"
+    assert sum(not sending.done() for sending in tracker.sending) < 2, "the rest is not sent, so that the process can end"
     assert outcome(tmp_path / "out") == outcome(finished_training)
 
 
@@ -455,7 +455,7 @@ def test_a_notebook_shows_one_figure_and_replaces_it(tmp_path):
     assert '"x": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]' in figure.replace(",", ", ").replace(",  ", ", ").replace('":[', '": [')
 
 
-def test_without_a_notebook_nothing_is_drawn(tmp_path, capfd):
+def test_outside_a_notebook_nothing_is_displayed(tmp_path, capfd):
     with LiveLoss(every=0) as live: train(config(epochs=1), data(), tmp_path / "out", on_update=live)
     assert capfd.readouterr() == ("", "")
     assert list(live.figure.data[0].x) == [r["step"] for r in history(tmp_path / "out", "metrics")]

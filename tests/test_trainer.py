@@ -87,9 +87,9 @@ def kill_at(step: int):
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (dict(warmup=2.), "'warmup' is 2.0: give 0.0 to 0.5"),
-    (dict(amp="int8"), "'amp' is 'int8': give one of auto"),
-    (dict(batch=16.), "'batch' is 16.0: give 1 to 4096, a whole number"),
+    (dict(warmup=2.), "'warmup' is 2.0: must be a number from 0.0 to 0.5"),
+    (dict(amp="int8"), "'amp' is 'int8': must be one of auto"),
+    (dict(batch=16.), "'batch' is 16.0: must be a whole number from 1 to 4096"),
     (dict(bptt="all"), "'bptt' is 'all'"),
 ], ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
 def test_a_setting_out_of_bounds_is_named_with_its_bounds(wrong, message):

@@ -1,13 +1,12 @@
-"""Losses and gradients that are not finite, spikes of the loss, too little memory."""
+"""Trainings with losses or gradients that are not finite, spikes of the loss, or too little memory."""
 
 import math
-import os
 import signal
 
 import pytest
 import torch
 from helpers import in_child
-from trainings import config, data, differences, history, outcome
+from trainings import config, data, die, die_at, differences, history, outcome
 
 from cryptopredict import tbptt_trainer
 from cryptopredict.checkpoint import checkpoints, load_latest
@@ -43,15 +42,12 @@ def test_skipped_steps_are_logged_and_resume_is_bit_identical(spoil, tmp_path):
     run = train(config(), data(), tmp_path / "whole")
     assert all_finite(run) and [e["step"] for e in history(tmp_path / "whole", "events")] == [3, 4, 8, 13]
     assert sum(m["skipped"] for m in history(tmp_path / "whole", "metrics")) == 4
-
-    def kill(run, record):
-        if run.step == 8: os.kill(os.getpid(), signal.SIGKILL)
-    assert in_child(lambda: train(config(), data(), tmp_path / "out", on_update=kill)) == -signal.SIGKILL
+    assert in_child(lambda: train(config(), data(), tmp_path / "out", on_update=die_at(8))) == -signal.SIGKILL
     train(config(), data(), tmp_path / "out")
     assert not differences(tmp_path / "out", outcome(tmp_path / "whole"))
 
 
-def test_five_skipped_steps_in_a_row_end_the_training_with_advice(spoil, tmp_path):
+def test_five_skipped_steps_in_a_row_end_the_training_with_a_remedy(spoil, tmp_path):
     spoil(range(7, 100), math.nan)
     with pytest.raises(ValueError, match="5 updates in a row .* lower lr, reduce clip, or disable attention"):
         train(config(), data(), tmp_path)
@@ -60,14 +56,14 @@ def test_five_skipped_steps_in_a_row_end_the_training_with_advice(spoil, tmp_pat
 
 
 @pytest.mark.parametrize("times, rewinds", [(1, 1), (2, 2), (9, 3)])
-def test_a_spike_is_rewound_three_times_at_most(spoil, tmp_path, times, rewinds):
+def test_a_spike_is_rewound_at_most_three_times(spoil, tmp_path, times, rewinds):
     spoil({28}, 1e5, times)
     c = config(epochs=6)
     run = train(c, data(), tmp_path)
     events, metrics = history(tmp_path, "events"), history(tmp_path, "metrics")
     assert [e["event"] for e in events] == ["rewind"] * rewinds + ["spike"] * (times > 3)
     assert [e["lr_scale"] for e in events if e["event"] == "rewind"] == [2.**-k for k in range(1, rewinds + 1)]
-    assert [m["step"] for m in metrics] == list(range(1, run.step + 1)), "no step is missing or there twice"
+    assert [m["step"] for m in metrics] == list(range(1, run.step + 1)), "no step is missing or repeated"
     assert run.guard.lr_scale == 2.**-rewinds and metrics[-1]["lr"] < c.lr * 2.**-rewinds
     assert max(m["loss"] for m in metrics) < 1e3 or times > 3
 
@@ -77,10 +73,8 @@ def test_resume_after_a_rewind_and_a_kill_is_bit_identical(spoil, tmp_path):
     train(config(epochs=6), data(), tmp_path / "whole")
 
     def work():
-        def kill(run, record):
-            if run.step == 30: os.kill(os.getpid(), signal.SIGKILL)
         spoil({28}, 1e5, 1)
-        train(config(epochs=6), data(), tmp_path / "out", on_update=kill)
+        train(config(epochs=6), data(), tmp_path / "out", on_update=die_at(30))
     assert in_child(work) == -signal.SIGKILL
     train(config(epochs=6), data(), tmp_path / "out")
     assert not differences(tmp_path / "out", outcome(tmp_path / "whole"))
@@ -88,7 +82,7 @@ def test_resume_after_a_rewind_and_a_kill_is_bit_identical(spoil, tmp_path):
 
 @pytest.fixture
 def little_memory(monkeypatch):
-    """Let a forward pass over more than so many hours of streams raise what a full GPU raises."""
+    """A function that makes forward passes over more than `most` hours (of all streams) raise the error of a full GPU."""
     def do(most):
         plain = Run.forward
 
@@ -99,7 +93,7 @@ def little_memory(monkeypatch):
     return do
 
 
-# 3 streams of 40 hours: 2 at a time, one, and one in 2, 4 and 8 pieces
+# 3 streams of 40 hours: two at a time, one at a time, and one in 2, 4 and 8 pieces
 @pytest.mark.parametrize("most, rows, pieces", [(119, 2, 1), (79, 1, 1), (39, 1, 2), (10, 1, 4), (5, 1, 8)])
 @pytest.mark.parametrize("bptt", ["truncated", "span:3", "exact"])
 def test_micro_batches_give_the_same_updates(little_memory, tmp_path, most, rows, pieces, bptt):
@@ -149,7 +143,7 @@ def test_twenty_seeds_of_tiny_stay_finite(tmp_path, lr):
 
 @pytest.mark.parametrize("save_every", [0, 1, 3])
 def test_an_update_that_wrecks_the_weights_is_rewound(tmp_path, save_every):
-    """It shows in the next loss only, when it may already be in a checkpoint."""
+    """The next loss shows it, when the weights may already be in a checkpoint."""
     once = [True]
 
     def wreck(run, record):
@@ -164,7 +158,7 @@ def test_an_update_that_wrecks_the_weights_is_rewound(tmp_path, save_every):
     assert max(m["loss"] for m in metrics) < 100 and [m["step"] for m in metrics] == list(range(1, run.step + 1))
 
 
-def test_a_kill_inside_a_rewind_leaves_no_trace(spoil, tmp_path, monkeypatch):
+def test_a_training_killed_inside_a_rewind_resumes_bit_identical(spoil, tmp_path, monkeypatch):
     spoil({28}, 1e5)
     train(config(epochs=6), data(), tmp_path / "whole")
     for owner, name in ((tbptt_trainer, "remove"), (Histories, "truncate"), (Run, "record_event"), (Run, "save")):
@@ -174,7 +168,7 @@ def test_a_kill_inside_a_rewind_leaves_no_trace(spoil, tmp_path, monkeypatch):
             def deadly_rewind(run, loss):
                 def deadly(*args, **kwargs):
                     plain(*args, **kwargs)
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    die()
                 setattr(owner, name, deadly)
                 rewind(run, loss)
             Run.rewind = deadly_rewind
@@ -184,20 +178,17 @@ def test_a_kill_inside_a_rewind_leaves_no_trace(spoil, tmp_path, monkeypatch):
     assert not differences(tmp_path / "out", outcome(tmp_path / "whole"))
 
 
-def test_events_of_little_memory_are_logged_once(little_memory, tmp_path):
+def test_an_out_of_memory_event_is_logged_once(little_memory, tmp_path):
     def work(out, at=0):
         little_memory(79)
-
-        def kill(run, record):
-            if run.step == at: os.kill(os.getpid(), signal.SIGKILL)
-        train(config(epochs=1), data(), out, on_update=kill)
+        train(config(epochs=1), data(), out, on_update=die_at(at))
     assert in_child(lambda: work(tmp_path / "whole")) == 0
     assert in_child(lambda: work(tmp_path / "out", 2)) == -signal.SIGKILL and in_child(lambda: work(tmp_path / "out")) == 0
     assert not differences(tmp_path / "out", outcome(tmp_path / "whole"))
     assert len(history(tmp_path / "out", "events")) == 2
 
 
-def test_burn_in_and_allocator_warm_up_need_no_more_memory(monkeypatch, tmp_path):
+def test_burn_in_and_allocator_warm_up_also_use_micro_batches(monkeypatch, tmp_path):
     plain = Run.forward
 
     def forward(run, x, state):
@@ -208,8 +199,8 @@ def test_burn_in_and_allocator_warm_up_need_no_more_memory(monkeypatch, tmp_path
     assert (run.micro_batcher.rows, run.micro_batcher.pieces) == (1, 1) and len(history(tmp_path, "events")) == 2
 
 
-def test_validation_shortens_its_pieces_where_memory_is_short(monkeypatch, tmp_path):
-    """It reads longer pieces than the training does."""
+def test_validation_reads_shorter_pieces_if_memory_is_short(monkeypatch, tmp_path):
+    """Validation reads longer pieces than the training does."""
     from cryptopredict.multitask import MultitaskModel
     whole, plain, longest = train(config(dropout=0., epochs=1), data(), tmp_path / "whole"), MultitaskModel.forward, []
 

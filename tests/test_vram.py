@@ -1,17 +1,19 @@
 "What a training will cost: measured peaks, the line through measurements, and what adds to the time."
 
 import itertools
+import json
 from dataclasses import replace
 
 import psutil
 import pytest
 import torch
+from conftest import ROOT
 
 from cryptopredict import vram
 from cryptopredict.multitask import Targets
 from cryptopredict.streams import FoldData
 from cryptopredict.tbptt_trainer import Run, train, train_preset
-from cryptopredict.vram import Cost, estimate, extrapolate, peak_while
+from cryptopredict.vram import Cost, estimate, extrapolate, figure_vram, peak_while
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +26,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def data() -> FoldData:
-    "8000 hours: labels to learn from in the first 6000, labels to stop on in the last 1000."
+    "8000 hours: training labels in the first 6000, labels for early stopping in the last 1000."
     torch.manual_seed(0)
     hours = torch.arange(8000.)
     fit, valid = (Targets(torch.where(where, hours % 3, torch.nan), *[torch.where(where, .3, torch.nan)] * 3)
@@ -77,3 +79,13 @@ def test_a_model_too_large_for_any_part_is_an_error(data, config, monkeypatch):
     def full(*_): raise torch.OutOfMemoryError("out of memory")
     monkeypatch.setattr(Run, "forward", full)
     with pytest.raises(ValueError, match="out of memory with one stream and 64 hours"): estimate(config, data)
+
+
+def test_memory_figure_draws_what_was_measured():
+    record = json.loads((ROOT / "results" / "vram.json").read_text(encoding="utf-8"))
+    assert all(r["losses_finite"] and r["status"] == "ok" for r in record["sweep"])
+    assert all(r["losses_finite"] for r in record["training"])
+    lines = figure_vram(record).data
+    assert lines[0].y[0] == round(record["sweep"][0]["peak_allocated"] / 1e9, 2)
+    allocated = [line.y for line in lines if line.line.dash == "solid"]
+    assert len(allocated) == 2 and all(list(y) == sorted(y) for y in allocated), "memory grows with tbptt_len"

@@ -1,4 +1,4 @@
-"A small training that several test files share: its settings, its data, what it must leave behind, and how it is killed."
+"A small training shared by several test files: its settings, its data, what must be reproducible, and how to kill it."
 import json
 import os
 import signal
@@ -13,13 +13,13 @@ from cryptopredict.storage import TrainingFolder
 from cryptopredict.streams import FoldData, Scaler
 from cryptopredict.tbptt_trainer import TrainConfig, train_preset
 
-SIZES = dict(batch=3, tbptt_len=40, epochs=2, d_model=16, headdim=8, mlp=24, dropout=.2, attention_every=2, n_heads=2,
+SETTINGS = dict(batch=3, tbptt_len=40, epochs=2, d_model=16, headdim=8, mlp=24, dropout=.2, attention_every=2, n_heads=2,
              kv_window=50, pooling="mean", lr=3e-3, save_every=3)
 
 
 def config(**changes) -> TrainConfig:
     "A model with every kind of state (convolution, scan, attention cache, running mean) and dropout."
-    return train_preset("tiny", 6, **{**SIZES, **changes})
+    return train_preset("tiny", 6, **{**SETTINGS, **changes})
 
 
 def data() -> FoldData:
@@ -42,22 +42,33 @@ def outcome(out: Path) -> dict[str, bytes]:
 
 
 def differences(out: Path, other: dict[str, bytes]) -> list[str]:
-    "Names of the files in a training's folder that differ from another training's `outcome`."
+    "Names of the files in a training's folder that differ from the `outcome` of another training."
     mine = outcome(out)
     return [name for name in other if mine[name] != other[name]]
 
 
 def history(out: Path, name: str) -> list[dict]:
-    "A history of a training; empty where the file is missing."
+    "The records of one of a training's histories; none if the file is missing."
     path = out / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def die(*_) -> None:
-    "Kill this process."
+    "Kill this process with SIGKILL; usable as a callback."
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die_at(step: int):
-    "A callback that kills its process after an update."
+    "A callback that kills its process after the given update."
     return lambda run, record: die() if run.step == step else None
+
+
+def die_at_operation(number: int, *names: str) -> None:
+    "Make this process die at its n-th call of these functions of `os`, before the call."
+    remaining = [number]
+    for name in names:
+        def deadly(*args, plain=getattr(os, name), **kwargs):
+            remaining[0] -= 1
+            if not remaining[0]: die()
+            return plain(*args, **kwargs)
+        setattr(os, name, deadly)
