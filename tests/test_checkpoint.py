@@ -285,7 +285,7 @@ def test_a_newer_version_is_an_error_and_not_skipped(tmp_path):
 
 
 def test_the_warning_on_a_skipped_checkpoint_names_the_file_without_a_remedy(tmp_path):
-    two(tmp_path)
+    save_two(tmp_path)
     (tmp_path / "step-2" / "metadata.json").write_text("{")
     with pytest.warns(RuntimeWarning) as heard: assert load_latest(tmp_path)[0]["step"] == 1
     file = tmp_path / "step-2" / "metadata.json"
