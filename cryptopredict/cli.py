@@ -17,21 +17,22 @@ import tomllib
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import tyro
 
-from .console import Progress, duration_text, say, say_inventory, say_scores, say_wrapped, warn, write_errors
+from .console import (Progress, duration_text, plural, print_inventory, print_line, print_scores, print_wrapped,
+                                   warn, write_errors)
 from .storage import (DeferredSignals, FitFolder, RunFolder, Terminated, TrainingFolder, find_trainings, is_locked,
                                    new_folder, read_jsonl, sigterm_raises, write_atomic)
 
 # %% auto #0
 __all__ = ['COMMANDS', 'OVERVIEW', 'PrepareCommand', 'evaluate_config', 'WalkForwardArgs', 'default_settings', 'TrackingArgs',
-           'RunFolderArgs', 'shown_audits', 'audit_all', 'user_code_audits', 'judge_reports', 'say_leak',
-           'AuditCommand', 'say_device', 'EvaluateCommand', 'RunCommand', 'ForecastCommand', 'TrainCommand',
-           'FetchCommand', 'PlanCommand', 'parse_command', 'describe_flags', 'setting_error', 'main']
+           'RunFolderArgs', 'report_text', 'shown_audits', 'audit_all', 'user_code_audits', 'judge_reports',
+           'print_leak', 'AuditCommand', 'print_device', 'EvaluateCommand', 'RunCommand', 'ForecastCommand',
+           'TrainCommand', 'FetchCommand', 'PlanCommand', 'parse_command', 'describe_flags', 'setting_error', 'main']
 
 # %% ../nbs/06a_cli.ipynb #34e48c3d
 class LoadedPanel(NamedTuple):
@@ -55,36 +56,37 @@ class Command:
 @dataclass
 class SourceArgs(Command):
     "The flags that choose the data."
-    # Folder with source files (Kraken, Binance, Coin Metrics, blockchain.com, FRED, Yahoo). Default: the built-in market.
+    # Folder with source files (Kraken, Binance, Coin Metrics, blockchain.com, FRED, Yahoo). Default: the simulated market.
     data: Path | None = None
-    years: int = 8  # Length of the built-in market, years (without --data).
+    years: int = 8  # Length of the simulated market, years (without --data).
     repair: tuple[str, ...] = ()  # Repairs allowed on the files: sort drop_duplicates drop_invalid assume_utc convert_utc.
 
     def load(
         self,
-        seed: int,  # seed of the built-in market
+        seed: int,  # seed of the simulated market
     ) -> LoadedPanel:
-        "The panel of the files, or of the built-in market; prints what was found."
+        "The panel of the files, or of the simulated market; prints what was found."
         from cryptopredict.simulate import simulate_market
         from cryptopredict.sources import build_panel, inventory, read_folder
         if self.data is not None:
             found = read_folder(self.data, self.repair)
             panel, provenance, files = build_panel(found)
-            say_inventory(files, self.data)
+            print_inventory(files, self.data)
             names = ", ".join(path.name for t in found.files if (path := Path(t.attrs["file"])) not in found.skipped)
             return LoadedPanel(panel, found.source_tables, provenance, f"files {names}", files)
-        if self.repair: raise ValueError("--repair needs --data: the built-in market has nothing to repair")
-        if not 1 <= self.years <= 50: raise ValueError(f"--years {self.years}: give 1 to 50")
+        if self.repair: raise ValueError("--repair needs --data: the simulated market has nothing to repair")
+        if not 1 <= self.years <= 50: raise ValueError(f"--years {self.years}: must be between 1 and 50")
         panel, _ = simulate_market(24 * 365 * self.years, seed)
-        name, (begin, end) = f"built-in market, {self.years} years, seed {seed}", panel.index[[0, -1]]
-        say(f"{name}: {len(panel)} hours, {begin:%Y-%m-%d} to {end:%Y-%m-%d}")
+        years, (begin, end) = plural(self.years, "year"), panel.index[[0, -1]]
+        name = f"simulated market, {years}, seed {seed}"
+        print_line(f"{name}: {len(panel)} hours, {begin:%Y-%m-%d} to {end:%Y-%m-%d}")
         return LoadedPanel(panel, None, None, name, inventory(panel))
 
 # %% ../nbs/06a_cli.ipynb #4439c1a1
 @dataclass
 class PrepareCommand(SourceArgs):
     "Panel, features and labels as parquet files, to look at or to train on elsewhere."
-    seed: int = 0  # Seed of the built-in market.
+    seed: int = 0  # Seed of the simulated market.
     # Folder for panel.parquet, features.parquet, labels.parquet; files there are never overwritten. Default: new under runs/.
     out: Path | None = None
 
@@ -103,7 +105,7 @@ class PrepareCommand(SourceArgs):
         for kind, table in tables.items():
             write_atomic(out / f"{kind}.parquet", table.to_parquet(None))
             (rows, columns), known = table.shape, 100 * table.notna().mean().mean()
-            say(f"  {out / kind}.parquet: {rows} rows, {columns} columns, {known:.1f} % known")
+            print_line(f"  {out / kind}.parquet: {rows} rows, {columns} columns, {known:.1f} % known")
         return 0
 
 # %% ../nbs/06a_cli.ipynb #f9f93166
@@ -116,13 +118,13 @@ def evaluate_config() -> type:
 class WalkForwardArgs(SourceArgs):
     "The flags that choose forecasters, folds and training."
     config: Path | None = None  # TOML file with any of the settings below; flags win over it.
-    # The settings from preset and file, as defaults of the flags.
+    # Defaults of the flags: preset, then file.
     settings: tyro.conf.FlagConversionOff[Annotated[Any, tyro.conf.arg(name="", constructor_factory=evaluate_config)]] = None
     models_given: tyro.conf.Suppress[bool] = False  # whether flags or the file name the models
 
     def configured(self) -> Any:
-        """The `EvaluateConfig`. On the built-in market with the usual labels the default models
-        include `truth`, its known conditional law."""
+        """The `EvaluateConfig`. On the simulated market with the usual labels the default models
+        include `truth`, its true conditional distribution."""
         from cryptopredict.protocol import load_config
         config = self.settings or load_config(self.config)
         usual = (config.horizon, config.vol_window, config.threshold) == ("90D", "30D", .05)
@@ -133,8 +135,8 @@ class WalkForwardArgs(SourceArgs):
         self,
         config: Any,  # as from `configured`
     ) -> Any:
-        """The user's forecasters and features as `protocol.UserCode`; a `ConfigError` states
-        where they were named."""
+        """The user's forecasters and features as `protocol.UserCode`; a `ConfigError` names the file
+        or flags that they come from."""
         from cryptopredict.config import ConfigError
         from cryptopredict.protocol import load_user_code
         try: return load_user_code(config)
@@ -157,8 +159,8 @@ def default_settings(
 # %% ../nbs/06a_cli.ipynb #3d5db324
 @dataclass
 class TrackingArgs:
-    "The flags that choose what follows the trainings, besides the progress bar."
-    tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False  # Event files for TensorBoard, in the folder of each training.
+    "The flags that choose trackers of the training, in addition to the progress bar."
+    tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False  # Event files for TensorBoard, in the folder of each training run.
     mlflow: str | None = None  # MLflow's tracking URI (http://host:5000, sqlite:///runs.db), or a database file or folder.
 
     def trackers(self) -> Any:
@@ -172,18 +174,27 @@ class RunFolderArgs(WalkForwardArgs, TrackingArgs):
     out: Path | None = None  # Run folder; an existing run of the same settings is resumed. Default: a new folder under runs/.
 
 # %% ../nbs/06a_cli.ipynb #69927f50
+def report_text(
+    report: Any,  # `LeakReport`
+) -> str:
+    "A report as printed on a terminal: its `repr`, with long lists of columns replaced by their number."
+    def short(value: Any) -> Any:
+        if not str(value).startswith("untested: ") or value.count(", ") < 3: return value
+        return f"untested: {value.count(', ') + 1} columns"
+    return repr(replace(report, tested={key: short(value) for key, value in report.tested.items()}))
+
 def shown_audits(
     total: int,  # number of audits
-    make: Callable[[Callable[[str], None]], dict],  # given a function to call with each audit's name: reports by name
+    make: Callable[[Callable[[str], None]], dict],  # makes the reports by name; its argument is called before each audit
 ) -> dict:
-    "The reports by name; shows a bar while they are made, and prints them."
+    "Make audits with a progress bar; prints and returns the reports by name."
     started: list[str] = []
     with Progress() as progress:
         def begin(name: str) -> None:
             progress.on_part(len(started), total, f"audit of {name}")
             started.append(name)
         reports = make(begin)
-    for name, report in reports.items(): say(f"  audit of {name}: {report!r}")
+    for name, report in reports.items(): print_line(f"  audit of {name}: {report_text(report)}")
     return reports
 
 def audit_all(
@@ -192,7 +203,7 @@ def audit_all(
     user_code: Any,  # the user's forecasters and features, `protocol.UserCode`
     n_cuts: int,  # cuts in the audit of the features
 ) -> dict:
-    """Audits the panel and everything that a run does with it; prints and returns the reports by
+    """Audit the panel and everything that a run does with it; prints and returns the reports by
     name."""
     from cryptopredict.run_audits import AUDITED_HOURS, audit_inputs, audit_network, audit_user_code
     from cryptopredict.sources import MAX_AGE
@@ -210,29 +221,29 @@ def user_code_audits(
     config: Any,  # `EvaluateConfig` of the run
     user_code: Any,  # the user's forecasters and features, `protocol.UserCode`
 ) -> dict:
-    """Audits the user's forecasters and features; prints and returns the reports by name, empty
-    if there are none."""
+    """Audit the user's forecasters and features; prints and returns the reports by name, empty if
+    there are none."""
     from cryptopredict.run_audits import audit_user_code
     if not (user_code.models or user_code.features): return {}
-    say("audit of your own code ...")
+    print_line("audit of your own code ...")
     return shown_audits(len(user_code.models) + len(user_code.features),
                         lambda begin: audit_user_code(loaded.panel, config, user_code, on_audit=begin))
 
 def judge_reports(
     reports: Mapping[str, Any],  # `LeakReport` by name
 ) -> int:
-    """Exit code: 1 if a leak was found, else 0; a `ValueError` where too little could be tested
-    to say."""
+    """The exit code: 1 if a leak was found, else 0; a `ValueError` if too little could be tested
+    for a verdict."""
     if any(len(report.leaks) for report in reports.values()): return 1
     for name, report in reports.items():
-        if not report.ok: raise ValueError(f"audit of {name}: {report.verdict}: give more data, or code that needs fewer rows")
+        if not report.ok: raise ValueError(f"audit of {name}: {report.verdict}: use more data, or code that needs fewer rows")
     return 0
 
-def say_leak(
-    what: str,  # what does not start
+def print_leak(
+    what: str,  # what was not started because of it
 ) -> int:
     "Print that a leak was found; returns the exit code."
-    say(f"a leak was found: {what} does not start")
+    print_line(f"a leak was found, so {what} was not started")
     return 1
 
 # %% ../nbs/06a_cli.ipynb #858fe0d3
@@ -253,7 +264,8 @@ class AuditCommand(WalkForwardArgs):
         name, config = self.what or self.fn, self.configured()
         function: Any = load_object(name) if name else None
         user_code = self.user_code(config)
-        if name and not callable(function): raise ValueError(f"{name} is {type(function).__name__}: name a function of the panel")
+        if name and not callable(function):
+            raise ValueError(f"{name} is {type(function).__name__}: must be a function of the panel")
         if self.out and self.out.exists(): raise ValueError(f"{self.out} exists: choose another --out")
         loaded = self.load(config.seed)
         reports = {name: self.audit_function(function, name, loaded.panel, config.seed)} if name else \
@@ -279,17 +291,17 @@ class AuditCommand(WalkForwardArgs):
                 on_cut = lambda done, total: progress.on_part(done, total, f"audit of {name}, cut {done + 1}")
                 report = audit(function, panel, n_cuts=self.n_cuts, seed=seed, on_cut=on_cut)
         except Exception as error: raise ValueError(f"{name} cannot be audited: {error}") from error
-        say(repr(report))
+        print_line(report_text(report))
         return report
 
 # %% ../nbs/06a_cli.ipynb #ddbbf7de
-def say_device(
+def print_device(
     config: Any,  # `EvaluateConfig` of the run
 ) -> None:
     "Print on which device and in which precision the network is trained."
     from cryptopredict.tbptt_trainer import resolved
     settings = resolved(config.train)
-    say(f"network: preset {config.preset} on {settings.device}, mixed precision {settings.amp}")
+    print_line(f"network: preset {config.preset} on {settings.device}, mixed precision {settings.amp}")
 
 @dataclass
 class EvaluateCommand(RunFolderArgs):
@@ -298,10 +310,21 @@ class EvaluateCommand(RunFolderArgs):
     def __call__(self) -> int:
         config = self.configured()
         user_code, loaded = self.user_code(config), self.load(config.seed)
+        self.check_out(config, user_code, loaded)
         audits = user_code_audits(loaded, config, user_code)
-        if judge_reports(audits): return say_leak("the walk-forward")
-        say_scores(self.walk(config, user_code, loaded, audits or None).folder.scores)
+        if judge_reports(audits): return print_leak("the walk-forward")
+        print_scores(self.walk(config, user_code, loaded, audits or None).folder.scores)
         return 0
+
+    def check_out(
+        self,
+        config: Any,  # `EvaluateConfig` of the run
+        user_code: Any,  # the user's forecasters and features, `protocol.UserCode`
+        loaded: LoadedPanel,  # panel and where it came from
+    ) -> None:
+        "A `ValueError` if `--out` holds another run or anything else; called before the audits, which take long."
+        from cryptopredict.walkforward import check_run, provenance_of
+        if self.out is not None: check_run(self.out, config, provenance_of(loaded.panel, loaded.name), user_code)
 
     def walk(
         self,
@@ -317,14 +340,15 @@ class EvaluateCommand(RunFolderArgs):
         from cryptopredict.track import CallbackList
         from cryptopredict.walkforward import walk_forward_run
         out, panel = self.out or new_folder("run"), loaded.panel
-        if self.out is None: say(f"folder: {out}")
+        if self.out is None: print_line(f"folder: {out}")
         if panel["close"].isna().any():  # print how many origins gaps in the price cost, before training
             y = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
-            for sentence in missing_prices(dict(lost_origins=lost_origins(config, panel, y))): say(sentence)
-        if "mamba2" in config.models: say_device(config)
+            for sentence in missing_prices(dict(lost_origins=lost_origins(config, panel, y))): print_line(sentence)
+        if "mamba2" in config.models: print_device(config)
         with self.trackers() as trackers, Progress() as progress:
-            watch = CallbackList(progress.on_update, trackers)
-            return walk_forward_run(config, panel, out, loaded.name, audits, user_code, progress.on_part, watch, loaded.inventory)
+            on_update = CallbackList(progress.on_update, trackers)
+            return walk_forward_run(config, panel, out, loaded.name, audits, user_code, progress.on_part, on_update,
+                                    loaded.inventory)
 
 @dataclass
 class RunCommand(EvaluateCommand):
@@ -336,16 +360,17 @@ class RunCommand(EvaluateCommand):
         config = self.configured()
         user_code = self.user_code(config)
         self.trackers().close()  # a missing package is reported before the long part
-        say("panel ...")
+        if self.data is None or self.data.is_dir(): print_line("panel ...")
         loaded = self.load(config.seed)
-        say("audit ...")
+        self.check_out(config, user_code, loaded)
+        print_line("audit ...")
         audits = audit_all(loaded, config, user_code, self.n_cuts)
-        if judge_reports(audits): return say_leak("the walk-forward")
-        say("walk-forward ...")
+        if judge_reports(audits): return print_leak("the walk-forward")
+        print_line("walk-forward ...")
         done = self.walk(config, user_code, loaded, audits)
         report = write_report(done)  # before printing, which can fail
-        say_scores(done.folder.scores)
-        say(f"report: {report}")
+        print_scores(done.folder.scores)
+        print_line(f"report: {report}")
         return 0
 
 # %% ../nbs/06a_cli.ipynb #c186d941
@@ -359,106 +384,109 @@ class ForecastCommand(WalkForwardArgs):
         from cryptopredict.sources import input_ages, inventory_json
         from cryptopredict.walkforward import newest_forecast
         config = self.configured()
+        inventory_path = self.out.with_name(f"{self.out.stem}.inventory.json") if self.out else None
+        for path in filter(None, (self.out, inventory_path)):
+            if path.exists(): raise ValueError(f"{path} exists: choose another --out")
         user_code, loaded = self.user_code(config), self.load(config.seed)
         panel = loaded.panel
-        beside = self.out.with_name(f"{self.out.stem}.inventory.json") if self.out else None
-        for path in filter(None, (self.out, beside)):
-            if path.exists(): raise ValueError(f"{path} exists: choose another --out")
-        if judge_reports(user_code_audits(loaded, config, user_code)): return say_leak("the forecast")
+        if judge_reports(user_code_audits(loaded, config, user_code)): return print_leak("the forecast")
         with Progress() as progress:
             made = newest_forecast(config, panel, None, user_code, progress.on_part, progress.on_update)
         ages = input_ages(panel, loaded.tables, loaded.provenance)
         close, heads = float(panel["close"].iloc[-1]), made.attrs["heads"]
-        if self.out and beside:
+        if self.out and inventory_path:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             hours = {name: None if age != age else round(age / 3600, 2) for name, age in ages.dt.total_seconds().items()}
             head = dict(time=panel.index[-1].isoformat(), close=close, horizon=config.horizon, vol_window=config.vol_window,
                         source=loaded.name, ages=hours, ages_unit="hours", heads=heads)
             forecasts = json.loads(made.to_json(orient="records", double_precision=12, date_format="iso"))
-            write_atomic(beside, inventory_json(loaded.inventory))
+            write_atomic(inventory_path, inventory_json(loaded.inventory))
             write_atomic(self.out, json.dumps(dict(**head, forecasts=forecasts), indent=1))
-        say(f"made at {panel.index[-1]:%Y-%m-%d %H:%M} UTC, close {close:.2f}; the return is over {config.horizon}")
-        say(newest_table(made, config.horizon, config.vol_window).to_string())
-        for sentence in head_sentences(heads): say_wrapped(sentence)
+        print_line(f"made at {panel.index[-1]:%Y-%m-%d %H:%M} UTC, close {close:.2f}; the return is over {config.horizon}")
+        print_line(newest_table(made, config.horizon, config.vol_window).to_string())
+        for sentence in head_sentences(heads): print_wrapped(sentence)
         groups: dict[str, list[str]] = {}  # names of the inputs by age
         for name, age in ages.items():
-            groups.setdefault("missing" if age != age else duration_text(age.total_seconds()), []).append(name)
-        say_wrapped("age of the inputs, from the beginning of the period they describe: "
-                    + "; ".join(f"{', '.join(names)} {age}" for age, names in groups.items()))
+            hours = age.total_seconds() / 3600
+            text = "missing" if age != age else f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.0f} d"
+            groups.setdefault(text, []).append(name)
+        print_wrapped("age of the newest value of each input, from the start of its bar or day: "
+                      + "; ".join(f"{', '.join(names)} {age}" for age, names in groups.items()))
         return 0
 
 # %% ../nbs/06a_cli.ipynb #1141f53f
 @dataclass
 class TrainCommand(WalkForwardArgs, TrackingArgs):
     "Fit the network on all labels that have matured; checkpoints and curves in a folder."
-    out: Path | None = None  # Folder of the training; an existing one is resumed. Default: a new folder under runs/.
-    # Only print what would be trained: data, trainings, parameters, updates, and the time and memory that are expected.
+    out: Path | None = None  # Folder of the training runs; existing ones are resumed. Default: a new folder under runs/.
+    # Only print what would be trained: data, training runs, parameters, updates, and the expected time and memory.
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
 
     def __call__(self) -> int:
         from cryptopredict.results import head_sentences, newest_table
         from cryptopredict.track import CallbackList
-        from cryptopredict.walkforward import train_newest
+        from cryptopredict.walkforward import check_fit, train_newest
         config, out = self.configured(), self.out or new_folder("train")
         user_code, loaded = self.user_code(config), self.load(config.seed)
         panel = loaded.panel
-        say_device(config)
-        say(f"at most {config.epochs} epochs")
-        if self.dry_run: return self.say_expected(config, panel, user_code)
-        if judge_reports(user_code_audits(loaded, config, user_code)): return say_leak("the training")
-        if self.out is None: say(f"folder: {out}")
+        print_device(config)
+        print_line(f"at most {plural(config.epochs, 'epoch')}")
+        if self.dry_run: return self.print_expected(config, panel, user_code)
+        check_fit(out, config)
+        if judge_reports(user_code_audits(loaded, config, user_code)): return print_leak("the training")
+        if self.out is None: print_line(f"folder: {out}")
         with self.trackers() as trackers, Progress() as progress:
-            watch = CallbackList(progress.on_update, trackers)
-            made = train_newest(config, panel, out, loaded.name, user_code, progress.on_part, watch, loaded.inventory)
+            on_update = CallbackList(progress.on_update, trackers)
+            made = train_newest(config, panel, out, loaded.name, user_code, progress.on_part, on_update, loaded.inventory)
         choice = json.loads(FitFolder(out).choice.read_text())
-        say(f"chosen on validation: {choice['epochs']} epochs")
-        for sentence in head_sentences(made.attrs["heads"]): say_wrapped(sentence)
-        say(f"{newest_table(made, config.horizon, config.vol_window).to_string()}\nkept in {out}")
+        print_line(f"chosen on validation: {plural(choice['epochs'], 'epoch')}")
+        for sentence in head_sentences(made.attrs["heads"]): print_wrapped(sentence)
+        print_line(f"{newest_table(made, config.horizon, config.vol_window).to_string()}\nkept in {out}")
         return 0
 
-    def say_expected(
+    def print_expected(
         self,
-        config: Any,  # `EvaluateConfig` of the training
+        config: Any,  # `EvaluateConfig` of the fit
         panel: Any,  # DataFrame, hourly
         user_code: Any,  # the user's features, `protocol.UserCode`
     ) -> int:
-        """Print the time and memory that the trainings of a newest forecast would take; returns
+        """Print the time and memory that the training runs of a newest forecast would take; returns
         the exit code."""
         from cryptopredict.tbptt_trainer import resolved
         from cryptopredict.walkforward import expected_trainings
         made = expected_trainings(config, panel, user_code)
-        one, t = made.iloc[-1], resolved(config.train)
-        seconds, last = made["seconds"].sum(), made["share"].min()
-        network = f"{one['parameters']:,} parameters on {t.device}, mixed precision {t.amp}"
-        say(f"{network}; {t.batch} streams x {t.tbptt_len} hours, gradients {t.bptt}")
+        settings, seconds = resolved(config.train), made["seconds"].sum()
+        network = f"{made['parameters'].iloc[-1]:,} parameters on {settings.device}, mixed precision {settings.amp}"
+        print_line(f"{network}; {settings.batch} streams x {settings.tbptt_len} hours, gradients {settings.bptt}")
         shown = made.assign(chunk=[f"{r.streams} x {r.hours}" for r in made.itertuples()], hours=made["length"],
                             time=made["seconds"].map(duration_text), memory=(made["memory"] / 2**20).map("{:.0f} MiB".format))
-        say(shown[["training", "learned", "judged", "hours", "chunk", "updates", "time", "memory"]].to_string(index=False))
+        columns = ["training", "trained_on", "validated_on", "hours", "chunk", "updates", "time", "memory"]
+        print_line(shown[columns].to_string(index=False))
         mib = made["memory"].max() / 2**20
-        say(f"in all {made['updates'].sum():,} updates, about {duration_text(seconds)} of training and {mib:.0f} MiB "
-            f"(extrapolated from updates on {100 * last:.0f} % of a chunk or more)")
+        print_line(f"in all {made['updates'].sum():,} updates, about {duration_text(seconds)} of training and {mib:.0f} MiB "
+                   f"(extrapolated from updates on {100 * made['share'].min():.0f} % of a chunk or more)")
         return 0
 
 # %% ../nbs/06a_cli.ipynb #fc52597c
 @dataclass
 class RunsCommand(Command):
-    """The runs and trainings in a folder: state, best score, age, and how to resume those that
-    stopped."""
+    """The walk-forwards and training runs in a folder: state, best score, age, and how to resume
+    those that stopped."""
     folder: tyro.conf.Positional[Path] = Path("runs")  # Folder that holds run folders, or one of them.
 
     def __call__(self) -> int:
         import pandas as pd
-        if not self.folder.is_dir(): raise ValueError(f"{self.folder} is no folder: name the one that holds the runs")
+        if not self.folder.is_dir(): raise ValueError(f"{self.folder} is not a folder: name the one that holds the runs")
         itself = RunFolder(self.folder).run.exists() or TrainingFolder(self.folder).checkpoints.exists()
         rows = [row for place in ([self.folder] if itself else sorted(self.folder.iterdir())) if (row := self.row_of(place))]
-        say(pd.DataFrame(rows).to_string(index=False) if rows else f"{self.folder} holds no run")
+        print_line(pd.DataFrame(rows).to_string(index=False) if rows else f"{self.folder} holds no run")
         return 0
 
     def row_of(
         self,
         place: Path,  # a folder, or a file
     ) -> dict | None:
-        "The row of a folder; None if it holds neither a walk-forward nor a training."
+        "The row of a folder; None if it holds neither a walk-forward nor a training run."
         try:
             if not place.is_dir(): return None
             if RunFolder(place).run.exists(): kind, describe = "walk-forward", describe_run
@@ -481,8 +509,8 @@ class RunsCommand(Command):
 def read_json_file(
     path: Path,  # a plain file
 ) -> Any:
-    "The content of a JSON file. Only a plain file is opened: reading a pipe would wait for ever."
-    if not path.is_file(): raise ValueError(f"{path.name} is no file")
+    "The content of a JSON file. Only a plain file is opened: reading a pipe could block forever."
+    if not path.is_file(): raise ValueError(f"{path.name} is not a file")
     return json.loads(path.read_text())
 
 def describe_run(
@@ -492,25 +520,25 @@ def describe_run(
     folder = RunFolder(place)
     read_json_file(folder.run)
     parts = sum(name.endswith(".parquet") for name in os.listdir(folder.parts)) if folder.parts.exists() else 0
-    if not folder.scores.exists(): return f"stopped, {parts} parts", ""
+    if not folder.scores.exists(): return f"stopped, {plural(parts, 'part')}", ""
     best = min((r for r in read_json_file(folder.scores)["summary"] if r["score"] == "log_loss"), key=lambda r: r["mean"])
     return "finished", f"log loss {best['mean']:.3f} ({best['model']})"
 
 def describe_trainings(
-    place: Path,  # folder of trainings
+    place: Path,  # folder of training runs
 ) -> tuple[str, str]:
-    "State and best validation loss of the trainings in a folder."
+    "State and best validation loss of the training runs in a folder."
     from cryptopredict.checkpoint import checkpoints, step_of
     trainings = find_trainings(place)
     kept = [checkpoints(t.checkpoints) for t in trainings]
     losses = [line["total"] for t in trainings for line in read_jsonl(t.validation)]
-    state = f"{len(kept)} training{'s' * (len(kept) != 1)}, {sum(step_of(c[0]) for c in kept if c)} updates"
+    state = f"{plural(len(kept), 'training run')}, {plural(sum(step_of(c[0]) for c in kept if c), 'update')}"
     return ("finished, " if is_trained(FitFolder(place)) else "") + state, f"validation loss {min(losses):.3f}" if losses else ""
 
 def is_trained(
-    fit: FitFolder,  # trainings of one fold
+    fit: FitFolder,  # training runs of one fold
 ) -> bool:
-    "Whether the trainings of all seeds have run for the chosen number of epochs."
+    "Whether all seeds have been trained for the chosen number of epochs."
     if not (fit.config.exists() and fit.choice.exists()): return False
     config, epochs = tomllib.loads(fit.config.read_text()), json.loads(fit.choice.read_text())["epochs"]
     for seed in range(config["seed"], config["seed"] + config["seeds"]):
@@ -520,9 +548,9 @@ def is_trained(
     return True
 
 def last_change(
-    folder: Path,  # folder of a run or of trainings
+    folder: Path,  # folder of a run or a fit
 ) -> float:
-    "Time of the newest change in a folder, seconds since 1970. Files may vanish while it looks."
+    "Time of the newest change in a folder, seconds since 1970. Files may vanish meanwhile."
     times = [folder.stat().st_mtime]
     for place, _, names in os.walk(folder):
         for name in names:
@@ -532,15 +560,15 @@ def last_change(
 # %% ../nbs/06a_cli.ipynb #57e5482b
 @dataclass
 class FetchCommand(Command):
-    "Not there yet: download source files."
+    "Not implemented yet: download source files."
 
-    def __call__(self) -> int: raise ValueError("'fetch' is not there yet; run `cryptopredict --help` for what is")
+    def __call__(self) -> int: raise ValueError("fetch is not implemented yet: see `cryptopredict --help`")
 
 @dataclass
 class PlanCommand(Command):
-    "Not there yet: plan a run for a memory budget."
+    "Not implemented yet: plan a run for a memory budget."
 
-    def __call__(self) -> int: raise ValueError("'plan' is not there yet; run `cryptopredict --help` for what is")
+    def __call__(self) -> int: raise ValueError("plan is not implemented yet: see `cryptopredict --help`")
 
 COMMANDS: dict[str, type[Command]] = dict(
     run=RunCommand, prepare=PrepareCommand, audit=AuditCommand, evaluate=EvaluateCommand, forecast=ForecastCommand,
@@ -549,7 +577,7 @@ OVERVIEW = """usage: cryptopredict COMMAND [OPTIONS]
 
 Long-horizon Bitcoin forecasting that can be believed.
 
-First steps:  cryptopredict run                     the whole path on the built-in market
+First steps:  cryptopredict run                     the whole path on the simulated market
               cryptopredict run --data DIR          ... on real files
               cryptopredict audit my.py:fn          does my own feature code see the future?
 
@@ -565,7 +593,7 @@ def parse_command(
     if not args or args[0] in ("-h", "--help"):
         print(OVERVIEW, file=sys.stdout if args else sys.stderr)
         raise SystemExit(0 if args else 2)
-    if args[0] not in COMMANDS: raise ConfigError(f"unknown command {args[0]!r}; known are {', '.join(COMMANDS)}")
+    if args[0] not in COMMANDS: raise ConfigError(f"unknown command {args[0]!r} (known: {', '.join(COMMANDS)})")
     command, words = COMMANDS[args[0]], args[1:]
     default: Any = None
     if issubclass(command, WalkForwardArgs):
@@ -649,7 +677,8 @@ def report_error(error: Exception, verbose: bool) -> int:
         text = f"{error.filename} may not be read or written: change its permissions, or choose another"
     elif not isinstance(error, ValueError | OSError):
         text = f"out of memory ({text or 'an allocation failed'}): free memory or raise the limit"
-    warn(f"cryptopredict: error: {text}" if users else "cryptopredict: this is a bug in cryptopredict, not in your call or files")
+    bug = "this is a bug in cryptopredict, not in your call or files: please report it with the traceback above"
+    warn(f"cryptopredict: error: {text}" if users else f"cryptopredict: {bug}")
     return 2 if users else 3
 
 def warning_line(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:

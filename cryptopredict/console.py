@@ -21,13 +21,13 @@ from .labels import TASKS
 if TYPE_CHECKING: from rich.progress import TaskID
 
 # %% auto #0
-__all__ = ['write_errors', 'say', 'warn', 'say_wrapped', 'duration_text', 'takes_utf8', 'say_scores', 'say_inventory',
-           'training_line', 'Progress']
+__all__ = ['write_errors', 'print_line', 'warn', 'print_wrapped', 'duration_text', 'plural', 'takes_utf8', 'print_scores',
+           'print_inventory', 'training_line', 'Progress']
 
 # %% ../nbs/05j_console.ipynb #493fb91b
 write_errors: list[OSError] = []  # why standard output could not be written; empty if it could
 
-def say(
+def print_line(
     text: str = "",  # one or several lines
 ) -> None:
     """Print on standard output and flush. An error is kept in `write_errors`, for `cli.main` to
@@ -35,7 +35,7 @@ def say(
     try: print(text, flush=True)
     except OSError as error:
         write_errors.append(error)
-        with contextlib.suppress(OSError, ValueError):  # send what is still buffered nowhere, or it would fail again
+        with contextlib.suppress(OSError, ValueError):  # discard what is still buffered, or it would fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 def warn(
@@ -46,29 +46,36 @@ def warn(
     except OSError:
         with contextlib.suppress(OSError, ValueError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
-def say_wrapped(
+def print_wrapped(
     text: str,  # a paragraph without line breaks
 ) -> None:
     "Print a paragraph, indented and wrapped at the width of the terminal."
     width = max(shutil.get_terminal_size().columns, 60)
-    say(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="    ",
-                      break_long_words=False, break_on_hyphens=False))
+    print_line(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="    ",
+                             break_long_words=False, break_on_hyphens=False))
 
 # %% ../nbs/05j_console.ipynb #627a42e6
 def duration_text(
     seconds: float,  # a duration
 ) -> str:
-    "A duration in the largest unit of which it holds two: `90 s`, `3 min`, `5 h`, `2 d`."
+    "A duration in the largest unit in which it is at least 2: `90 s`, `3 min`, `5 h`, `2 d`."
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size: return f"{seconds / size:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
 
+def plural(
+    number: int,  # how many
+    noun: str,  # in the singular
+) -> str:
+    "A number and its noun: `1 year`, `2 years`."
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
 # %% ../nbs/05j_console.ipynb #7fa0a76b
 def takes_utf8() -> bool:
-    "Whether standard output takes any character."
+    "Whether standard output can encode any character."
     return (getattr(sys.stdout, "encoding", None) or "ascii").lower().startswith("utf")
 
-def say_scores(
+def print_scores(
     scores: Path,  # `scores.json` of a run
 ) -> None:
     "Print the main scores of a run as a table, one row per model."
@@ -78,7 +85,7 @@ def say_scores(
     record = json.loads(scores.read_text())
     shown = {"log_loss": "log\nloss", "pinball10": "\np10", "pinball90": "\np90", "coverage": "\ncoverage",
              "rmse_log_sigma": "RMSE\nlog sigma", "qlike": "\nQLIKE"}
-    title = f"{record['origins']} daily origins, {record['begin'][:10]} to {record['end'][:10]}"
+    title = f"{plural(record['origins'], 'daily origin')}, {record['begin'][:10]} to {record['end'][:10]}"
     returns = record["origins_by_label"].get("r90", record)
     table = Table(title=title, title_justify="left", box=box.ROUNDED if takes_utf8() else box.ASCII)
     table.add_column("model", no_wrap=True)
@@ -87,38 +94,41 @@ def say_scores(
     for model in record["config"]["models"]: table.add_row(model, *(f"{means[model, s]:.4f}" for s in shown))
     console = Console(force_jupyter=False)
     with console.capture() as capture: console.print(table)
-    say(capture.get().rstrip())
+    print_line(capture.get().rstrip())
     if returns["origins"] != record["origins"]:
-        say(f"the return's scores (left of RMSE) rest on {returns['origins']} origins, to {returns['end'][:10]}")
+        print_line(f"the return's scores (left of RMSE) are based on {plural(returns['origins'], 'origin')}, "
+                   f"to {returns['end'][:10]}")
 
-def say_inventory(
+def print_inventory(
     inventory: Any,  # DataFrame, as from `sources.inventory`
     data: Path,  # folder of the files
 ) -> None:
     "Print one line per file that was read, then repairs and notes, then the panel."
     from cryptopredict.checks import utc_now
     from cryptopredict.files import shorten
-    say(f"files of {data}:")
+    print_line(f"files of {data}:")
     for file, row in inventory[inventory["rows"].notna()].iloc[:-1].iterrows():
         name = file if len(file) <= 32 else f"...{file[-29:]}"
         columns = row["holds"].split()
         holds = row["asset"] if row["holds"] == "bars" else columns[0] if len(columns) == 1 else f"{len(columns)} columns"
-        say(f"  {name:<32} {shorten(holds, 14):<14} {row['rows']:>7} rows {row['first']:%Y-%m-%d} to {row['last']:%Y-%m-%d}")
+        span = f"{row['first']:%Y-%m-%d} to {row['last']:%Y-%m-%d}"
+        print_line(f"  {name:<32} {shorten(holds, 14):<14} {row['rows']:>7} rows {span}")
     for file, row in inventory.iloc[:-1].iterrows():
         notes = [row["status"] if row["status"] in ("left out", "not read") else "",
                  f"repairs: {row['repairs']}" if row["repairs"] else "", row["note"]]
-        if any(notes): say_wrapped(f"{file}: {'; '.join(filter(None, notes))}")
+        if any(notes): print_wrapped(f"{file}: {'; '.join(filter(None, notes))}")
     row = inventory.iloc[-1]
-    age = duration_text((utc_now() - row["last"]).total_seconds())
+    now = utc_now()
+    age = duration_text((now - row["last"]).total_seconds())
     span = f"{row['first']:%Y-%m-%d %H:%M} to {row['last']:%Y-%m-%d %H:%M} UTC"
-    say(f"panel: {row['rows']} hours, {span}; its newest bar is {age} old")
-    say(f"  {row['filled']} hours without a bar or a trade, {row['longest_hole']} in a row at most")
+    print_line(f"panel: {plural(row['rows'], 'hour')}, {span}; its newest bar is {age} old (now {now:%Y-%m-%d %H:%M})")
+    print_line(f"  {plural(row['filled'], 'hour')} without a bar or a trade, {row['longest_hole']} in a row at most")
     for note in row["note"].split("; "):
-        if note: say_wrapped(note)
+        if note: print_wrapped(note)
 
 # %% ../nbs/05j_console.ipynb #388215e7
 class TimeLeft:
-    """Estimates the time that the rest of a run will take, per kind of part: seconds spent / work
+    """Estimates the time left in a run, summed over the kinds of its parts: seconds spent / work
     done * work left."""
 
     def __init__(self) -> None:
@@ -143,7 +153,7 @@ class TimeLeft:
         self,
         now: float,  # time, seconds
     ) -> float | None:
-        "Seconds left; None while a kind still to come has not been timed."
+        "Seconds left; None until a part of every remaining kind has been timed."
         if not hasattr(self.step, "rest"): return None
         todo = [step for step in (self.step, *self.step.rest) if step.work]
         if any(step.kind not in self.done for step in todo): return None
@@ -163,7 +173,7 @@ class TimeLeft:
 def training_line(
     record: Mapping[str, Any],  # one update, as `train_epoch` passes it on
 ) -> str:
-    "One update in a line: loss, losses by head, learning rate, speed, peak memory."
+    "One update as a line: loss, losses by head, learning rate, speed, peak memory."
     number = lambda v: v.item() if hasattr(v, "item") else v
     losses = "  ".join(f"{task} {number(record[task]):.3f}" for task in TASKS)
     memory = record.get("peak_allocated", record.get("peak_rss", 0)) / 2**20
@@ -171,8 +181,8 @@ def training_line(
     return f"{loss}  {losses}  lr {record['lr']:.1e}  {record['tokens_per_s'] / 1e3:.0f}k tokens/s  {memory:.0f} MiB"
 
 class Progress:
-    """Progress of a run, as a context manager: bars in a terminal, a line per minute on standard
-    error elsewhere."""
+    """Progress of a run, as a context manager: bars in a terminal, elsewhere one line per minute on
+    standard error."""
     interval = 60.  # seconds between lines
 
     def __enter__(self) -> Progress:
@@ -193,7 +203,7 @@ class Progress:
             def render(self, task):
                 now = time.monotonic()
                 comma = "," if outer.left.text(now) else ""
-                return Text(f"{duration_text(now - outer.began)}{comma}" if task.id == outer.task else "")
+                return Text(f"{duration_text(now - outer.began)} elapsed{comma}" if task.id == outer.task else "")
         console = Console(stderr=True)
         fixed = lambda: Column(no_wrap=True, justify="right")
         what = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
@@ -227,7 +237,7 @@ class Progress:
         run: Any,  # `tbptt_trainer.Run` in training
         record: Mapping[str, Any],  # the update, as `train_epoch` passes it on
     ) -> None:
-        "Show an update of a training, at most twice a second: reading a loss makes a GPU wait."
+        "Show an update of a training run, at most twice a second: reading a loss makes a GPU wait."
         now = time.monotonic()
         if now - self.shown < (self.interval if self.bars.disable else .5): return
         self.shown = now

@@ -12,14 +12,15 @@ from typing import Any
 import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'SKY', 'BLACK', 'GREY', 'DARK', 'PALETTE', 'colours', 'faint',
-           'house_style', 'notebook_renderer']
+__all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'SKY', 'BLACK', 'GREY', 'DARK', 'PALETTE', 'TASK_COLOURS', 'colours',
+           'faint', 'house_style', 'notebook_renderer']
 
 # %% ../nbs/00j_figures.ipynb #9f632910
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#999999"
 DARK = "#555555"  # zero lines, targets and other lines that are not data
 PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, GREY)
+TASK_COLOURS = dict(cls=BLUE, p10=ORANGE, p90=GREEN, vol=RED)  # the losses of `labels.TASKS`, in every figure
 
 def colours(
     names: Iterable[str],  # for example the models of a run, always in the same order
@@ -31,7 +32,7 @@ def faint(
     colour: str,  # as "#0072B2"
     opacity: float = .35,  # from 0, invisible, to 1
 ) -> str:
-    "The colour with an opacity, as `rgba(...)`: for areas that other lines are drawn over."
+    "The colour with an opacity, as `rgba(...)`: for areas under other lines."
     red, green, blue = (int(colour[k:k + 2], 16) for k in (1, 3, 5))
     return f"rgba({red},{green},{blue},{opacity:g})"
 
@@ -43,7 +44,7 @@ def house_style(
     **layout: Any,  # further arguments of `update_layout`, such as `xaxis_title`
 ) -> go.Figure:
     """The figure in the house style: title in lines short enough for a phone, plain axes, the
-    legend in a row below."""
+    legend at the bottom."""
     text = "<br>".join(wrap(title, 40))
     legend = dict(orientation="h", x=0, y=0, yref="container", yanchor="bottom")
     return fig.update_layout(title=dict(text=text, font_size=16, x=.02), height=height, template="simple_white",

@@ -53,13 +53,15 @@ class LeakReport:
             raise LeakageError(f"{self.verdict}: give a longer frame, or a function that needs fewer rows")
         first = self.leaks.iloc[0]
         where = f"column '{first['column']}', {first['kind']}, at {first['time']}: {first['detail']}"
-        raise LeakageError(f"{len(self.leaks)} leak(s); first: {where}")
+        count = "1 leak" if len(self.leaks) == 1 else f"{len(self.leaks)} leaks; first"
+        raise LeakageError(f"{count}: {where}")
 
     @property
     def verdict(self) -> str:
         "The result in a few words."
         leaks, suspects = len(self.leaks), len(self.findings) - len(self.leaks)
-        found = [f"{leaks} leak(s) found" if leaks else "no leak found", *([f"{suspects} suspect"] if suspects else [])]
+        found = [f"{leaks} leak{'s' * (leaks != 1)} found" if leaks else "no leak found"]
+        if suspects: found.append(f"{suspects} suspect{'s' * (suspects != 1)}")
         empty, cuts = self.tested.get("cuts without output", 0), self.tested.get("cuts", 0)
         return ", ".join(found) + ("" if self.enough else f", but only {cuts - empty} of {cuts} cuts could be tested")
 

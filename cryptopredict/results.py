@@ -413,7 +413,8 @@ TEMPLATE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta n
 {%- elif kind == "details" %}<details><summary>{{ value.summary }}</summary><p>{{ value.text }}</p>
 {{- grid(value.table, index=False) }}</details>
 {%- elif kind == "audits" %}<ul>{% for audit in value %}<li><b>{{ audit.name }}</b>: {% if audit.leaks -%}
-<span class="bad">{{ audit.leaks }} leak(s)</span>{% elif audit.too_little %}<span class="bad">too little could be tested</span>
+<span class="bad">{{ audit.leaks }} leak{{ "s" if audit.leaks != 1 }}</span>
+{%- elif audit.too_little %}<span class="bad">too little could be tested</span>
 {%- else %}<span class="good">no leak found</span>{% endif %}{% if audit.suspects %}, {{ audit.suspects }} worth a look{% endif %}
  ({% for name, tried in audit.tested.items() %}{{ name }} {{ tried }}{{ ", " if not loop.last }}{% endfor %})
 {%- if audit.findings is not none %}{{ grid(audit.findings, index=False) }}{% endif %}</li>{% endfor %}</ul>

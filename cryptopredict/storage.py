@@ -24,23 +24,23 @@ from types import FrameType
 from typing import Any
 
 # %% auto #0
-__all__ = ['LOCK', 'TRAINING', 'NEWEST', 'ORPHAN', 'TrainingFolder', 'FitFolder', 'RunFolder', 'find_trainings', 'write_atomic',
-           'remove_orphans', 'append_jsonl', 'read_jsonl', 'to_toml', 'new_folder', 'exclusive_lock', 'is_locked',
-           'DeferredSignals', 'Terminated', 'sigterm_raises', 'flatten_keys', 'require_same_run', 'code_commit',
-           'code_hash', 'warn_code_changed']
+__all__ = ['LOCK', 'TRAINING', 'NEWEST', 'ORPHAN', 'ANOTHER_OUT', 'TrainingFolder', 'FitFolder', 'RunFolder', 'find_trainings',
+           'write_atomic', 'remove_orphans', 'append_jsonl', 'read_jsonl', 'to_toml', 'new_folder', 'exclusive_lock',
+           'is_locked', 'DeferredSignals', 'Terminated', 'sigterm_raises', 'flatten_keys', 'require_same_run',
+           'code_commit', 'code_hash', 'warn_code_changed']
 
 # %% ../nbs/00i_storage.ipynb #3ec112f0
 LOCK = ".lock"  # empty file that a process locks while it works in the folder
-TRAINING = re.compile(r"(choice|seed)-(\d+)")  # folder name of a training
+TRAINING = re.compile(r"(choice|seed)-(\d+)")  # folder name of a training run
 NEWEST = "newest"  # folder name of the newest forecast, next to those of the folds
 
 class TrainingFolder:
-    "Paths of the files of one training."
+    "Paths of the files of one training run."
     HISTORIES = ("metrics.jsonl", "validation.jsonl", "events.jsonl")  # a checkpoint records their lengths
 
     def __init__(
         self,
-        path: str | Path,  # folder of the training; nothing is created
+        path: str | Path,  # folder of the training run; nothing is created
     ):
         self.path = Path(path)
         self.config, self.checkpoints = self.path / "config.toml", self.path / "checkpoints"
@@ -49,7 +49,7 @@ class TrainingFolder:
 
     @property
     def is_choice(self) -> bool:
-        "Whether the training serves to make a choice; its model does not forecast."
+        "Whether this training run is used to make the choice; its model does not forecast."
         return self.path.name.startswith("choice-")
 
     @property
@@ -58,37 +58,37 @@ class TrainingFolder:
         return self.metrics, self.validation, self.events
 
 class FitFolder:
-    "Paths of the trainings of one fold: `choice-K` to make a choice, `seed-S` to forecast."
+    "Paths of one fold's training runs: `choice-K` to make the choice, `seed-S` to forecast."
 
     def __init__(
         self,
-        path: str | Path,  # folder of the fold's trainings; nothing is created
+        path: str | Path,  # folder of the fold's training runs; nothing is created
     ):
         self.path = Path(path)
         self.choice, self.config = self.path / "choice.json", self.path / "config.toml"
         self.inventory = self.path / "inventory.json"
 
-    def trial(
+    def choice_run(
         self,
-        k: int,  # number of the choice, from 0
+        k: int,  # number of the training run, from 0
     ) -> Path:
-        "Folder of a training that serves to make a choice."
+        "Folder of a training run that is used to make the choice."
         return self.path / f"choice-{k}"
 
     def seed(
         self,
-        seed: int,  # seed of the training
+        seed: int,  # seed of the training run
     ) -> Path:
-        "Folder of the training whose model forecasts."
+        "Folder of the training run whose model forecasts."
         return self.path / f"seed-{seed}"
 
     def trainings(self) -> list[TrainingFolder]:
-        "The trainings that exist, choices before seeds, each by number."
+        "The training runs that exist: those for the choice, then the seeds, in order of their numbers."
         found = [(m[1], int(m[2]), p) for p in self.path.glob("*-*") if (m := TRAINING.fullmatch(p.name)) and p.is_dir()]
         return [TrainingFolder(p) for *_, p in sorted(found)]
 
     def is_foreign(self) -> bool:
-        "Whether the folder holds files, but none of a training."
+        "Whether the folder holds files, but none of a training run."
         names = [p.name for p in self.path.iterdir()] if self.path.exists() else []
         known = (self.choice.name, self.config.name, LOCK)
         return bool(names) and not any(n in known or n.endswith(".tmp") or TRAINING.fullmatch(n) for n in names)
@@ -122,22 +122,22 @@ class RunFolder:
         self,
         fold: int | None,  # number of the fold, from 0; None: the newest forecast
     ) -> FitFolder:
-        "The network's trainings for one fold."
+        "The training runs of one fold."
         return FitFolder(self.network / (NEWEST if fold is None else f"fold-{fold:02d}"))
 
     def fits(self) -> list[FitFolder]:
-        "The folds whose choice has been made, in order of time, the newest forecast last."
+        "The fits whose choice has been made, in order of time, that of the newest forecast last."
         return [FitFolder(path.parent) for path in sorted(self.network.glob("*/choice.json"))]
 
     def is_foreign(self) -> bool:
-        "Whether the folder holds files other than those of a run that was stopped while it began."
+        "Whether the folder holds anything but the temporary `run.json` of a run that was stopped as it began."
         temporary = re.compile(re.escape(self.run.name) + r"\.\d+\.\d+\.tmp")
         return self.path.is_dir() and any(not temporary.fullmatch(p.name) for p in self.path.iterdir())
 
 def find_trainings(
-    folder: str | Path,  # folder of a training, of the trainings of a fold, or of a run
+    folder: str | Path,  # folder of a training run, of a fit, or of a run
 ) -> list[TrainingFolder]:
-    "All trainings below a folder that have checkpoints."
+    "All training runs below a folder that have checkpoints."
     return [TrainingFolder(path.parent) for path in Path(folder).glob("**/checkpoints")]
 
 # %% ../nbs/00i_storage.ipynb #ff9a2026
@@ -172,7 +172,8 @@ def write_atomic(
 
 # %% ../nbs/00i_storage.ipynb #2c697b75
 def is_alive(pid: int) -> bool:
-    "Whether another process with this id is running."
+    """Whether a process with this id is running. False for the own id: a file with it was left by an
+    earlier process that had the same id."""
     if os.name == "nt": return True  # on Windows signal 0 is Ctrl-C
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
@@ -187,9 +188,9 @@ def remove_orphans(
 ) -> list[Path]:
     "Remove temporary files whose process is no longer running; returns the removed paths."
     found = [(m, p) for p in Path(folder).glob("*.tmp") if (m := ORPHAN.fullmatch(p.name))]
-    gone = [p for m, p in found if not is_alive(int(m[1] or m[2]))]
-    for path in gone: shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    return gone
+    removed = [p for m, p in found if not is_alive(int(m[1] or m[2]))]
+    for path in removed: shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return removed
 
 # %% ../nbs/00i_storage.ipynb #e35ebd27
 def append_jsonl(
@@ -211,16 +212,18 @@ def read_jsonl(
 
 # %% ../nbs/00i_storage.ipynb #8f7243be
 def to_toml(
-    values: dict,  # numbers, text, lists of them; a nested dict becomes a table; None is left out, as TOML lacks it
+    values: dict,  # numbers, text, lists of them; a nested dict becomes a table; None is left out, as TOML has no null
 ) -> str:
-    "Values as TOML; a `ValueError` for a type that TOML lacks."
+    "Values as TOML; a `ValueError` for any other type."
     import tomli_w
     def known(table: dict) -> dict:
         return {k: known(v) if isinstance(v, dict) else v for k, v in table.items() if v is not None}
     try: return tomli_w.dumps(known(values))
-    except TypeError as error: raise ValueError(f"{error}: TOML here holds numbers, text and lists of them") from None
+    except TypeError as error: raise ValueError(f"{error}: use numbers, text, or lists of them") from None
 
 # %% ../nbs/00i_storage.ipynb #62bb6d30
+ANOTHER_OUT = "choose another output folder (out=..., --out)"  # end of the errors about an output folder
+
 def new_folder(
     what: str,  # first part of the name: "run", "train" or "prepare"
 ) -> Path:
@@ -243,17 +246,18 @@ def exclusive_lock(
         return
     lock = FileLock(folder / LOCK, timeout=0)
     try: lock.acquire()
-    except Timeout: raise ValueError(f"{run} is in use by another process: wait for it, or choose another --out") from None
+    except Timeout: raise ValueError(f"{run} is in use by another process: wait for it, or {ANOTHER_OUT}") from None
     except (OSError, NotImplementedError) as error:
         if isinstance(error, PermissionError): raise
-        raise ValueError(f"{folder} cannot be locked ({error}): choose an --out on a local disk") from error
+        remedy = "choose an output folder (out=..., --out) on a local disk"
+        raise ValueError(f"{folder} cannot be locked ({error}): {remedy}") from error
     try: yield
     finally: lock.release()
 
 def is_locked(
     folder: str | Path,  # any folder
 ) -> bool:
-    "Whether a process holds `exclusive_lock` of the folder; nothing is created to find out."
+    "Whether a process holds `exclusive_lock` of the folder; nothing is created."
     if not (Path(folder) / LOCK).exists() or not os.access(folder, os.W_OK): return False
     try:
         with exclusive_lock(folder): return False
@@ -296,7 +300,7 @@ class DeferredSignals:
     def __exit__(self, *_) -> None: self.restore_handlers()
 
 class Terminated(BaseException):
-    "The process was asked to end (SIGTERM)."
+    "Raised by SIGTERM within `sigterm_raises`."
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
@@ -321,18 +325,19 @@ def flatten_keys(
 
 def require_same_run(
     folder: str | Path,  # named in the message
-    there: Mapping,  # flat values found in the folder
-    here: Mapping,  # flat values of the run to be resumed in it
+    stored: Mapping,  # flat values found in the folder
+    current: Mapping,  # flat values of the run to be resumed in it
 ) -> None:
     "A `ValueError` that names the first value that differs, and how."
-    for key in {**here, **there}:
-        one, other = there.get(key), here.get(key)
+    for key in {**current, **stored}:
+        one, other = stored.get(key), current.get(key)
         if one == other: continue
-        differ = f"{one} there, {other} here"
+        differ = f"{one} in the folder, {other} in this call"
         if isinstance(one, list) and isinstance(other, list):  # name only the entries that differ
-            only = lambda a, b: ", ".join(str(v) for v in a if v not in b) or "nothing more"
-            differ = f"{only(one, other)} there, {only(other, one)} here" if {*one} != {*other} else "another order"
-        raise ValueError(f"{folder} holds another run ({key}: {differ}): choose another --out")
+            only = lambda a, b: ", ".join(str(v) for v in a if v not in b)
+            places = {"the folder": only(one, other), "this call": only(other, one)}
+            differ = ", ".join(f"{names} only in {place}" for place, names in places.items() if names) or "in another order"
+        raise ValueError(f"{folder} holds another run ({key}: {differ}): {ANOTHER_OUT}")
 
 # %% ../nbs/00i_storage.ipynb #64fa3c6e
 @cache
@@ -357,11 +362,11 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 def warn_code_changed(
-    folder: str | Path,  # folder of the run or training that is resumed
-    there: Mapping[str, str],  # `commit` and `code` that it was last written with, as from `code_commit` and `code_hash`
+    folder: str | Path,  # folder of the run or training run that is resumed
+    stored: Mapping[str, str],  # `commit` and `code` that it was last written with, as from `code_commit` and `code_hash`
 ) -> bool:
     "Whether the package's code has changed since then; warns if it has."
-    if there["code"] == code_hash(): return False
-    warnings.warn(f"{folder} was begun with other code (commit {there['commit']}, this is {code_commit()}): what follows may "
-                  "differ from an uninterrupted run", RuntimeWarning, stacklevel=3)
+    if stored["code"] == code_hash(): return False
+    warnings.warn(f"{folder} was written by other code (commit {stored['commit']}, the current one is {code_commit()}): "
+                  "results may differ from those of an uninterrupted run", RuntimeWarning, stacklevel=3)
     return True

@@ -30,8 +30,9 @@ from .protocol import (FORECASTERS, EvaluateConfig, UserCode, load_user_code, lo
 from .run_audits import audit_user_code
 from .scores import check_predictions, compare, loss_table, seed_spread, summarise
 from .sources import inventory_json, price_gaps
-from .storage import (LOCK, FitFolder, RunFolder, code_commit, code_hash, exclusive_lock, flatten_keys, new_folder,
-                                   remove_orphans, require_same_run, to_toml, warn_code_changed, write_atomic)
+from .storage import (ANOTHER_OUT, LOCK, FitFolder, RunFolder, code_commit, code_hash, exclusive_lock,
+                                   flatten_keys, new_folder, remove_orphans, require_same_run, to_toml, warn_code_changed,
+                                   write_atomic)
 from .tbptt_trainer import Run, resolved
 from .vram import estimate
 
@@ -39,8 +40,9 @@ if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
 __all__ = ['fit_predict', 'Step', 'is_stochastic', 'run_parts', 'run_steps', 'predict_folds', 'score_run', 'panel_hash',
-           'provenance_of', 'check_config', 'write_config', 'open_run', 'note_code', 'newest_forecast', 'train_newest',
-           'expected_trainings', 'Evaluation', 'walk_forward_run', 'kept_certificate', 'evaluate']
+           'provenance_of', 'check_config', 'write_config', 'check_run', 'open_run', 'note_code', 'newest_forecast',
+           'check_fit', 'train_newest', 'expected_trainings', 'Evaluation', 'walk_forward_run', 'kept_certificate',
+           'evaluate']
 
 # %% ../nbs/05h_walkforward.ipynb #7274a32c
 def fit_predict(
@@ -52,32 +54,31 @@ def fit_predict(
     config: EvaluateConfig,  # settings of the forecaster
     seed: int,  # seed of the forecaster
     user_code: UserCode = UserCode({}, {}),  # the user's forecasters
-    folder: Path | None = None,  # where a forecaster that trains keeps its trainings
-    on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of a training
+    folder: Path | None = None,  # where a forecaster keeps its training runs
+    on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of a training run
 ) -> pd.DataFrame:
-    """Fit one forecaster on a fold and forecast at the daily origins of `fold.test`: prediction
-    schema without `fold`. A `ValueError` names what is wrong with what the forecaster
-    returned."""
+    """Fit one forecaster on a fold and forecast at the daily origins of `fold.test`; returns the
+    prediction schema without `fold`. A `ValueError` names the fault in a forecaster's result."""
     rows = forecast_rows(panel, fold.test)
     if not len(rows):
         raise ValueError(f"the fold tested from {panel.index[fold.test[0]]} holds no 00:00 UTC with a price known for {HISTORY} "
-                         "before it: make step longer, or bring the missing bars")
-    own = model in user_code.models
-    given = lambda frame: frame.copy() if own and frame is not None else frame  # a user's code may write into it
+                         "before it: make step longer, or add the missing bars")
+    is_users = model in user_code.models
+    passed = lambda frame: frame.copy() if is_users and frame is not None else frame  # a user's code may write into it
     try:
         forecaster = make_forecaster(model, config, user_code, folder=folder, on_update=on_update)
-        made = forecaster.fit(given(panel), given(X), given(y), fold, seed).predict(given(panel), given(X), rows)
+        made = forecaster.fit(passed(panel), passed(X), passed(y), fold, seed).predict(passed(panel), passed(X), rows)
     except (Exception, SystemExit) as error:
-        if not own: raise
+        if not is_users: raise
         raise ValueError(f"model {model} raised {type(error).__name__}: {error}") from error
     if not isinstance(made, pd.DataFrame) or not made.index.equals(panel.index[rows]):
         raise ValueError(f"model {model}: predict returned other rows than panel.index[rows]: return a frame with that index")
-    if lacks := [c for c in FORECAST_COLUMNS if c not in made]:
-        raise ValueError(f"model {model}: predict lacks column {lacks[0]!r}: return {', '.join(FORECAST_COLUMNS)}")
+    if missing := [c for c in FORECAST_COLUMNS if c not in made]:
+        raise ValueError(f"model {model}: predict returned no column {missing[0]!r}: return {', '.join(FORECAST_COLUMNS)}")
     if not made.columns.is_unique: raise ValueError(f"model {model}: predict returned a column twice: return each once")
     real = lambda dtype: pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_complex_dtype(dtype)
-    if odd := [c for c in FORECAST_COLUMNS if not real(made[c].dtype)]:
-        raise ValueError(f"model {model}: column {odd[0]} is {made[odd[0]].dtype}: return real numbers")
+    if wrong := [c for c in FORECAST_COLUMNS if not real(made[c].dtype)]:
+        raise ValueError(f"model {model}: column {wrong[0]} is {made[wrong[0]].dtype}: return real numbers")
     made = made[FORECAST_COLUMNS].rename_axis("time").reset_index().assign(seed=seed, model=model)
     check_predictions(made.assign(fold=0))
     if hasattr(forecaster, "describe_heads"): made.attrs["heads"] = forecaster.describe_heads()
@@ -89,8 +90,8 @@ class Step(NamedTuple):
     fold: str  # the fold, in words
     model: str  # name of the forecaster
     seed: int  # seed of the forecaster
-    kind: str  # parts of one kind take time in proportion to their work
-    work: float  # hours to learn from; 0 if the part exists already
+    kind: str  # group of parts whose times are extrapolated together, see `console.TimeLeft`
+    work: float  # training hours to process; 0 if the part exists already
     rest: tuple[Step, ...] = ()  # the parts after this one
 
     def __str__(self) -> str: return f"{self.fold}, {self.model}, seed {self.seed}"
@@ -119,7 +120,7 @@ def run_steps(
     user_code: UserCode,  # the user's forecasters
     exists: Callable[[int, str, int], bool],  # whether the part of a fold, model and seed exists already
 ) -> list[Step]:
-    "All parts of a run, each with the work that it still takes."
+    "All parts of a run, each with the work left to do."
     steps = []
     for k, model, seed in run_parts(config, len(folds), user_code):
         first, work = model == "mamba2" and seed == config.seed, len(folds[k].refit)
@@ -137,10 +138,10 @@ def predict_folds(
     out: Path,  # run folder; finished parts are kept in `parts/`
     user_code: UserCode = UserCode({}, {}),  # the user's forecasters and features
     on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with parts done, all, next
-    on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
+    on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of a training run
 ) -> pd.DataFrame:
-    """The predictions of all parts; parts that exist already are read, not made again. Of the
-    trainings of a finished fold only weights and histories are kept."""
+    """The predictions of all parts; parts that exist already are read, not recomputed. Of the
+    training runs of a finished fold only weights and histories are kept."""
     place, todo = RunFolder(out), run_parts(config, len(folds), user_code)
     names = [f"fold {k + 1} of {len(folds)}" for k in range(len(folds))]
     steps = run_steps(config, y, folds, names, user_code, lambda *part: place.part(*part).exists())
@@ -210,19 +211,19 @@ def provenance_of(
 
 # %% ../nbs/05h_walkforward.ipynb #e8e6996b
 def check_config(
-    out: str | Path,  # folder of a run or of trainings; it need not exist
-    config: EvaluateConfig,  # settings of the run to be resumed or begun in it
+    out: str | Path,  # folder of a run or a fit; it need not exist
+    config: EvaluateConfig,  # settings of the run to be started or resumed in it
 ) -> None:
     "A `ValueError` if `out` is a file or holds other settings; nothing is written."
     path = FitFolder(out).config
-    if Path(out).exists() and not Path(out).is_dir(): raise ValueError(f"{out} is a file: choose another --out")
+    if Path(out).exists() and not Path(out).is_dir(): raise ValueError(f"{out} is a file: {ANOTHER_OUT}")
     if not path.exists(): return
-    try: there = load_config(path)
-    except ConfigError as error: raise ValueError(f"{error} (it was written by a run: choose another --out)") from error
-    require_same_run(out, flatten_keys(there.plain()), flatten_keys(config.plain()))
+    try: stored = load_config(path)
+    except ConfigError as error: raise ValueError(f"{error} (a run wrote this file: {ANOTHER_OUT})") from error
+    require_same_run(out, flatten_keys(stored.plain()), flatten_keys(config.plain()))
 
 def write_config(
-    out: str | Path,  # folder of a run or of trainings
+    out: str | Path,  # folder of a run or a fit
     config: EvaluateConfig,  # settings of the run
     source: str,  # what the panel is, in words
 ) -> None:
@@ -234,28 +235,39 @@ def write_config(
     head = f"# cryptopredict {__version__}, {code_commit()}, on {named}"
     if not path.exists(): write_atomic(path, f"{head}\n{to_toml(config.plain())}")
 
+def check_run(
+    out: str | Path,  # run folder; it need not exist
+    config: EvaluateConfig,  # settings of the run to be started or resumed in it
+    provenance: dict,  # as from `provenance_of`
+    user_code: UserCode = UserCode({}, {}),  # the user's forecasters and features
+) -> dict:
+    """The identity of the run: settings, data and user code. A `ValueError` if `out` holds another
+    run, with the first difference, or anything else; nothing is written."""
+    folder = RunFolder(out)
+    identity = {"config": config.plain(), "data_sha256": provenance["data_sha256"], "own": user_code.identity()}
+    if folder.path.exists() and not folder.path.is_dir(): raise ValueError(f"{out} is a file: {ANOTHER_OUT}")
+    if folder.run.exists():
+        try:
+            content = json.loads(folder.run.read_text())
+            stored, current = (flatten_keys(d) for d in (content["identity"], identity))
+            stored, current = ({k.removeprefix("config."): v for k, v in d.items()} for d in (stored, current))
+            if not content["made_by"]: raise ValueError("made_by is empty")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder.run} is damaged ({error}): {ANOTHER_OUT}") from error
+        require_same_run(out, stored, current)
+    elif folder.is_foreign():
+        raise ValueError(f"{out} is not empty and holds no run: {ANOTHER_OUT}")
+    return identity
+
 def open_run(
     out: str | Path,  # run folder, new or of the same run
     config: EvaluateConfig,  # settings of the run
     provenance: dict,  # as from `provenance_of`
     user_code: UserCode = UserCode({}, {}),  # the user's forecasters and features
 ) -> RunFolder:
-    """The run folder, created if it does not exist. A `ValueError` names what differs from the
-    run that the folder holds, and nothing in it is changed."""
-    folder = RunFolder(out)
-    identity = {"config": config.plain(), "data_sha256": provenance["data_sha256"], "own": user_code.identity()}
-    if folder.path.exists() and not folder.path.is_dir(): raise ValueError(f"{out} is a file: choose another --out")
-    if folder.run.exists():
-        try:
-            content = json.loads(folder.run.read_text())
-            there, here = (flatten_keys(d) for d in (content["identity"], identity))
-            there, here = ({k.removeprefix("config."): v for k, v in d.items()} for d in (there, here))
-            if not content["made_by"]: raise ValueError("made_by is empty")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder.run} is damaged ({error}): choose another --out") from error
-        require_same_run(out, there, here)
-    elif folder.is_foreign():
-        raise ValueError(f"{out} is not empty and holds no run: choose another --out")
+    """The run folder, created if it does not exist. A `ValueError` as from `check_run`; then
+    nothing in it is changed."""
+    folder, identity = RunFolder(out), check_run(out, config, provenance, user_code)
     folder.path.mkdir(parents=True, exist_ok=True)
     if not folder.run.exists():
         made_by = [dict(commit=provenance["commit"], code=provenance["code_sha256"])]
@@ -265,11 +277,11 @@ def open_run(
     return folder
 
 def note_code(
-    folder: RunFolder,  # folder of a run that is begun or resumed
+    folder: RunFolder,  # folder of a run that is started or resumed
     provenance: dict,  # as from `provenance_of`
 ) -> dict:
-    """Warn if a run is resumed with other code, and record that code in `run.json`. Returns
-    `commits`, all that the run was made with, if there are several, else an empty dict."""
+    """Warn if a run is resumed with other code, and record that code in `run.json`. Returns a dict
+    with `commits`, all that the run was made with; empty if there is only one."""
     known = json.loads(folder.run.read_text())
     made_by = known["made_by"]
     if warn_code_changed(folder.path, made_by[-1]):
@@ -281,18 +293,19 @@ def note_code(
 def newest_forecast(
     config: EvaluateConfig,  # models and label settings
     panel: pd.DataFrame,  # hourly panel; the forecast is made at its last row
-    folder: Path | None = None,  # where the network keeps its trainings; None: a temporary folder
+    folder: Path | None = None,  # where the network keeps its training runs; None: a temporary folder
     user_code: UserCode = UserCode({}, {}),  # the user's forecasters and features
     on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with parts done, all, next
-    on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
+    on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of a training run
 ) -> pd.DataFrame:
-    """The forecast of every model at the last hour, fitted on all labels that have matured: prediction schema, fold -1.
-    `attrs["heads"]` holds, by model, what its `describe_heads` returns, if it has that method. A `ValueError` if the price is
-    unknown somewhere within `HISTORY` before the last hour."""
+    """The forecast of every model at the last hour, fitted on all labels that have matured:
+    prediction schema, with fold -1. `attrs["heads"]` maps each model that has a method
+    `describe_heads` to its result. A `ValueError` if the price is unknown somewhere within
+    `HISTORY` before the last hour."""
     if not has_history(panel)[-1]:
         gap = price_gaps(panel).iloc[-1]
         raise ValueError(f"no model can forecast at {panel.index[-1]}: there are no bars from {gap['begin']} to {gap['end']}, "
-                         f"and models look back {HISTORY}; add the missing bars")
+                         f"and models look back {HISTORY}: add the missing bars")
     y = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     fold = live_fold(panel.index, y[["label_end", "sigma_end"]], validation=config.validation, embargo=config.embargo)
     X, made, heads = run_features(panel, config, user_code), [], {}
@@ -300,43 +313,50 @@ def newest_forecast(
     with tempfile.TemporaryDirectory() as temporary:
         for done, (_, model, seed) in enumerate(run_parts(config, 1, user_code)):
             on_part(done, len(steps), steps[done]._replace(rest=tuple(steps[done + 1:])))
-            one = fit_predict(model, panel, X, y, fold, config, seed, user_code, folder or Path(temporary), on_update)
-            if "heads" in one.attrs: heads[model] = one.attrs["heads"]
-            made.append(one.assign(fold=-1)[SCHEMA])
+            forecast = fit_predict(model, panel, X, y, fold, config, seed, user_code, folder or Path(temporary), on_update)
+            if "heads" in forecast.attrs: heads[model] = forecast.attrs["heads"]
+            made.append(forecast.assign(fold=-1)[SCHEMA])
     on_part(len(steps), len(steps), "newest forecast done")
-    for one in made: one.attrs = {}
+    for forecast in made: forecast.attrs = {}
     newest = pd.concat(made, ignore_index=True)
     newest.attrs["heads"] = heads
     return newest
 
+def check_fit(
+    out: str | Path,  # folder of a fit; it need not exist
+    config: EvaluateConfig,  # settings of the fit to be started or resumed in it
+) -> None:
+    "A `ValueError` if `out` holds a fit with other settings, or anything else; nothing is written."
+    check_config(out, config.model_copy(update=dict(models=("mamba2",))))
+    if FitFolder(out).is_foreign(): raise ValueError(f"{out} is not empty and holds no training run: {ANOTHER_OUT}")
+
 def train_newest(
     config: EvaluateConfig,  # settings; only the network is trained, whatever its models are
     panel: pd.DataFrame,  # hourly panel
-    out: str | Path,  # folder of the trainings, new or to be resumed
+    out: str | Path,  # folder of the fit, new or to be resumed
     source: str = "panel",  # what the panel is, in words
     user_code: UserCode = UserCode({}, {}),  # the user's features
     on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with parts done, all, next
-    on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
+    on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of a training run
     inventory: pd.DataFrame | None = None,  # as from `sources.inventory`, to be kept as `inventory.json`
 ) -> pd.DataFrame:
     """Train the network on all labels that have matured and keep it in a folder; returns its
     newest forecast."""
     fit, config = FitFolder(out), config.model_copy(update=dict(models=("mamba2",)))
-    check_config(out, config)
+    check_fit(out, config)
     check_network(config.model, config.train)
-    if fit.is_foreign(): raise ValueError(f"{out} is not empty and holds no training: choose another --out")
     new = not fit.path.exists()
 
     def write_files() -> None:
         write_config(out, config, source)
         if inventory is not None and not fit.inventory.exists(): write_atomic(fit.inventory, inventory_json(inventory))
 
-    def watch(run: Run, record: dict) -> None:
+    def after_update(run: Run, record: dict) -> None:
         if not fit.config.exists(): write_files()  # not before: the first update shows that the folder may be used
         on_update(run, record)
     fit.path.mkdir(parents=True, exist_ok=True)
     try:
-        with exclusive_lock(out): made = newest_forecast(config, panel, fit.path, user_code, on_part, watch)
+        with exclusive_lock(out): made = newest_forecast(config, panel, fit.path, user_code, on_part, after_update)
         write_files()
     finally:
         if new and {path.name for path in fit.path.iterdir()} <= {LOCK}:
@@ -350,8 +370,8 @@ def expected_trainings(
     panel: pd.DataFrame,  # hourly panel
     user_code: UserCode = UserCode({}, {}),  # the user's features
 ) -> pd.DataFrame:
-    """The trainings that a newest forecast would take, one per row: spans, hours, and what
-    `estimate` expects of each."""
+    """The training runs that a newest forecast would take, one per row: spans, hours, and the result
+    of `estimate`."""
     y = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     fold = live_fold(panel.index, y[["label_end", "sigma_end"]], validation=config.validation, embargo=config.embargo)
     check_network(config.model, config.train)
@@ -364,9 +384,9 @@ def expected_trainings(
     for name, f, part in parts:
         _, data = network.tensors(panel, X, y, f, part)
         cost = estimate(network.train_config(data, config.seed), data)
-        spans = dict(learned=span(getattr(f, part)), judged=span(f.valid) if part == "train" else "")
+        spans = dict(trained_on=span(getattr(f, part)), validated_on=span(f.valid) if part == "train" else "")
         made.append(dict(training=name, **spans, length=data.stop - data.start, **cost._asdict()))
-    # Trainings of the other seeds take as long.
+    # The other seeds take as long.
     seeds = range(config.seed, config.seed + config.seeds)
     return pd.DataFrame(made[:-1] + [dict(made[-1], training=f"seed-{s}") for s in seeds])
 
@@ -474,14 +494,15 @@ def fold_table(index: pd.DatetimeIndex, folds: list[Fold]) -> list[dict]:
 
 # %% ../nbs/05h_walkforward.ipynb #bfdc9af9
 def check_panel(panel: pd.DataFrame) -> None:
-    "A `ValueError` if a run could not use the panel."
+    "A `ValueError` if the panel cannot be used for a run."
     if not isinstance(panel, pd.DataFrame) or panel.empty:
-        raise ValueError("panel is no frame with rows: give one as from load_panel")
-    if not isinstance(panel.index, pd.DatetimeIndex): raise ValueError("panel has no times as index: give one as from load_panel")
+        raise ValueError("panel must be a DataFrame with rows, as load_panel returns")
+    if not isinstance(panel.index, pd.DatetimeIndex):
+        raise ValueError("panel must have times as its index (a DatetimeIndex), as load_panel returns")
     if not panel.columns.is_unique or not all(isinstance(c, str) for c in panel.columns):
-        raise ValueError("panel has a column twice, or one whose name is no text: rename it")
+        raise ValueError("panel must have unique column names that are text: rename its columns")
     if "close" not in panel or not pd.api.types.is_numeric_dtype(panel["close"]):
-        raise ValueError("panel has no column 'close' of numbers: give one as from load_panel")
+        raise ValueError("panel must have a column 'close' of numbers, as load_panel returns")
 
 # %% ../nbs/05h_walkforward.ipynb #5d50fcd6
 def walk_forward_run(
@@ -492,18 +513,18 @@ def walk_forward_run(
     audits: dict[str, LeakReport] | None = None,  # reports for `certificate.json`; None: keep those of an earlier start
     user_code: UserCode = UserCode({}, {}),  # the user's forecasters and features, as from `load_user_code`
     on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with parts done, all, next
-    on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
+    on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of a training run
     inventory: pd.DataFrame | None = None,  # as from `sources.inventory`, to be kept as `inventory.json`
 ) -> Evaluation:
-    """Run all folds x models x seeds, or what is still missing of them; writes predictions,
-    newest forecast, certificate and scores into the run folder."""
+    """Run all folds x models x seeds, or those still missing; writes predictions, newest forecast,
+    certificate and scores into the run folder."""
     check_panel(panel)
     y = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
     # All checks come before the folder is created: a run that cannot start leaves none behind.
     if user_code.features: run_features(panel, config, user_code)
     without_price = lambda rows: len(origins(panel.index, rows)) and not len(forecast_rows(panel, rows))
     folds = [fold for fold in make_folds(config, y) if not without_price(fold.test)]
-    if not folds: raise ValueError(f"no origin has a price known for {HISTORY} before it: bring the missing bars")
+    if not folds: raise ValueError(f"no origin has a price known for {HISTORY} before it: add the missing bars")
     made_by = provenance_of(panel, source)
     if "mamba2" in config.models:
         check_network(config.model, config.train)
@@ -564,22 +585,23 @@ def evaluate(
     config: str | Path | None = None,  # TOML file with fields of `EvaluateConfig`; arguments win over it
     source: str = "panel",  # what the panel is, for the provenance
     on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with parts done, all, next
-    on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of training
+    on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of a training run
     **settings: Any,  # any field of `EvaluateConfig`: seeds, step, preset, train=dict(lr=...), ...
 ) -> Evaluation:
     """Evaluate forecasters on a panel by walk-forward; returns an `Evaluation`, kept in the run
     folder. Your own forecasters and features are audited first. Raises a `ConfigError` for a
     setting that cannot be used, a `LeakageError` for code that sees the future, a `ValueError`
     for a panel that cannot be used or is too short."""
-    for key, given in (("models", models), ("features", features)):
-        if given is not None and not isinstance(given, (list, tuple)):
-            raise ConfigError(f"key '{key}' is {type(given).__name__}: give a list, [{key[:-1]}] for one")
+    for key, value in (("models", models), ("features", features)):
+        if value is not None and not isinstance(value, (list, tuple)):
+            raise ConfigError(f"key '{key}' is {type(value).__name__}: must be a list, [{key[:-1]}] for a single one")
     named = None if models is None else tuple(m if isinstance(m, str) else display_name(m) for m in models)
     feature_names = tuple(f if isinstance(f, str) else display_name(f) for f in features) or None
     complete = load_config(config, models=named, features=feature_names, **settings)
     objects = ([thing for thing in things or () if not isinstance(thing, str)] for things in (models, features))
     user_code = load_user_code(complete, *objects)
     check_panel(panel)
+    if out: check_run(out, complete, provenance_of(panel, source), user_code)  # before the audits, which take longer
     reports = audit_user_code(panel, complete, user_code)
     for name, report in reports.items():
         try: report.raise_if_leaky()

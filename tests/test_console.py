@@ -11,10 +11,11 @@ from cryptopredict.console import (
     Progress,
     TimeLeft,
     duration_text,
-    say,
-    say_inventory,
-    say_scores,
-    say_wrapped,
+    plural,
+    print_inventory,
+    print_line,
+    print_scores,
+    print_wrapped,
     training_line,
     warn,
 )
@@ -32,13 +33,18 @@ def test_a_duration_is_given_in_its_largest_unit(seconds, text):
     assert duration_text(seconds) == text
 
 
+@pytest.mark.parametrize("number, text", [(0, "0 years"), (1, "1 year"), (2, "2 years")])
+def test_a_noun_follows_its_number(number, text):
+    assert plural(number, "year") == text
+
+
 def _full(*args, **more): raise OSError(28, "No space left on device")
 
 
 def test_output_that_cannot_be_written_does_not_stop_the_run(monkeypatch):
     monkeypatch.setattr("builtins.print", _full)
     monkeypatch.setattr(console.os, "dup2", lambda *_: None)
-    say("lost")
+    print_line("lost")
     warn("lost")
     assert [error.strerror for error in console.write_errors] == ["No space left on device"], "of standard output only"
     console.write_errors.clear()
@@ -46,7 +52,7 @@ def test_output_that_cannot_be_written_does_not_stop_the_run(monkeypatch):
 
 def test_a_paragraph_is_wrapped_at_the_width_of_the_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "70")
-    say_wrapped("word " * 40)
+    print_wrapped("word " * 40)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 70 and lines[0].startswith("  word") and all(line.startswith("    word") for line in lines[1:])
 
@@ -58,10 +64,10 @@ def test_scores_are_printed_with_their_origins(tmp_path, capsys):
     fewer = dict(origins=305, begin=span["begin"], end="2018-11-01 00:00")
     record = dict(origins=365, **span, summary=summary, config=dict(models=["ewma"]), origins_by_label=dict(r90=fewer))
     (tmp_path / "scores.json").write_text(json.dumps(record))
-    say_scores(tmp_path / "scores.json")
+    print_scores(tmp_path / "scores.json")
     text = capsys.readouterr().out
     assert all(f"{k / 7:.4f}" in text for k in range(6)) and "365 daily origins, 2018-01-01 to 2018-12-31" in text
-    assert "rest on 305 origins, to 2018-11-01" in text
+    assert "are based on 305 origins, to 2018-11-01" in text
 
 
 def test_an_inventory_is_printed_with_files_notes_and_panel(capsys, monkeypatch):
@@ -72,11 +78,12 @@ def test_an_inventory_is_printed_with_files_notes_and_panel(capsys, monkeypatch)
     rows = {"market.csv": usual | span | dict(asset="BTC/USD", holds="bars", repairs="sort"),
             "notes.txt": usual | none | dict(status="left out", note="no table"),
             "panel": usual | span | dict(holds="panel", filled=3, longest_hole=2)}
-    say_inventory(pd.DataFrame(rows).T, "data")
+    print_inventory(pd.DataFrame(rows).T, "data")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "files of data:" and lines[1].split()[:4] == ["market.csv", "BTC/USD", "24", "rows"]
     assert lines[2:4] == ["  market.csv: repairs: sort", "  notes.txt: left out; no table"]
-    assert lines[4].endswith("its newest bar is 2 d old") and lines[5] == "  3 hours without a bar or a trade, 2 in a row at most"
+    assert lines[4].endswith("its newest bar is 2 d old (now 2018-01-04 00:00)")
+    assert lines[5] == "  3 hours without a bar or a trade, 2 in a row at most"
 
 
 def test_no_time_is_shown_before_every_kind_has_been_timed():

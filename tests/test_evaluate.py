@@ -137,7 +137,7 @@ def test_unusable_models_and_features_are_refused_before_a_folder_is_made(panel,
     (lambda p: p.reset_index(drop=True), "times"),
     (lambda p: p.rename(columns={"volume": 7}), "text"),
     (lambda p: p.assign(close=p["close"].astype(str)), "close numbers"),
-    (lambda p: [1, 2], "frame"),
+    (lambda p: [1, 2], "DataFrame"),
 ])
 def test_an_invalid_panel_is_refused_in_one_line(panel, tmp_path, change, words):
     with pytest.raises(ValueError) as error: cp.evaluate(change(panel), ["climatology"], tmp_path / "a", **SETTINGS)

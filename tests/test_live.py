@@ -151,7 +151,7 @@ def test_the_figure_is_redrawn_at_most_once_per_interval(monkeypatch, tmp_path):
 
 
 def test_an_impossible_interval_is_an_error():
-    with pytest.raises(ValueError, match="every is -1: give seconds"): LiveLoss(every=-1)
+    with pytest.raises(ValueError, match="every is -1: must be seconds"): LiveLoss(every=-1)
 
 
 def test_the_figure_before_any_update_says_so():
@@ -182,7 +182,7 @@ def test_a_training_is_identified_by_its_configuration(tmp_path):
 @pytest.mark.parametrize("place", ["text.db", "text.db/runs.db"], ids=["no database", "below a file"])
 def test_a_place_that_cannot_hold_a_database_is_an_error(tmp_path, place):
     (tmp_path / "text.db").write_text("no database " * 100)
-    with pytest.raises(ValueError, match=f"{place} cannot be used as MLflow's tracking URI: give another"):
+    with pytest.raises(ValueError, match=f"{place} cannot be used as MLflow's tracking URI: choose another"):
         MLflow(tmp_path / place)
 
 

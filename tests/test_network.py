@@ -68,7 +68,7 @@ def test_a_choice_with_an_impossible_value_is_damaged(tmp_path, change):
 def test_a_choice_of_another_training_is_refused(tmp_path):
     (tmp_path / "choice.json").write_text(json.dumps(dict(CHOICE, epochs=0, heads=[], identity=dict(horizon="20D"))))
     assert read_choice(tmp_path / "choice.json", dict(horizon="20D"))["heads"] == []
-    with pytest.raises(ValueError, match="holds another run .horizon: 20D there, 8D here."):
+    with pytest.raises(ValueError, match="holds another run .horizon: 20D in the folder, 8D in this call."):
         read_choice(tmp_path / "choice.json", dict(horizon="8D"))
 
 

@@ -204,8 +204,8 @@ def test_a_folder_in_use_is_refused_and_unchanged(tmp_path):
     train(config(), data(), out)
 
 
-@pytest.mark.parametrize("changes, message", [(dict(lr=.5), "lr: 0.003 there, 0.5 here"), (dict(), "data: "),
-                                           (dict(d_model=32), "model.d_model: 16 there, 32 here")])
+@pytest.mark.parametrize("changes, message", [(dict(lr=.5), "lr: 0.003 in the folder, 0.5 in this call"), (dict(), "data: "),
+                                           (dict(d_model=32), "model.d_model: 16 in the folder, 32 in this call")])
 def test_a_run_with_other_settings_or_data_is_refused_and_changes_nothing(finished_training, changes, message):
     before = snapshot(finished_training)
     fold = data() if changes else data()._replace(stop=999)
@@ -219,7 +219,7 @@ def test_a_folder_with_damaged_checkpoints_only_is_refused(tmp_path):
         train(config(), data(), tmp_path, on_update=stop)
     for path in checkpoints(tmp_path / "checkpoints"): (path / "metadata.json").write_text("{}")
     metrics = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="no checkpoint in .* verifies"): train(config(), data(), tmp_path)
+    with pytest.raises(ValueError, match="holds no valid checkpoint"): train(config(), data(), tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
 
@@ -268,7 +268,7 @@ def test_checkpoints_of_epochs_are_kept_without_validation_too(tmp_path, keep):
     if keep:
         with pytest.raises(ValueError, match="no checkpoint of epoch 1 .keep is 2"): run.at_epoch(1)
     else: assert run.at_epoch(1).epoch == 1
-    with pytest.raises(ValueError, match="no validation was made"): tbptt_trainer.best_epoch(tmp_path)
+    with pytest.raises(ValueError, match="no validation losses"): tbptt_trainer.best_epoch(tmp_path)
 
 
 def test_a_training_that_cannot_begin_writes_nothing(tmp_path):
@@ -289,8 +289,8 @@ def test_a_folder_with_missing_files_is_refused(finished_training, tmp_path, los
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     checkpoint.save(tmp_path / "checkpoints" / "step-1", {"a": 1})
-    with pytest.raises(ValueError, match="something else"): train(config(), data(), tmp_path)
-    with pytest.raises(ValueError, match="no checkpoint of a training"): Run.load(tmp_path)
+    with pytest.raises(ValueError, match="not of a training run"): train(config(), data(), tmp_path)
+    with pytest.raises(ValueError, match="not a checkpoint of a training run"): Run.load(tmp_path)
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -397,7 +397,7 @@ UNFIT = {  # name -> (change to a finished run, data to train on, message of the
     "another state": (lambda out: _rewrite(out, lambda c: c.update(carried=[1, 2])), data, "does not fit"),
     "odd history": (lambda out: (out / "timings.jsonl").write_text("[]\n"), data, "timings.jsonl is damaged"),
     "missing weight": (lambda out: _rewrite(out, lambda c: c["model"].popitem()), data, "does not fit"),
-    "other features": (lambda out: None, lambda: _renamed(data()), "features: f there, x here"),
+    "other features": (lambda out: None, lambda: _renamed(data()), "features: f only in the folder, x only in this call"),
     "other data": (lambda out: None, lambda: data()._replace(stop=990), "data: "),
 }
 

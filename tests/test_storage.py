@@ -71,7 +71,7 @@ def test_a_history_is_read_without_a_line_that_was_cut_short(tmp_path):
 def test_toml_reads_back_as_what_was_written():
     values = dict(lr=1e-4, names=["a", "ü\n"], none=None, off=[True, float("inf")], model=dict(width=64, deep={"x y": "z"}))
     assert tomllib.loads(to_toml(values)) == {k: v for k, v in values.items() if v is not None}
-    with pytest.raises(ValueError, match="TOML here holds"): to_toml(dict(a=[None]))
+    with pytest.raises(ValueError, match="use numbers, text, or lists"): to_toml(dict(a=[None]))
 
 
 def test_a_folder_is_locked_by_one_process_only(tmp_path):
@@ -136,16 +136,16 @@ def test_nested_settings_become_paths():
     assert flatten_keys(dict(a=1, b=dict(c=[2], d=dict(e=3)))) == {"a": 1, "b.c": [2], "b.d.e": 3}
 
 
-@pytest.mark.parametrize("there, here, words", [
-    (dict(lr=.1), dict(lr=.2), "lr: 0.1 there, 0.2 here"),
-    (dict(names=["x", "y"]), dict(names=["y", "z"]), "names: x there, z here"),
-    (dict(names=["x", "y"]), dict(names=["x"]), "names: y there, nothing more here"),
-    (dict(names=["x", "y"]), dict(names=["y", "x"]), "names: another order"),
-    (dict(), dict(lr=.2), "lr: None there, 0.2 here"),
+@pytest.mark.parametrize("stored, current, words", [
+    (dict(lr=.1), dict(lr=.2), "lr: 0.1 in the folder, 0.2 in this call"),
+    (dict(names=["x", "y"]), dict(names=["y", "z"]), "names: x only in the folder, z only in this call"),
+    (dict(names=["x", "y"]), dict(names=["x"]), "names: y only in the folder"),
+    (dict(names=["x", "y"]), dict(names=["y", "x"]), "names: in another order"),
+    (dict(), dict(lr=.2), "lr: None in the folder, 0.2 in this call"),
 ])
-def test_the_first_difference_of_two_runs_is_named(there, here, words):
-    with pytest.raises(ValueError, match=re.escape(f"out holds another run ({words}): choose another --out")):
-        require_same_run("out", there, here)
+def test_the_first_difference_of_two_runs_is_named(stored, current, words):
+    with pytest.raises(ValueError, match=re.escape(f"out holds another run ({words}): choose another output folder")):
+        require_same_run("out", stored, current)
 
 
 def test_the_same_run_is_not_refused():
@@ -157,7 +157,7 @@ def test_code_is_known_by_commit_and_hash():
 
 
 def test_changed_code_is_a_warning():
-    with pytest.warns(RuntimeWarning, match=r"out was begun with other code \(commit abc"):
+    with pytest.warns(RuntimeWarning, match=r"out was written by other code \(commit abc"):
         assert warn_code_changed("out", dict(commit="abc", code="other"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -92,7 +92,7 @@ def test_a_test_span_without_a_daily_origin_is_refused(panel, y, folds):
     (Own(p10=.3), "keep p10 <= p90"),
     (Own(p90="x"), "column p90 is (object|str): return real numbers"),
     (Own(sigma=1j), "column sigma is complex128: return real numbers"),
-    (Own(without=["sigma"]), "predict lacks column 'sigma'"),
+    (Own(without=["sigma"]), "predict returned no column 'sigma'"),
 ])
 def test_what_is_wrong_with_a_forecast_is_named(panel, y, folds, model, words):
     with pytest.raises(ValueError, match=words):
@@ -166,10 +166,10 @@ def test_a_panel_is_known_by_every_value(panel):
 def test_a_folder_of_another_run_is_refused(made_by, tmp_path):
     run = open_run(tmp_path / "run", CONFIG, made_by)
     assert open_run(run.path, CONFIG, made_by).path == run.path
-    with pytest.raises(ValueError, match=r"holds another run \(step: 450D there, 90D here\)"):
+    with pytest.raises(ValueError, match=r"holds another run \(step: 450D in the folder, 90D in this call\)"):
         open_run(run.path, CONFIG.model_copy(update=dict(step="90D")), made_by)
     with pytest.raises(ValueError, match="data_sha256"): open_run(run.path, CONFIG, {**made_by, "data_sha256": "0"})
-    with pytest.raises(ValueError, match="own.Own: None there"):
+    with pytest.raises(ValueError, match="own.Own: None in the folder"):
         open_run(run.path, CONFIG, made_by, UserCode({"Own": Own()}, {}))
 
 
@@ -181,7 +181,7 @@ def test_a_folder_that_holds_no_run_is_refused(made_by, tmp_path):
 
 def test_a_damaged_identity_is_named(made_by, tmp_path):
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="run.json is damaged .*choose another --out"): open_run(tmp_path, CONFIG, made_by)
+    with pytest.raises(ValueError, match="run.json is damaged .*choose another output"): open_run(tmp_path, CONFIG, made_by)
 
 
 def test_a_run_resumed_with_other_code_warns_and_records_it(made_by, tmp_path):
@@ -191,7 +191,7 @@ def test_a_run_resumed_with_other_code_warns_and_records_it(made_by, tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert len(note_code(run, made_by)["commits"]) == 2
-    assert "was begun with other code" in str(caught[0].message) and len(json.loads(run.run.read_text())["made_by"]) == 2
+    assert "was written by other code" in str(caught[0].message) and len(json.loads(run.run.read_text())["made_by"]) == 2
 
 
 @pytest.mark.parametrize("source", ["nothing", "a\nseed = 7 # \udcff.csv"])
@@ -199,7 +199,7 @@ def test_written_settings_read_back_whatever_the_source_is_called(tmp_path, sour
     config = EvaluateConfig(models=("ewma",), train=dict(lr=.5), seed=4)
     write_config(tmp_path / "kept", config, source)
     assert load_config(tmp_path / "kept" / "config.toml") == config
-    with pytest.raises(ValueError, match=r"kept holds another run \(train.lr: 0.5 there, 0.001 here\)"):
+    with pytest.raises(ValueError, match=r"kept holds another run \(train.lr: 0.5 in the folder, 0.001 in this call\)"):
         write_config(tmp_path / "kept", EvaluateConfig(models=("ewma",), seed=4), source)
 
 
@@ -210,7 +210,7 @@ def test_the_source_is_named_in_the_settings(tmp_path):
 
 def test_damaged_settings_are_named(tmp_path):
     (tmp_path / "config.toml").write_text("seed = ")
-    with pytest.raises(ValueError, match="config.toml: is not TOML .*written by a run: choose another --out"):
+    with pytest.raises(ValueError, match="config.toml: is not TOML .*a run wrote this file: choose another output folder"):
         check_config(tmp_path, CONFIG)
 
 
@@ -227,7 +227,7 @@ def test_the_newest_forecast_is_made_at_the_last_hour(panel):
 def test_expected_trainings_learn_from_all_matured_labels(panel):
     made = expected_trainings(EvaluateConfig(epochs=1, validation_spans=2, seeds=2), panel)
     assert made["training"].tolist() == ["choice-0", "choice-1", "seed-0", "seed-1"]
-    assert made["learned"].iloc[-1].endswith(f"{panel.index[-1] - pd.Timedelta('90D'):%Y-%m-%d}")
+    assert made["trained_on"].iloc[-1].endswith(f"{panel.index[-1] - pd.Timedelta('90D'):%Y-%m-%d}")
     assert (made["seconds"] > 0).all() and made["length"].is_monotonic_increasing
 
 
@@ -246,7 +246,7 @@ def trained(panel, tmp_path_factory):
 def test_a_training_keeps_its_settings_and_refuses_others(trained):
     end, out = trained
     assert (out / "config.toml").read_text().splitlines()[0].endswith("on the end")
-    with pytest.raises(ValueError, match="train.lr: 0.001 there"):
+    with pytest.raises(ValueError, match="train.lr: 0.001 in the folder"):
         train_newest(EvaluateConfig(**TRAINED, train=dict(lr=.5)), end, out)
 
 
@@ -262,7 +262,7 @@ def test_trainings_that_lost_their_settings_still_refuse_others(trained):
     kept = (out / "config.toml").read_text()
     (out / "config.toml").unlink()
     try:
-        with pytest.raises(ValueError, match="train.lr: 0.001 there"):
+        with pytest.raises(ValueError, match="train.lr: 0.001 in the folder"):
             train_newest(EvaluateConfig(**TRAINED, train=dict(lr=.5)), end, out)
         assert not (out / "config.toml").exists(), "wrong settings are not written"
     finally: (out / "config.toml").write_text(kept)
@@ -270,7 +270,7 @@ def test_trainings_that_lost_their_settings_still_refuse_others(trained):
 
 def test_a_folder_of_others_is_not_trained_in(panel, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty and holds no training"):
+    with pytest.raises(ValueError, match="is not empty and holds no training run"):
         train_newest(EvaluateConfig(**TRAINED), panel.iloc[-24 * 700:], tmp_path)
 
 
