@@ -526,7 +526,9 @@ class RunState:
         self.histories.flush()
         moments = tree_leaves(self.optimiser.adamw.state_dict()["state"])
         kept = [*self.model.state_dict().values(), *moments, *tree_leaves(self.carried)]
-        bad = sum(isinstance(v, Tensor) and v.is_floating_point() and not torch.isfinite(v).all() for v in kept)
+        # aminmax is NaN or infinite if a number is; unlike `isfinite(v)` it needs no memory of the size of v.
+        extremes = [torch.stack(torch.aminmax(v)) for v in kept if isinstance(v, Tensor) and v.is_floating_point() and v.numel()]
+        bad = sum(not torch.isfinite(pair).all() for pair in extremes)
         if bad:
             raise ValueError(f"{bad} tensors at step {self.step} are not finite and were not saved: the last checkpoint is kept")
         made, ends = save(self.folder.checkpoints / f"step-{self.step:08d}", self.state_dict()), self.histories.epochs
