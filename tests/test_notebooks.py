@@ -102,7 +102,8 @@ def shown(outputs: list[dict], exact: bool) -> list:
     "What a cell shows, comparable: figures as data, tables and text as words and numbers; text that was printed as one."
     found, printed = [], "".join("".join(o["text"]) for o in outputs if o["output_type"] == "stream")
     for data in (o.get("data", {}) for o in outputs):
-        html = re.sub(r"<style.*?</style>|<[^>]+>", " ", "".join(data.get("text/html") or ""), flags=re.S)  # plain text knows a width
+        # HTML first: the plain text of a table depends on the width of the terminal.
+        html = re.sub(r"<style.*?</style>|<[^>]+>", " ", "".join(data.get("text/html") or ""), flags=re.S)
         text = html or "".join(data.get("text/markdown") or data.get("text/plain") or "")
         if PLOTLY in data: found.append(plain(data[PLOTLY]["data"]))
         elif text: found.append(tokens(text, exact))
