@@ -248,7 +248,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'cryptopredict.cli.print_leak': ('cli.html#print_leak', 'cryptopredict/cli.py'),
                                    'cryptopredict.cli.read_json_file': ('cli.html#read_json_file', 'cryptopredict/cli.py'),
                                    'cryptopredict.cli.report_error': ('cli.html#report_error', 'cryptopredict/cli.py'),
-                                   'cryptopredict.cli.report_text': ('cli.html#report_text', 'cryptopredict/cli.py'),
                                    'cryptopredict.cli.setting_error': ('cli.html#setting_error', 'cryptopredict/cli.py'),
                                    'cryptopredict.cli.shown_audits': ('cli.html#shown_audits', 'cryptopredict/cli.py'),
                                    'cryptopredict.cli.user_code_audits': ('cli.html#user_code_audits', 'cryptopredict/cli.py'),

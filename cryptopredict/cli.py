@@ -17,7 +17,7 @@ import tomllib
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
@@ -30,9 +30,9 @@ from .storage import (DeferredSignals, FitFolder, RunFolder, Terminated, Trainin
 
 # %% auto #0
 __all__ = ['COMMANDS', 'OVERVIEW', 'PrepareCommand', 'evaluate_config', 'WalkForwardArgs', 'default_settings', 'TrackingArgs',
-           'RunFolderArgs', 'report_text', 'shown_audits', 'audit_all', 'user_code_audits', 'judge_reports',
-           'print_leak', 'AuditCommand', 'print_device', 'EvaluateCommand', 'RunCommand', 'ForecastCommand',
-           'TrainCommand', 'FetchCommand', 'PlanCommand', 'parse_command', 'describe_flags', 'setting_error', 'main']
+           'RunFolderArgs', 'shown_audits', 'audit_all', 'user_code_audits', 'judge_reports', 'print_leak',
+           'AuditCommand', 'print_device', 'EvaluateCommand', 'RunCommand', 'ForecastCommand', 'TrainCommand',
+           'FetchCommand', 'PlanCommand', 'parse_command', 'describe_flags', 'setting_error', 'main']
 
 # %% ../nbs/06a_cli.ipynb #34e48c3d
 class LoadedPanel(NamedTuple):
@@ -174,15 +174,6 @@ class RunFolderArgs(WalkForwardArgs, TrackingArgs):
     out: Path | None = None  # Run folder; an existing run of the same settings is resumed. Default: a new folder under runs/.
 
 # %% ../nbs/06a_cli.ipynb #69927f50
-def report_text(
-    report: Any,  # `LeakReport`
-) -> str:
-    "A report as printed on a terminal: its `repr`, with long lists of columns replaced by their number."
-    def short(value: Any) -> Any:
-        if not str(value).startswith("untested: ") or value.count(", ") < 3: return value
-        return f"untested: {value.count(', ') + 1} columns"
-    return repr(replace(report, tested={key: short(value) for key, value in report.tested.items()}))
-
 def shown_audits(
     total: int,  # number of audits
     make: Callable[[Callable[[str], None]], dict],  # makes the reports by name; its argument is called before each audit
@@ -194,7 +185,7 @@ def shown_audits(
             progress.on_part(len(started), total, f"audit of {name}")
             started.append(name)
         reports = make(begin)
-    for name, report in reports.items(): print_line(f"  audit of {name}: {report_text(report)}")
+    for name, report in reports.items(): print_line(f"  audit of {name}: {report!r}")
     return reports
 
 def audit_all(
@@ -291,7 +282,7 @@ class AuditCommand(WalkForwardArgs):
                 on_cut = lambda done, total: progress.on_part(done, total, f"audit of {name}, cut {done + 1}")
                 report = audit(function, panel, n_cuts=self.n_cuts, seed=seed, on_cut=on_cut)
         except Exception as error: raise ValueError(f"{name} cannot be audited: {error}") from error
-        print_line(report_text(report))
+        print_line(repr(report))
         return report
 
 # %% ../nbs/06a_cli.ipynb #ddbbf7de

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import nbdev.test
+import pandas as pd
 from execnb.shell import CaptureShell
 
 folder, root = Path(sys.argv[1]).resolve(), Path(__file__).resolve().parents[1]
@@ -17,6 +18,7 @@ plain_init, plain_run_all = CaptureShell.__init__, CaptureShell.run_all
 
 
 def init(self, path=None, *args, **kwargs):
+    pd.reset_option("^display")  # a worker executes several notebooks
     self.notebook = Path(path).stem if path else None
     plain_init(self, path, *args, **kwargs)
 

@@ -543,8 +543,7 @@ def test_forecast_writes_what_it_prints_and_overwrites_nothing(small, tmp_path):
     assert done.returncode == 0 and [r["model"] for r in rows] == ["climatology", "ewma"] and set(rows[0]) == set(SCHEMA)
     assert all(f"{r['p_up']:.2f}" in done.stdout and f"{r['p10']:+.3f}" in done.stdout for r in rows)
     assert made["horizon"] == "5D" and f"close {made['close']:.2f}" in done.stdout and made["ages"] == {"bars": 1.0}
-    printed = " ".join(done.stdout.split())
-    assert "age of the newest value of each input" in printed and "bars 1 h" in printed
+    assert "age of the newest value of each input, from the start of its bar or day: bars 1 h" in " ".join(done.stdout.split())
     before = snapshot(tmp_path)
     again = call_cli("forecast", *small, "--out", "new/f.json", cwd=tmp_path)
     assert again.returncode == 2 and "f.json" in one_line(again.stderr) and snapshot(tmp_path) == before
