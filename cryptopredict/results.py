@@ -90,7 +90,7 @@ def figure_skill(
         fig.add_vline(x=0, line=dict(color=DARK, width=1), opacity=1, row=row, col=1)
         fig.update_yaxes(tickvals=list(range(len(order))), ticktext=[SCORE_NAMES[s] for s in order], autorange="reversed",
                          row=row, col=1)
-    fig.update_xaxes(title=f"change relative to {reference} (%), 90 % interval", row=2, col=1)
+    fig.update_xaxes(title="change in loss (%), 90 % interval", row=2, col=1)
     return house_style(fig, f"Losses relative to {reference}: left is better", 560)
 
 # %% ../nbs/06_results.ipynb #1007fe89
