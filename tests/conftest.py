@@ -150,3 +150,23 @@ def no_pickle(monkeypatch) -> None:
     import torch
     for name in ("load", "loads", "Unpickler"): monkeypatch.setattr(pickle, name, None)
     monkeypatch.setattr(torch, "load", None)
+
+
+@pytest.fixture
+def sample(tmp_path):
+    "A function that writes a file and returns its path."
+    def write(content: str | bytes, name: str = "sample.csv") -> Path:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+    return write
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    "One thread for PyTorch: the tensors of these tests are tiny."
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ENV, check_message
+from tensors import normal, relative_error
 
 from cryptopredict import ssd
 from cryptopredict.mamba2_block import (
@@ -125,15 +126,6 @@ def test_from_weights_names_the_weight_or_size_at_fault(change, ngroups, words):
 # --- parts of the layer ---------------------------------------------------------------------------------------------------
 
 
-def _relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    "Norm of the difference relative to the norm of `b`."
-    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
-
-
-def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 @pytest.mark.parametrize("change, message", [
     (dict(headdim=48), "headdim 48 does not divide"), (dict(ngroups=3), "ngroups 3 does not divide the 8 heads"),
     (dict(d_conv=0), "d_conv is 0: give a whole number"), (dict(d_state=True), "d_state is True"),
@@ -167,22 +159,22 @@ def test_norms_biases_decays_and_skip_weights_are_exempt_from_weight_decay():
     (FusedRMSNorm, ((2, 3, 2, 5), (2, 5)), (1e-5,)), (DepthwiseConv, ((2, 7, 3), (3, 1, 4), (3,)), ())],
     ids=["norm", "convolution"])
 def test_hand_written_gradients_match_finite_differences(function, shapes, more):
-    inputs = [_normal(*shape, seed=k).requires_grad_() for k, shape in enumerate(shapes)]
+    inputs = [normal(*shape, seed=k).requires_grad_() for k, shape in enumerate(shapes)]
     assert torch.autograd.gradcheck(function.apply, (*inputs, *more))
     assert torch.autograd.gradgradcheck(function.apply, (*inputs, *more))
 
 
 @pytest.mark.parametrize("size, steepness", [(1e15, 1.), (1e3, 1e36)], ids=["large inputs", "large gradients"])
 def test_the_norm_neither_overflows_nor_loses_precision_in_float32(size, steepness):
-    inputs, grads = [_normal(2, 3, 2, 5) * size, _normal(2, 5, seed=1)], []
+    inputs, grads = [normal(2, 3, 2, 5) * size, normal(2, 5, seed=1)], []
     for dtype in (torch.float32, torch.float64):
         leaves = [v.to(dtype).requires_grad_() for v in inputs]
         grads.append(torch.autograd.grad(FusedRMSNorm.apply(*leaves, 1e-5).sum() * steepness, leaves))
-    assert all(_relative_error(got, due) < 1e-5 for got, due in zip(*grads))
+    assert all(relative_error(got, due) < 1e-5 for got, due in zip(*grads))
 
 
 def test_the_norm_is_gated_grouped_and_float32_under_autocast():
-    x = _normal(2, 5, 8).float()
+    x = normal(2, 5, 8).float()
     plain = RMSNorm(8)(x)
     assert torch.allclose(RMSNorm(8)(3 * x).square().mean(-1), torch.ones(2, 5), atol=1e-3)
     assert torch.allclose(RMSNorm(8)(x, torch.full_like(x, 40.)), plain, atol=1e-4), "an open gate"
@@ -206,7 +198,7 @@ def test_a_wrong_argument_of_the_convolution_is_named(change, message):
 
 def _conv_case(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     "Inputs in `dtype`, weights and an empty past in float32."
-    return _normal(2, 11, 6).to(dtype), _normal(6, 1, 4, seed=1).float(), _normal(6, seed=2).float(), torch.zeros(2, 6, 3)
+    return normal(2, 11, 6).to(dtype), normal(6, 1, 4, seed=1).float(), normal(6, seed=2).float(), torch.zeros(2, 6, 3)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)], ids=str)
@@ -215,9 +207,9 @@ def test_the_convolution_matches_pytorch(dtype, tolerance):
     one, two = x.clone().requires_grad_(), x.double().requires_grad_()
     got = causal_conv(one, w, bias, past)[0]
     due = F.conv1d(F.pad(two.transpose(1, 2), (3, 0)), w.double(), bias.double(), groups=6).transpose(1, 2)
-    assert got.dtype == dtype and _relative_error(got, due) < tolerance
+    assert got.dtype == dtype and relative_error(got, due) < tolerance
     grads = [torch.autograd.grad(v.square().sum(), u)[0] for v, u in ((got.float(), one), (due, two))]
-    assert _relative_error(*grads) < 2 * tolerance
+    assert relative_error(*grads) < 2 * tolerance
 
 
 def test_the_convolution_in_two_chunks_equals_one_pass():
@@ -234,7 +226,7 @@ def test_the_past_of_the_convolution_keeps_no_inputs_alive():
 
 def test_a_reset_restarts_the_convolution():
     x, w, bias, none = _conv_case()
-    past, reset = _normal(2, 6, 3, seed=3).float(), torch.zeros(2, 11, dtype=torch.bool)
+    past, reset = normal(2, 6, 3, seed=3).float(), torch.zeros(2, 11, dtype=torch.bool)
     reset[0, 4] = reset[1, 0] = reset[1, 9] = True
     y, end = causal_conv(x, w, bias, past, reset)
     alone = lambda stream, first, last: causal_conv(x[stream:stream + 1, first:last], w, bias, none[:1])
@@ -270,7 +262,7 @@ def test_a_mixer_loads_weights_laid_out_as_in_mamba_ssm():
     y = (y * (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).flatten(-2) * w["norm.weight"]
     mixer = Mamba2(Mamba2Config.from_weights(w, ngroups=groups)).double()
     mixer.load_state_dict(w)
-    assert _relative_error(mixer(u)[0], y @ w["out_proj.weight"].T) < 1e-12
+    assert relative_error(mixer(u)[0], y @ w["out_proj.weight"].T) < 1e-12
 
 
 def _truncated(m: Mamba2, u: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
@@ -306,9 +298,9 @@ def _truncated_by_hand(m: Mamba2, u: torch.Tensor, lengths: list[int]) -> list[t
 def test_detached_chunks_give_the_gradient_of_a_graph_cut_by_hand(lengths):
     torch.manual_seed(0)
     mixer = Mamba2(Mamba2Config(d_model=16, d_state=8, headdim=8, ngroups=2, chunk=8)).double()
-    u = _normal(2, 45, 16)
+    u = normal(2, 45, 16)
     got, due = _truncated(mixer, u, lengths), _truncated_by_hand(mixer, u, lengths)
-    assert all(_relative_error(*pair) < 1e-12 for pair in zip(got, due))
+    assert all(relative_error(*pair) < 1e-12 for pair in zip(got, due))
 
 
 def test_decays_stay_in_float32_under_autocast(monkeypatch):
@@ -324,7 +316,7 @@ def test_decays_stay_in_float32_under_autocast(monkeypatch):
 
 def test_inputs_that_are_not_finite_are_named_under_debug():
     with debug(), pytest.raises(ValueError, match=r"u of shape \(2, 5, 8\) is -?inf"):
-        Mamba2(SMALL)(_normal(2, 5, 8).float() / 0)
+        Mamba2(SMALL)(normal(2, 5, 8).float() / 0)
 
 
 def test_a_block_refuses_a_single_channel():

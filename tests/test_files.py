@@ -48,16 +48,6 @@ def encrypted() -> bytes:
     return bytes(data)
 
 
-@pytest.fixture
-def sample(tmp_path):
-    "A function that writes a file and returns its path."
-    def write(content: str | bytes, name: str = "sample.csv") -> Path:
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-    return write
-
-
 # --- bytes ---------------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+from tensors import normal, relative_error
 
 from cryptopredict.mamba2_block import Mamba2Config, Mamba2State
 from cryptopredict.mhsa import (
@@ -18,16 +19,6 @@ from cryptopredict.mhsa import (
     window_mask,
 )
 
-
-def _gap(a: torch.Tensor, b: torch.Tensor) -> float:
-    "Relative difference, over the whole tensor."
-    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
-
-
-def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 # --- mask and positions ---------------------------------------------------------------------------------------------------
 
 
@@ -42,25 +33,25 @@ def test_a_query_sees_its_window_of_filled_slots_of_its_series(t, window, seen, 
 
 
 def test_rotated_products_depend_on_differences_of_positions():
-    q, k, at = _normal(1, 1, 9, 8), _normal(1, 1, 9, 8, seed=1), torch.arange(9)
+    q, k, at = normal(1, 1, 9, 8), normal(1, 1, 9, 8, seed=1), torch.arange(9)
     product = lambda shift: rotate(q, at + shift) @ rotate(k, at + shift).transpose(-1, -2)
-    assert _gap(product(1000), product(0)) < 1e-12
-    assert _gap(rotate(q, at), q) > .1 and _gap(rotate(q, at).norm(dim=-1), q.norm(dim=-1)) < 1e-12
+    assert relative_error(product(1000), product(0)) < 1e-12
+    assert relative_error(rotate(q, at), q) > .1 and relative_error(rotate(q, at).norm(dim=-1), q.norm(dim=-1)) < 1e-12
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------------
 
-Q, K, V, FILLED = _normal(2, 3, 5, 4), _normal(2, 3, 11, 4, seed=1), _normal(2, 3, 11, 4, seed=2), torch.tensor([2, 6])
+Q, K, V, FILLED = normal(2, 3, 5, 4), normal(2, 3, 11, 4, seed=1), normal(2, 3, 11, 4, seed=2), torch.tensor([2, 6])
 SERIES = torch.tensor([[0] * 7 + [1] * 4, [0] * 11])
 
 
 @pytest.mark.parametrize("series", [None, SERIES], ids=["one series", "two series"])
 def test_fused_attention_equals_the_softmax_written_out(series):
-    assert _gap(attend_sdpa(Q, K, V, 6, FILLED, series), attend_reference(Q, K, V, 6, FILLED, series)) < 1e-12
+    assert relative_error(attend_sdpa(Q, K, V, 6, FILLED, series), attend_reference(Q, K, V, 6, FILLED, series)) < 1e-12
 
 
 def test_the_first_query_of_a_series_sees_itself_alone():
-    assert _gap(attend_reference(Q, K, V, 6, FILLED, SERIES)[0, 0, 1], V[0, 0, 7]) < 1e-12
+    assert relative_error(attend_reference(Q, K, V, 6, FILLED, SERIES)[0, 0, 1], V[0, 0, 7]) < 1e-12
 
 
 def test_flex_attention_needs_a_gpu():
@@ -95,7 +86,7 @@ U = torch.zeros(2, 4, 16)
 
 
 def test_no_cache_is_an_empty_cache():
-    m, u = MHSA(SMALL), _normal(2, 4, 16).float()
+    m, u = MHSA(SMALL), normal(2, 4, 16).float()
     assert torch.equal(m(u, m.init_state(2))[0], m(u)[0])
 
 
@@ -116,14 +107,14 @@ def test_an_argument_that_does_not_fit_is_named(u, cache, reset, message):
 
 def test_the_cache_is_bounded_in_shape_and_in_memory():
     m = MHSA(MHSAConfig(d_model=16, n_heads=2, kv_window=100)).double()
-    k = m(_normal(2, 360, 16))[1].k
+    k = m(normal(2, 360, 16))[1].k
     assert k.shape == (2, 2, 100, 8) and k.untyped_storage().nbytes() == 2 * 2 * 100 * 8 * 8
 
 
 def test_attention_is_causal():
-    m, u = MHSA(MHSAConfig(d_model=16, n_heads=2, kv_window=100)).double(), _normal(2, 40, 16)
+    m, u = MHSA(MHSAConfig(d_model=16, n_heads=2, kv_window=100)).double(), normal(2, 40, 16)
     changed = torch.cat([u[:, :25], u[:, 25:] + 1], 1)
-    assert _gap(m(changed)[0][:, :25], m(u)[0][:, :25]) < 1e-13
+    assert relative_error(m(changed)[0][:, :25], m(u)[0][:, :25]) < 1e-13
 
 
 # --- the hybrid block -----------------------------------------------------------------------------------------------------
@@ -138,18 +129,18 @@ def block() -> HybridBlock:
 @pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("lengths", [[1, 12, 3, 24], [1] * 40], ids=["chunks", "steps"])
 def test_a_hybrid_block_in_parts_equals_one_pass(block, lengths, resets):
-    u, state, ys = _normal(2, 40, 16), None, []
+    u, state, ys = normal(2, 40, 16), None, []
     reset = torch.rand(2, 40, generator=torch.Generator().manual_seed(0)) < .1 if resets else torch.zeros(2, 40, dtype=torch.bool)
     for part, r in zip(u.split(lengths, 1), reset.split(lengths, 1)):
         y, state = block(part, state, r)
         ys.append(y)
-    assert _gap(torch.cat(ys, 1), block(u, None, reset if resets else None)[0]) < 1e-12
+    assert relative_error(torch.cat(ys, 1), block(u, None, reset if resets else None)[0]) < 1e-12
 
 
 def test_the_attention_branch_begins_near_zero_and_can_open(block):
-    u = _normal(2, 40, 16)
+    u = normal(2, 40, 16)
     whole, _ = block(u)
-    assert _gap(whole, block.base(u)[0]) < .02
+    assert relative_error(whole, block.base(u)[0]) < .02
     assert torch.autograd.grad(whole.square().sum(), block.gate)[0].abs().min() > 0
 
 
@@ -159,7 +150,7 @@ def test_branches_of_different_widths_are_refused():
 
 
 def test_a_state_of_another_module_is_refused(block):
-    u, state = _normal(2, 40, 16), block.init_state(2)
+    u, state = normal(2, 40, 16), block.init_state(2)
     with pytest.raises(ValueError, match="state is Mamba2State; expected HybridState"): block(u, state.mixer)
     incomplete = state._replace(attention=None)
     with pytest.raises(ValueError, match="state.attention is NoneType; expected KVCache"): block(u, incomplete)
@@ -167,4 +158,4 @@ def test_a_state_of_another_module_is_refused(block):
 
 def test_a_block_refuses_a_single_channel(block):
     for module in (block, block.base):
-        with pytest.raises(ValueError, match=r"u has shape \(2, 40, 1\); expected \(batch, time, 16\)"): module(_normal(2, 40, 1))
+        with pytest.raises(ValueError, match=r"u has shape \(2, 40, 1\); expected \(batch, time, 16\)"): module(normal(2, 40, 1))

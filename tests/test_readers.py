@@ -3,7 +3,6 @@ import gzip
 import io
 import re
 import zipfile
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -63,16 +62,6 @@ def zipped(name: str, text: str) -> bytes:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive: archive.writestr(name, text)
     return packed.getvalue()
-
-
-@pytest.fixture
-def sample(tmp_path):
-    "A function that writes a file and returns its path."
-    def write(content: str | bytes, name: str = "sample.csv") -> Path:
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-    return write
 
 
 # --- the period of a row -----------------------------------------------------------------------------------------------------

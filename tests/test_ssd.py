@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.nn.functional as F
+from tensors import relative_error
 
 from cryptopredict import ssd
 from cryptopredict.ssd import (
@@ -26,19 +27,7 @@ from cryptopredict.ssd import (
 )
 from cryptopredict.states import debug
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    "Tensors are tiny: threads would only wait for each other."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def _gap(a: torch.Tensor, b: torch.Tensor) -> float:
-    "Relative difference, over the whole tensor."
-    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _inputs(b=2, t=37, h=4, p=3, g=2, n=5, dtype=torch.float64, seed=0) -> list[torch.Tensor]:
@@ -58,7 +47,7 @@ def _with_gradients(scan, args: list[torch.Tensor], **options) -> list[torch.Ten
 
 
 def _largest(one, two) -> float:
-    return max(_gap(a, b) for a, b in zip(one, two, strict=True))
+    return max(relative_error(a, b) for a, b in zip(one, two, strict=True))
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------------
@@ -66,7 +55,7 @@ def _largest(one, two) -> float:
 
 def test_running_sums_by_products_are_cumulative_sums():
     v = torch.randn(3, 50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert _gap(triangular_sum(v, 1, 16), running_sum(v, 1)) < 1e-14
+    assert relative_error(triangular_sum(v, 1, 16), running_sum(v, 1)) < 1e-14
 
 
 def test_decays_of_a_chunk():

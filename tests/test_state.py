@@ -29,13 +29,7 @@ def _examples(n: int) -> settings:
     return settings(max_examples=n, derandomize=True, deadline=None, database=None)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    "Use one thread: the tensors are tiny."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- what the tests share -------------------------------------------------------------------------------------------------
