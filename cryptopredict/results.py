@@ -385,7 +385,7 @@ SIZE_OF_TEST = ("p-values are of a Diebold-Mariano test whose critical values co
                 "with 11 (1,000 daily origins of a 90-day label) and 22 % with 4.")
 
 STYLE = """body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1a1a1a;max-width:1080px}
-body{margin:2rem auto;padding:0 1.2rem}h1{margin-bottom:.1rem}.sub{color:#555;margin-top:0}
+body{margin:2rem auto;padding:0 1.2rem;overflow-wrap:anywhere}h1{margin-bottom:.1rem}.sub{color:#555;margin-top:0}
 h2{margin-top:2.4rem;border-bottom:1px solid #ddd;padding-bottom:.2rem}
 .scroll{overflow-x:auto}table.text td{text-align:left;white-space:normal;word-break:break-word}
 table{border-collapse:collapse;font-size:13px}
