@@ -229,19 +229,19 @@ def figure_training(
     scores: dict,  # content of `scores.json`
 ) -> go.Figure:
     "Loss by head, log-variances of the tasks and learning rate by update: choices on validation years (dotted) and refits."
-    fig = make_subplots(1, 3, subplot_titles=("loss by head", "task log-variances", "learning rate"), horizontal_spacing=.08)
+    fig = make_subplots(3, 1, subplot_titles=("loss by head", "task log-variances", "learning rate"), vertical_spacing=.1)
     weights = {"log_var_cls": "log-variance, direction", "log_var_reg": "log-variance, regressions"}
-    columns = {1: TASKS, 2: weights, 3: {"lr": "learning rate"}}
-    kinds = [(key, name, column) for column, names in columns.items() for key, name in names.items()]
+    rows = {1: TASKS, 2: weights, 3: {"lr": "learning rate"}}
+    kinds = [(key, name, row) for row, names in rows.items() for key, name in names.items()]
     curves = [(r["curve"], "dot" if r["training"].startswith("choice") else "solid") for r in scores.get("training", [])]
     curves = [(curve, dash) for curve, dash in curves if curve]
-    for k, (key, name, column) in enumerate(kinds):
+    for k, (key, name, row) in enumerate(kinds):
         for j, (curve, dash) in enumerate(curves):
             x, y = [p["step"] for p in curve], [float(f"{p[key]:.3g}") for p in curve]
             line = dict(color=PALETTE[k], width=1, dash=dash)
-            fig.add_scatter(x=x, y=y, name=name, legendgroup=name, showlegend=j == 0, mode="lines", line=line, row=1, col=column)
-    fig.update_xaxes(title="update").update_yaxes(type="log", row=1, col=1).update_yaxes(title="loss", row=1, col=1)
-    return house_style(fig, "Training curves: choices (dotted), refits (solid)", 400)
+            fig.add_scatter(x=x, y=y, name=name, legendgroup=name, showlegend=j == 0, mode="lines", line=line, row=row, col=1)
+    fig.update_xaxes(title="update", row=3, col=1).update_yaxes(type="log", title="loss", row=1, col=1)
+    return house_style(fig, "Training curves: choices (dotted), refits (solid)", 720).update_layout(margin_b=130)
 
 # %% ../nbs/06_results.ipynb #f395896b
 def training_table(
