@@ -124,7 +124,7 @@ def figure_reliability(
             visible = True if model in shown else "legendonly"
             trace = interval_points(part, "p", "frequency", model, colour)
             fig.add_trace(trace.update(visible=visible, legendgroup=model, showlegend=k == 1), **here)
-        fig.update_xaxes(title="forecast probability", range=[0, 1], row=1, col=k)
+        fig.update_xaxes(title="forecast probability" if k == 2 else None, range=[0, 1], row=1, col=k)
     fig.update_yaxes(title="observed frequency", range=[0, 1], row=1, col=1)
     return house_style(fig, "Reliability of the direction, 90 % intervals", 400)
 
