@@ -15,8 +15,9 @@ import pandas as pd
 from pandas.tseries.holiday import USFederalHolidayCalendar
 
 # %% auto #0
-__all__ = ['FINDING_COLUMNS', 'MODES', 'LeakageError', 'LeakReport', 'check_times', 'point_in_time', 'Fold', 'live_fold',
-           'walk_forward', 'FoldSplit', 'audit_folds', 'AuditError', 'audit', 'audit_availability']
+__all__ = ['FINDING_COLUMNS', 'MODES', 'LeakageError', 'LeakReport', 'check_times', 'point_in_time', 'Fold', 'stack_assets',
+           'live_fold', 'walk_forward', 'asset_fold', 'FoldSplit', 'audit_folds', 'AuditError', 'audit',
+           'audit_availability']
 
 # %% ../nbs/00_leakage.ipynb #e98250f3
 FINDING_COLUMNS = ["column", "kind", "severity", "time", "magnitude", "detail"]
@@ -175,6 +176,7 @@ def point_in_time(
 def as_ranges(rows: Sequence[int] | np.ndarray) -> tuple[range, ...] | np.ndarray:
     "Positions as ranges of consecutive rows, in order; anything but integers is returned as it is, for an audit to report."
     if isinstance(rows, range): return (rows,)
+    if isinstance(rows, tuple) and rows and isinstance(rows[0], range): return rows
     rows = np.asarray(rows)
     if not len(rows) or rows.dtype.kind not in "iu": return rows
     cuts = np.flatnonzero(np.diff(rows) != 1) + 1
@@ -185,6 +187,13 @@ def as_positions(ranges: tuple[range, ...] | np.ndarray) -> np.ndarray:
     "Ranges as one array of positions."
     if isinstance(ranges, np.ndarray): return ranges
     return np.concatenate([np.arange(r.start, r.stop) for r in ranges])
+
+def shifted_union(parts: Sequence[tuple[Sequence[int] | np.ndarray, int]]) -> tuple[range, ...] | np.ndarray:
+    "Positions of several blocks as ranges or as one array; each part is (positions in a block, first position of the block)."
+    held = [(as_ranges(rows), by) for rows, by in parts if len(rows)]
+    if not held: return np.array([], int)
+    if any(isinstance(rows, np.ndarray) for rows, _ in held): return np.concatenate([as_positions(r) + by for r, by in held])
+    return tuple(range(r.start + by, r.stop + by) for rows, by in held for r in rows)
 
 # %% ../nbs/00_leakage.ipynb #ee2bb8b9
 class Fold:
@@ -221,25 +230,60 @@ class Fold:
     def __repr__(self) -> str:
         return f"Fold({', '.join(f'{name} {len(getattr(self, name))}' for name in self.PARTS)} rows)"
 
+# %% ../nbs/00_leakage.ipynb #79c046dc
+def stack_assets(
+    frames: Mapping[str, pd.DataFrame],  # a frame of each asset, times UTC and increasing; the first asset is the calendar
+) -> pd.DataFrame:
+    "The frames below one another, with index (asset, time); a column that an asset lacks is empty in its rows."
+    if not frames: raise ValueError("frames is empty: give at least one asset")
+    for asset, frame in frames.items():
+        check_times(frame.index, f"index of {asset}")
+        if not len(frame): raise ValueError(f"{asset} has no row: leave it out")
+        if not frame.columns.is_unique: raise ValueError(f"{asset} has a column name twice: {frame.columns.tolist()}; rename one")
+    return pd.concat(dict(frames), names=["asset", "time"])
+
+# %% ../nbs/00_leakage.ipynb #d4bd491c
+def asset_rows(index: pd.Index) -> dict[str, range]:
+    "The positions of each asset in a stacked index, in its order; a plain index is one asset named \"\"."
+    if not isinstance(index, pd.MultiIndex): return {"": range(len(index))}
+    codes = np.asarray(index.codes[0])
+    starts = np.flatnonzero(np.diff(codes, prepend=-2))
+    names = index.levels[0][codes[starts]].tolist()
+    if len(set(names)) < len(names) or index.nlevels != 2 or (codes < 0).any():
+        raise ValueError("the rows of an asset are not together, or the index is not (asset, time): make it with stack_assets")
+    return {name: range(int(a), int(b)) for name, a, b in zip(names, starts, [*starts[1:], len(index)])}
+
+def row_times(index: pd.Index) -> pd.DatetimeIndex:
+    "The time of each row of a plain or stacked index."
+    return index.get_level_values(1) if isinstance(index, pd.MultiIndex) else index
+
+def check_rows(index: pd.Index, what: str = "index") -> dict[str, range]:
+    "The positions of each asset, or a `ValueError` naming the first row whose time is not UTC or does not increase."
+    blocks, times = asset_rows(index), row_times(index)
+    for asset, rows in blocks.items():
+        check_times(times[rows.start:rows.stop] if asset else times, f"{what} of {asset}" if asset else what)
+    return blocks
+
 # %% ../nbs/00_leakage.ipynb #ab6a2ec0
-def ends_by_label(label_end: pd.Series | pd.DataFrame, index: pd.DatetimeIndex) -> dict[str, pd.DatetimeIndex]:
+def ends_by_label(label_end: pd.Series | pd.DataFrame, index: pd.Index) -> dict[str, pd.DatetimeIndex]:
     "Label ends by label name, NaT where missing; the first entry, named \"\", holds the end of each row's longest label."
     if not len(index): raise ValueError("index is empty: too little history for the label's length; give more data")
     if len(label_end) != len(index):
         raise ValueError(f"label_end has {len(label_end)} rows, index {len(index)}: give one label end per row")
     times = label_end.index if isinstance(label_end, pd.Series | pd.DataFrame) else None
-    if isinstance(times, pd.DatetimeIndex) and not (times == index).all():  # `equals` of pandas 2 also compares the unit
+    same = lambda a, b: asset_rows(a) == asset_rows(b) and (row_times(a) == row_times(b)).all()  # `equals` compares units too
+    if isinstance(times, pd.DatetimeIndex | pd.MultiIndex) and not same(times, index):
         raise ValueError("label_end and index have different times: reindex label_end to index")
     labels = {name: label_end[name] for name in label_end} if isinstance(label_end, pd.DataFrame) else {}
     longest = label_end.max(axis=1).where(label_end.notna().all(axis=1)) if labels else label_end
     return {name: check_ends(ends, index) for name, ends in {"": longest, **labels}.items()}
 
-def check_ends(label_end, index: pd.DatetimeIndex) -> pd.DatetimeIndex:
+def check_ends(label_end, index: pd.Index) -> pd.DatetimeIndex:
     "Label ends as UTC times, or a `ValueError` naming the first that lies before its own row."
     ends = pd.DatetimeIndex(label_end)
     if ends.isna().all(): ends = pd.DatetimeIndex(ends, tz=ends.tz or "UTC")
     if ends.tz is None: raise ValueError("label_end has naive times: localise them to UTC")
-    early = np.flatnonzero(ends < index)
+    early = np.flatnonzero(ends < row_times(index))
     if len(early):
         i = early[0]
         raise ValueError(f"label_end row {i} ({ends[i]}) lies before the time of its row, {index[i]}: "
@@ -264,38 +308,62 @@ class MaturedRows:
         without_gap = len(found) and found[-1] - found[0] == len(found) - 1
         return range(int(found[0]), int(found[-1]) + 1) if without_gap else found
 
+@dataclass
+class AssetLabels:
+    "Times and label ends of one asset, whose rows begin at position `first` of the stacked frame."
+    first: int
+    times: pd.DatetimeIndex
+    ends: dict[str, pd.DatetimeIndex]
+
+    def __post_init__(self): self.matured = {name: MaturedRows(ends) for name, ends in self.ends.items()}
+
+def labels_by_asset(index: pd.Index, label_end: pd.Series | pd.DataFrame) -> list[AssetLabels]:
+    "The labels of each asset of a stacked index, the calendar first; a plain index is one asset."
+    blocks, ends = check_rows(index), ends_by_label(label_end, index)
+    part = lambda values, rows: values if len(rows) == len(index) else values[rows.start:rows.stop]
+    return [AssetLabels(rows.start, part(row_times(index), rows), {name: part(e, rows) for name, e in ends.items()})
+            for rows in blocks.values()]
+
 # %% ../nbs/00_leakage.ipynb #b3e49f2c
-def make_fold(index: pd.DatetimeIndex, matured: dict[str, MaturedRows], test: range, validation, embargo) -> Fold:
-    "The fold whose test rows are `test`; a `ValueError` states which part is empty and why."
-    validation, embargo, start = pd.Timedelta(validation), pd.Timedelta(embargo), index[test[0]]
+def make_fold(assets: list[AssetLabels], start: pd.Timestamp, until: pd.Timestamp | None, validation, embargo) -> Fold:
+    """The fold that is tested from `start` up to `until` (exclusive; None: at `start` alone); a `ValueError` states which
+    part of the first asset is empty and why. The parts of other assets may be empty."""
+    validation, embargo = pd.Timedelta(validation), pd.Timedelta(embargo)
     if embargo < pd.Timedelta(0) or validation <= pd.Timedelta(0):
         raise ValueError(f"embargo {embargo} must not be negative and validation {validation} must be longer than zero")
-    cut = start - validation
-    first, folds = int(index.searchsorted(cut)), {}
-    for label, rows_matured in matured.items():
-        valid = rows_matured(first, test[0], start - embargo)
-        train = rows_matured(0, first, cut - embargo)
-        for name, rows in (("valid", valid), ("train", train)):
-            if not len(rows):
-                raise ValueError(
-                    f"the fold tested from {start} has no matured label in '{name}': too little history for the label's length; "
-                    f"start later (first_test), shorten the horizon or bring earlier data (this begins {index[0]})")
-        folds[label] = Fold(train, valid, test, rows_matured(0, test[0], start - embargo))
+    cut, folds, calendar = start - validation, {}, assets[0]
+    spans = [[int(a.times.searchsorted(cut)), int(a.times.searchsorted(start)),
+              int(a.times.searchsorted(start, side="right") if until is None else a.times.searchsorted(until))] for a in assets]
+    for label in calendar.matured:
+        parts: dict[str, list] = {name: [] for name in Fold.PARTS}
+        for a, (first, begin, stop) in zip(assets, spans):
+            matured = a.matured[label]
+            held = dict(valid=matured(first, begin, start - embargo), train=matured(0, first, cut - embargo),
+                        test=range(begin, stop), refit=matured(0, begin, start - embargo))
+            for name in ("valid", "train") if a is calendar else ():
+                if not len(held[name]):
+                    raise ValueError(
+                        f"the fold tested from {start} has no matured label in '{name}': too little history for the label's "
+                        f"length; start later (first_test), shorten the horizon or bring earlier data (this begins {a.times[0]})")
+            for name, rows in held.items(): parts[name].append((rows, a.first))
+        joined: dict[str, Any] = {name: shifted_union(rows) for name, rows in parts.items()}
+        folds[label] = Fold(**joined)
     fold = folds.pop("")
     fold.by_label = folds
     return fold
 
 # %% ../nbs/00_leakage.ipynb #dd79440b
 def live_fold(
-    index: pd.DatetimeIndex,  # decision times, UTC, increasing
+    index: pd.Index,  # decision times, UTC, increasing; or (asset, time), see `stack_assets`
     label_end: pd.Series | pd.DataFrame,  # end of each row's label (a frame: one column per label); NaT if not known yet
     *,
     validation: str | pd.Timedelta = "365D",  # span before the last row on which choices are made
     embargo: str | pd.Timedelta = "0D",  # further time between the end of a label and the next span
 ) -> Fold:
-    "The fold whose only test row is the last one: all that a forecaster may use today."
-    matured = {name: MaturedRows(ends) for name, ends in ends_by_label(label_end, check_times(index)).items()}
-    return make_fold(index, matured, range(len(index) - 1, len(index)), validation, embargo)
+    """The fold tested at the last time only (of several assets: the last time of the first one): all that a forecaster may
+    use today."""
+    assets = labels_by_asset(index, label_end)
+    return make_fold(assets, assets[0].times[-1], None, validation, embargo)
 
 # %% ../nbs/00_leakage.ipynb #45be6e05
 def as_utc(time: str | pd.Timestamp) -> pd.Timestamp:
@@ -316,7 +384,7 @@ def span_bounds(first: pd.Timestamp, last: pd.Timestamp, step) -> list[pd.Timest
 
 # %% ../nbs/00_leakage.ipynb #d446ebc3
 def walk_forward(
-    index: pd.DatetimeIndex,  # decision times, UTC, increasing
+    index: pd.Index,  # decision times, UTC, increasing; or (asset, time), see `stack_assets`
     label_end: pd.Series | pd.DataFrame,  # end of each row's label (a frame: one column per label); NaT if not known yet
     *,
     first_test: str | pd.Timestamp,  # first test time (UTC)
@@ -326,23 +394,46 @@ def walk_forward(
     skip_unlabelled: bool = False,  # leave out test spans without any label (a gap in the price); else a `ValueError`
 ) -> list[Fold]:
     """Expanding walk-forward folds, purged and embargoed, up to the last row that has a label. The parts of a fold hold rows
-    whose labels have all matured; `fold.of(column)` holds those of one column of `label_end`."""
-    label_ends, first = ends_by_label(label_end, check_times(index)), as_utc(first_test)
+    whose labels have all matured; `fold.of(column)` holds those of one column of `label_end`.
+
+    Of several assets the first one is the calendar: its rows alone decide where the spans begin and end."""
+    assets, first = labels_by_asset(index, label_end), as_utc(first_test)
+    index, label_ends = assets[0].times, assets[0].ends
     labelled = np.any([ends.notna() for ends in label_ends.values()], axis=0)
     if label_ends[""].isna().all() or first > index[label_ends[""].notna()][-1]:
         raise ValueError(f"no label ends in the data after first_test {first}: too little history for the label's length "
                          f"(data end {index[-1]}); choose an earlier first_test")
     if first <= index[0]:
         raise ValueError(f"first_test {first} leaves nothing to train on: the data begin {index[0]}; choose a later one")
-    cuts = index.searchsorted(pd.DatetimeIndex(span_bounds(first, index[labelled][-1], step)))
-    tests = [range(a, b) for a, b in zip(cuts[:-1], cuts[1:]) if b > a]
-    labels_before = np.r_[0, labelled.cumsum()]
-    empty = [test for test in tests if labels_before[test.stop] == labels_before[test.start]]
+    bounds = span_bounds(first, index[labelled][-1], step)
+    cuts, labels_before = index.searchsorted(pd.DatetimeIndex(bounds)), np.r_[0, labelled.cumsum()]
+    tests = [(a, until, labels_before[a] == labels_before[b]) for a, b, until in zip(cuts[:-1], cuts[1:], bounds[1:]) if b > a]
+    empty = [index[a] for a, _, unlabelled in tests if unlabelled]
     if empty and not skip_unlabelled:
-        raise ValueError(f"no label in the fold tested from {index[empty[0][0]]}: the price is missing there; "
+        raise ValueError(f"no label in the fold tested from {empty[0]}: the price is missing there; "
                          "bring the data or change step")
-    matured = {name: MaturedRows(ends) for name, ends in label_ends.items()}
-    return [make_fold(index, matured, test, validation, embargo) for test in tests if test not in empty]
+    return [make_fold(assets, index[a], until, validation, embargo) for a, until, unlabelled in tests if not unlabelled]
+
+# %% ../nbs/00_leakage.ipynb #6e6939a3
+def asset_fold(
+    fold: Fold,  # of several assets
+    index: pd.MultiIndex,  # (asset, time), as given to `walk_forward`
+    asset: str,  # whose rows are picked
+) -> Fold:
+    "The rows of one asset, as positions in its own rows; parts may be empty."
+    blocks = asset_rows(index)
+    if asset not in blocks: raise ValueError(f"{asset!r} is not an asset of the index: it has {', '.join(map(str, blocks))}")
+    block = blocks[asset]
+    def inside(part: tuple[range, ...] | np.ndarray) -> tuple[range, ...] | np.ndarray:
+        if isinstance(part, np.ndarray): return part[(part >= block.start) & (part < block.stop)] - block.start
+        cut = [range(max(r.start, block.start), min(r.stop, block.stop)) for r in part]
+        return shifted_union([(r, -block.start) for r in cut])
+    def one(f: Fold) -> Fold:
+        parts: dict[str, Any] = {name: inside(f.ranges[name]) for name in Fold.PARTS}
+        return Fold(**parts)
+    whole = one(fold)
+    whole.by_label = {label: one(f) for label, f in fold.by_label.items()}
+    return whole
 
 # %% ../nbs/00_leakage.ipynb #13270683
 def as_fold(fold, number: int) -> Fold:
@@ -433,7 +524,7 @@ def audit_pair(
     times, label_ends = nanoseconds(index), np.where(ends.notna(), nanoseconds(ends), -1)
     longest = int((label_ends - times)[ends.notna()].max(initial=0))
     label_ends = np.where(ends.notna(), label_ends, times + longest)  # a label not known yet is as long as the longest
-    others, known = np.sort(parts[other]), ends[rows].notna()
+    others, known = parts[other][np.argsort(times[parts[other]], kind="stable")], ends[rows].notna()
     depth = lambda margin: overlap_depth(times[rows], label_ends[rows], times[others], label_ends[others], margin)
     shared, near = depth(0), depth(embargo.as_unit("ns").value)
     shared = np.where(np.isin(rows, others), np.maximum(shared, 1), shared)  # a shared row overlaps, however short its label
@@ -460,19 +551,22 @@ def audit_folds(
     embargo: str | pd.Timedelta = "0D",  # embargo that the folds must keep
 ) -> LeakReport:
     """Find training labels that share time with tested ones, before or after them, or break the embargo: these are leaks.
-    Training rows after the test begins, as in a purged K-fold, and shuffled rows are suspects."""
+    Training rows after the test begins, as in a purged K-fold, and shuffled rows are suspects. Several assets are judged
+    together: a label of one asset must not share time with a tested label of any other."""
     checked = [as_fold(f, k) for k, f in enumerate(folds)]
     if not checked: raise ValueError("folds is empty: give at least one")
     if isinstance(embargo, (int, float)): raise ValueError(f"embargo is {embargo!r}: give a duration such as '24h'")
-    index = check_times(pd.DatetimeIndex(label_end.index), "label_end.index")
-    label_ends, embargo, findings = ends_by_label(label_end, index), pd.Timedelta(embargo), []
+    stacked = isinstance(label_end.index, pd.MultiIndex)
+    rows = label_end.index if stacked else pd.DatetimeIndex(label_end.index)
+    check_rows(rows, "label_end.index")
+    index, label_ends, embargo, findings = row_times(rows), ends_by_label(label_end, rows), pd.Timedelta(embargo), []
     for k, f in enumerate(checked):
         single = {name: part for name, part in getattr(f, "by_label", {}).items() if name in label_ends}
         for label, fold in {"": f, **single}.items():
             where = f"fold {k}{f', {label}' if label else ''}"
             parts = {name: check_positions(getattr(fold, name), len(index), f"{where}: '{name}'")
                      for name in Fold.PARTS}
-            for name, rows in parts.items(): findings += audit_order(name, rows, where)
+            for name, held in parts.items(): findings += audit_order(name, held, where)
             for name, other in (("train", "valid"), ("valid", "test"), ("refit", "test"), ("train", "test")):
                 if len(parts[name]) and len(parts[other]):
                     findings += audit_pair(index, label_ends[label], parts, (where, name, other), embargo)

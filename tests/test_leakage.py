@@ -764,3 +764,110 @@ def test_a_frame_that_cannot_be_audited_is_named(bars, change, error, message):
 
 def test_an_audit_needs_cuts(bars):
     with pytest.raises(AuditError, match="n_cuts is 0: an audit needs"): audit(lambda f: f.close, bars, n_cuts=0)
+
+
+# --- several assets -------------------------------------------------------------------------------------------------------
+
+DAYS = pd.date_range("2020-01-01", periods=900, tz="UTC")
+
+
+def coin_ends(days: pd.DatetimeIndex, first: int = 30, second: int = 10) -> pd.DataFrame:
+    "Ends of two labels of so many days."
+    ends = {name: pd.Series(days + pd.Timedelta(days=k), days) for name, k in (("label_end", first), ("sigma_end", second))}
+    return pd.DataFrame({name: end.where(end <= DAYS[-1]) for name, end in ends.items()})
+
+
+COINS = leakage.stack_assets({"BTC": coin_ends(DAYS), "ADA": coin_ends(DAYS[200:]), "OLD": coin_ends(DAYS[:250]),
+                              "ETH": coin_ends(DAYS[700:])})
+SPANS = dict(first_test="2021-06-01", step="90D", validation="120D", embargo="3D")
+
+
+def by_definition(ends: pd.Series, start, until, validation, embargo) -> dict:
+    "The parts of one asset's fold, row by row."
+    times, cut = ends.index, start - validation
+    ended = lambda t: (ends <= t - embargo).to_numpy()
+    parts = dict(train=(times < cut) & ended(cut), valid=(times >= cut) & (times < start) & ended(start),
+                 test=(times >= start) & (times < until), refit=(times < start) & ended(start))
+    return {name: np.flatnonzero(mask).tolist() for name, mask in parts.items()}
+
+
+def test_each_asset_of_a_fold_has_exactly_the_rows_whose_own_labels_ended():
+    folds, alone = walk_forward(COINS.index, COINS, **SPANS), walk_forward(DAYS, COINS.loc["BTC"], **SPANS)
+    assert len(folds) == len(alone) >= 4
+    for fold, bitcoin in zip(folds, alone):
+        asset, start = COINS.index[fold.test[0]]
+        assert (asset, start) == ("BTC", DAYS[bitcoin.test[0]])
+        for name in ("BTC", "ADA", "OLD", "ETH"):
+            for label in ("label_end", "sigma_end"):
+                own = leakage.asset_fold(fold, COINS.index, name).of(label)
+                until = start + pd.Timedelta("90D")
+                expected = by_definition(COINS.loc[name][label], start, until, pd.Timedelta("120D"), pd.Timedelta("3D"))
+                assert {part: getattr(own, part).tolist() for part in Fold.PARTS} == expected, (name, label)
+        for part in Fold.PARTS:  # the calendar's rows are those of its own walk-forward, at the same positions
+            held = getattr(fold, part)
+            assert np.array_equal(held[held < len(DAYS)], getattr(bitcoin, part)) and (np.diff(held) > 0).all()
+    first = leakage.asset_fold(folds[0], COINS.index, "ETH")
+    assert [len(getattr(first, part)) for part in Fold.PARTS] == [0, 0, 0, 0]
+
+
+def test_the_test_begins_with_the_calendar_even_where_another_asset_has_earlier_rows():
+    holed = coin_ends(DAYS[(DAYS < "2021-05-25") | (DAYS > "2021-06-10")])
+    stacked = leakage.stack_assets({"BTC": holed, "ETH": coin_ends(DAYS)})
+    fold = walk_forward(stacked.index, stacked, **SPANS)[0]
+    asset, start = stacked.index[fold.test[0]]
+    assert (asset, start) == ("BTC", T("2021-06-11")) and stacked.index[fold.test].get_level_values("time").min() == start
+
+
+def test_the_live_fold_of_several_assets_is_tested_at_one_time():
+    fold = live_fold(COINS.index, COINS, validation="120D")
+    assert COINS.index[fold.test].tolist() == [(name, DAYS[-1]) for name in ("BTC", "ADA", "ETH")]
+    assert COINS.label_end.iloc[fold.refit].max() == DAYS[-1]
+    past = leakage.stack_assets({"BTC": coin_ends(DAYS[:-50]), "ADA": coin_ends(DAYS)})  # rows after the calendar's last one
+    fold = live_fold(past.index, past, validation="120D")
+    assert past.index[fold.test].tolist() == [("BTC", DAYS[-51]), ("ADA", DAYS[-51])]
+
+
+def test_a_fold_of_labels_with_gaps_is_the_same_by_asset():
+    holed = COINS.copy()
+    holed.loc[np.random.default_rng(0).random(len(COINS)) < .4, "label_end"] = pd.NaT
+    fold = walk_forward(holed.index, holed, **SPANS)[1]
+    joined = {part: np.concatenate([getattr(leakage.asset_fold(fold, holed.index, name), part) + rows.start
+                                    for name, rows in leakage.asset_rows(holed.index).items()]) for part in Fold.PARTS}
+    assert all(np.array_equal(joined[part], getattr(fold, part)) for part in Fold.PARTS)
+
+
+@pytest.mark.parametrize("frames, message", [
+    ({}, "frames is empty"), ({"BTC": COINS.loc["BTC"][::-1]}, "index of BTC: row 1"),
+    ({"BTC": COINS.loc["BTC"].iloc[:0]}, "BTC has no row"),
+    ({"BTC": COINS.loc["BTC"].tz_localize(None)}, "index of BTC has naive times"),
+])
+def test_assets_that_cannot_be_stacked_are_named(frames, message):
+    with pytest.raises(ValueError, match=message): leakage.stack_assets(frames)
+
+
+def test_bad_rows_of_several_assets_are_named():
+    mixed = COINS.sort_index(level="time", sort_remaining=False)
+    with pytest.raises(ValueError, match="not together"): walk_forward(mixed.index, mixed, **SPANS)
+    with pytest.raises(ValueError, match="index of ETH: row 1"):
+        backwards = COINS.iloc[[*range(len(COINS) - 200), *range(len(COINS) - 1, len(COINS) - 201, -1)]]
+        walk_forward(backwards.index, backwards, **SPANS)
+    with pytest.raises(ValueError, match="different times"):
+        walk_forward(COINS.index, COINS.set_index(COINS.index[::-1]), **SPANS)
+    with pytest.raises(ValueError, match="'DOGE' is not an asset of the index: it has BTC, ADA, OLD, ETH"):
+        leakage.asset_fold(walk_forward(COINS.index, COINS, **SPANS)[0], COINS.index, "DOGE")
+    with pytest.raises(ValueError, match="no matured label in 'train'"):  # another asset's history does not help the calendar
+        late = leakage.stack_assets({"ETH": COINS.loc["ETH"], "BTC": COINS.loc["BTC"]})
+        walk_forward(late.index, late, first_test="2022-02-01", validation="60D")
+
+
+def test_labels_of_another_coin_across_the_purge_are_found():
+    folds = walk_forward(COINS.index, COINS, **SPANS)
+    assert audit_folds(folds, COINS, "3D").ok and audit_folds(folds, COINS, "3D").findings.empty
+    fold, coin = folds[0], leakage.asset_rows(COINS.index)["ADA"]
+    start = COINS.index[fold.test[0]][1]
+    spare = [i for i in coin if COINS.index[i][1] < start and COINS.label_end.iloc[i] > start]
+    bitcoin = fold.test[fold.test < len(DAYS)]  # no row of ADA is tested
+    wrong = Fold(fold.train, fold.valid, bitcoin, np.union1d(fold.refit, spare[:1]))
+    report = audit_folds([wrong], COINS)
+    assert kinds(report) == {"label overlap"} and report.findings.column.tolist() == ["refit"]
+    assert audit_folds([Fold(fold.train, fold.valid, bitcoin, fold.refit)], COINS).findings.empty
