@@ -5,15 +5,16 @@
 # %% ../nbs/05ca_har.ipynb #96e3a06e
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from .baselines import FLOOR, LogHAR, VolatilityForecaster, ewma_vol, origins, usable_rows
+from .baselines import FLOOR, ForecastModel, LogHAR, VolatilityForecaster, ewma_vol, origins, usable_rows
 
 # %% auto #0
-__all__ = ['HALF_LIVES', 'Ridge', 'ExponentialHAR', 'mean_every_day', 'daily_return_vol', 'DailyHAR']
+__all__ = ['HALF_LIVES', 'HAR_MODELS', 'Ridge', 'ExponentialHAR', 'mean_every_day', 'daily_return_vol', 'DailyHAR']
 
 # %% ../nbs/05ca_har.ipynb #e06f4e19
 class Ridge(NamedTuple):
@@ -108,3 +109,6 @@ class DailyHAR(LogHAR):
     ) -> pd.DataFrame:
         "Log-HAR's regressors and the log of `daily_return_vol` over 30 days."
         return super().design(panel).assign(daily=np.log(daily_return_vol(panel["close"], 30)))
+
+# %% ../nbs/05ca_har.ipynb #12fbd689
+HAR_MODELS: dict[str, Callable[..., ForecastModel]] = {"har_exp": ExponentialHAR, "har_daily": DailyHAR}  # name -> factory
