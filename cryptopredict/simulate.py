@@ -41,7 +41,9 @@ PARAMS = MarketParams()
 CLASS_THRESHOLD, HORIZON_DAYS, VOL_DAYS = 0.05, 90, 30
 
 # %% ../nbs/00h_simulate.ipynb #ff4a72b6
-def normals(rng: np.random.Generator, shape, common: np.random.Generator | None = None, share: float = 0.0) -> np.ndarray:
+def normals(
+    rng: np.random.Generator, shape, common: np.random.Generator | None = None, share: float = 0.0,
+) -> np.ndarray:
     "Standard normal numbers; with `common`, `share` of their variance comes from that stream."
     own = rng.standard_normal(shape)
     return own if common is None else np.sqrt(share)*common.standard_normal(shape) + np.sqrt(1 - share)*own
@@ -188,12 +190,12 @@ def check_request(hours: int, seed: int, start, assets: int | None = None) -> pd
 
 # %% ../nbs/00h_simulate.ipynb #ff221a89
 def market_streams(seed: int, coin: int = 0) -> list[np.random.Generator]:
-    "Random streams of a market, one per kind of draw; those of coin 0, Bitcoin, do not depend on the other coins."
+    "Random streams of a coin's panel, one per kind of draw; coin 0 is Bitcoin."
     rngs = np.random.default_rng(seed).spawn(8 + coin)
     return rngs[-1].spawn(9) if coin else rngs
 
 def draw_panel(hours: int, seed: int, null: bool, start: pd.Timestamp, coin: int = 0) -> pd.DataFrame:
-    "The panel of Bitcoin or, with `coin` > 0, of another coin of its world: states, shocks and columns, by decision time."
+    "States, shocks and columns of Bitcoin or, with `coin` > 0, of another coin of its world, by decision time."
     p, days = PARAMS, -(-hours//24) + 1
     rngs, scale, first = market_streams(seed, coin), 1.0, 0
     common: list[np.random.Generator | None] = [None]*8
@@ -248,7 +250,8 @@ def market_states(
 
 # %% ../nbs/00h_simulate.ipynb #8eee13bd
 def read_states(rows: pd.DataFrame, opened: np.ndarray, volume: np.ndarray) -> pd.DataFrame:
-    "Invert the formulas of the columns: supply -> scale, volume -> h, fees -> s, mvrv -> x1, dxy -> x2, return -> shock."
+    """Invert the formulas of the columns: supply -> scale, volume -> h, fees -> s, mvrv -> x1, dxy -> x2,
+    the day's return -> shock."""
     p = PARAMS
     scale = (rows["supply"].to_numpy()/bitcoin_supply(rows.index)).round(SCALE_DIGITS)
     h = (np.log(volume).mean(1) - np.log(VOLUME_LEVEL))/VOLUME_BETA
@@ -370,7 +373,7 @@ def add_drift_variance(sigma: np.ndarray, s: np.ndarray, x: np.ndarray) -> np.nd
 
 # %% ../nbs/00h_simulate.ipynb #f6db116d
 def null_truth(scale: pd.Series) -> pd.DataFrame:
-    "The constant distribution of a null market in closed form: r90 is normal, sigma a scaled chi; by origin, as `scale`."
+    "The constant distribution of a null market in closed form, by origin: r90 is normal, sigma a scaled chi."
     p, n = PARAMS, 24*VOL_DAYS
     mean, sd = p.null_mu*HORIZON_DAYS, p.null_vol*np.sqrt(HORIZON_DAYS/365)
     beyond = lambda y: 0.5*(1 + erf(-y/sd/np.sqrt(2)))  # P(r90 - mean > y)
