@@ -104,7 +104,9 @@ def test_bars_hold_their_open_and_close(draws):
 
 @pytest.mark.parametrize("change, message", [
     (dict(hours=100), "hours=100"), (dict(hours=10**9), "hours="), (dict(hours=5000.), "whole number"),
-    (dict(seed="0"), "seed='0'"), (dict(seed=-1), "seed=-1"), (dict(start="2016-01-01 05:00"), "midnight")],
+    (dict(seed="0"), "seed='0'"), (dict(seed=-1), "seed=-1"), (dict(start="2016-01-01 05:00"), "midnight"),
+    (dict(assets=0), "assets=0"), (dict(assets=101), "assets=101"), (dict(assets=True), "assets=True"),
+    (dict(assets=1.5), "assets=1.5")],
     ids=lambda v: v if isinstance(v, str) else None)
 def test_an_argument_out_of_range_is_named(change, message):
     with pytest.raises(ValueError, match=message): simulate_market(**dict(hours=5000, seed=0) | change)
@@ -232,7 +234,7 @@ def test_the_distribution_of_a_null_market_is_that_of_its_random_walk():
     rng = np.random.default_rng(9)
     r = PARAMS.null_mu * 90 + PARAMS.null_vol * np.sqrt(90 / 365) * rng.standard_normal(400_000)
     hours = PARAMS.null_vol / np.sqrt(8760) * rng.standard_normal((4000, 720)) + PARAMS.null_mu / 24
-    row = S.null_truth(pd.DatetimeIndex(["2020-01-01"], tz="UTC")).iloc[0]
+    row = S.null_truth(pd.Series([1.0])).iloc[0]
     np.testing.assert_allclose([(r < -.05).mean(), (r > .05).mean()], [row.p_down, row.p_up], atol=.003)
     np.testing.assert_allclose(np.quantile(r, [.1, .9]), [row.p10, row.p90], atol=.004)
     assert abs(np.sqrt(365 / 30 * (hours**2).sum(1)).mean() / row.sigma - 1) < .002
@@ -296,3 +298,154 @@ def test_a_null_market_has_one_distribution_and_returns_without_memory():
     r = np.log(panel.close).diff().dropna()
     for series in (r, r.abs()):
         assert abs(series.autocorr(1)) < 3 / np.sqrt(len(r)) and abs(series.autocorr(24)) < 3 / np.sqrt(len(r))
+
+
+# --- a world of coins -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world() -> tuple[dict, dict]: return simulate_market(HOURS, seed=1, assets=6)
+
+
+@pytest.fixture(scope="module")
+def windows() -> pd.DataFrame:
+    "Truth and outcome of the non-overlapping windows of five coins in each of 30 worlds, without Bitcoin."
+    found = []
+    for seed in range(30):
+        panels, truths = simulate_market(4 * 365 * 24, seed, assets=6)
+        for coin, panel in list(panels.items())[1:]:
+            price = np.log(panel.close)
+            squares = (price.diff() ** 2).cumsum()
+            came = dict(r90=price.shift(-2160) - price, realised=np.sqrt(365 / 30 * (squares.shift(-720) - squares)))
+            t = truths[coin].assign(**came).dropna()
+            found.append(t.assign(pit=truth_cdf(panel, t.r90), scale=market_states(panel).scale, seed=seed).iloc[::90])
+    return pd.concat(found)
+
+
+def t_statistic(windows: pd.DataFrame, values: pd.Series) -> float:
+    "Mean over its standard error; windows of one world share factors, so the sums of worlds are the independent draws."
+    by_world = values.groupby(windows.seed).sum()
+    return by_world.mean() / (by_world.std() / np.sqrt(len(by_world)))
+
+
+@pytest.mark.parametrize("null", [False, True])
+def test_bitcoin_is_bit_identical_alone_and_among_other_coins(null):
+    alone, among = simulate_market(9_000, 5, null=null), simulate_market(9_000, 5, null=null, assets=3)
+    for frame, frames in zip(alone, among):
+        assert list(frames) == ["BTC", "COIN01", "COIN02"]
+        pd.testing.assert_frame_equal(frames["BTC"], frame, check_exact=True)
+    pd.testing.assert_frame_equal(simulate_market(9_000, 5, null=null, assets=1)[0]["BTC"], alone[0], check_exact=True)
+
+
+def test_a_coin_does_not_depend_on_the_number_of_coins(world):
+    fewer = simulate_market(HOURS, seed=1, assets=3)
+    for some, more in zip(fewer, world):
+        pd.testing.assert_frame_equal(some["COIN02"], more["COIN02"], check_exact=True)
+
+
+def test_coins_start_at_different_midnights_and_end_together(world):
+    panels, truths = world
+    assert len({p.index[0] for p in panels.values()}) == len(panels)
+    for coin, panel in panels.items():
+        late = (panel.index[0] - panels["BTC"].index[0]) / pd.Timedelta(hours=1)
+        assert panel.index[0].hour == 1 and 0 <= late <= .6 * HOURS and panel.index[-1] == panels["BTC"].index[-1]
+        assert list(panel.columns) == S.COLUMNS and (panel[NUMBERS] > 0).all(axis=None)
+        pd.testing.assert_index_equal(truths[coin].index, panel.index[23::24], exact="equiv")
+
+
+def test_coins_of_a_short_market_keep_the_hours_of_one_origin():
+    panels, truths = simulate_market(S.MIN_HOURS + 30, seed=0, assets=20)
+    assert min(map(len, panels.values())) >= S.MIN_HOURS and all(len(t) for t in truths.values())
+
+
+def test_scales_differ_and_are_read_from_the_panel(world):
+    scales = [market_states(p).scale.unique() for p in world[0].values()]
+    assert all(len(k) == 1 for k in scales) and scales[0] == [1] and len({*np.concatenate(scales)}) == len(scales)
+    drawn = np.array([market_states(S.draw_panel(S.MIN_HOURS, seed, False, START, 1)).scale.iloc[0] for seed in range(200)])
+    assert abs(np.median(drawn) - PARAMS.scale[0]) < .1 and abs(np.log(drawn).std() - PARAMS.scale[1]) < .04
+
+
+def test_the_states_of_a_coin_obey_the_same_law_as_those_of_bitcoin():
+    change, shock, x1 = [], [], []
+    for seed in range(20):
+        states = market_states(S.draw_panel(HOURS, seed, False, START, 1))
+        h, day, s = (states[c].to_numpy() for c in ("h", "shock", "s"))
+        change.append((h[1:] - PARAMS.phi_h * h[:-1] - (1 - PARAMS.phi_h) * np.log(PARAMS.vol)[s[1:]]) / PARAMS.sig_h)
+        x1.append((states.x1.to_numpy()[1:] - PARAMS.phi_x[0] * states.x1.to_numpy()[:-1]) / PARAMS.sd_x[0])
+        shock.append(day[:-1])
+    change, shock, x1 = map(np.concatenate, (change, shock, x1))
+    assert abs(shock.var() - 1) < .04 and abs(change.var() - 1) < .04 and abs(shock.mean()) < .03
+    assert abs(np.corrcoef(change, shock)[0, 1] - PARAMS.rho) < .02
+    assert abs(np.corrcoef(x1, shock)[0, 1] - PARAMS.load_x[0]) < .02
+    assert abs(np.corrcoef(change[1:], change[:-1])[0, 1]) < .03
+
+
+def test_coins_share_the_regime_the_macro_columns_and_part_of_the_volatility():
+    "The shocks of log volatility and the normal hourly shocks of two coins correlate as their shared parts state."
+    days, rng = 100_000, lambda k: np.random.default_rng(k)
+    calm, still = np.zeros(days, int), np.zeros(days)
+    eta = [np.diff(S.log_volatility(rng(k), calm, still, rng(0) if k else None)) for k in range(3)]
+    np.testing.assert_allclose(np.corrcoef(eta)[0, 1:], np.sqrt(PARAMS.vol_share), atol=.02)
+    assert abs(np.corrcoef(eta)[1, 2] - PARAMS.vol_share) < .02
+    e = [S.draw_shocks(rng(k), 20_000, rng(0) if k else None).ravel() for k in range(2)]
+    usual = (np.abs(e) < 4).all(0)  # without most of the jumps
+    assert abs(np.corrcoef(e[0][usual], e[1][usual])[0, 1] - np.sqrt(PARAMS.shock_share)) < .02
+
+
+def test_log_volatility_of_coins_moves_together(world):
+    panels = world[0]
+    states = {coin: market_states(p) for coin, p in panels.items()}
+    correlation = pd.DataFrame({coin: s.h for coin, s in states.items()}).corr().to_numpy()
+    assert correlation.min() > .5 and (correlation.sum() - 6) / 30 > .7
+    for coin, s in states.items():
+        for name in ("s", "x2"): pd.testing.assert_series_equal(s[name], states["BTC"][name].loc[s.index], check_freq=False)
+        macro = ["dxy", "dtwexbgs", "dgs10", "dgs2"]
+        pd.testing.assert_frame_equal(panels[coin][macro], panels["BTC"][macro].loc[panels[coin].index], **exactly)
+    assert not np.allclose(states["COIN01"].x1, states["BTC"].x1.loc[states["COIN01"].index])
+
+
+def test_the_truth_of_coins_is_calibrated(windows):
+    y = np.where(windows.r90 < -.05, 0, np.where(windows.r90 > .05, 2, 1))
+    for c, name in enumerate(("p_down", "p_flat", "p_up")):
+        assert abs(t_statistic(windows, (y == c) - windows[name])) < 3, name
+    assert abs(t_statistic(windows, windows.r90.between(windows.p10, windows.p90) - .8)) < 3
+    assert abs(t_statistic(windows, windows.realised / windows.sigma - 1)) < 3
+    assert abs(np.log(windows.realised / windows.sigma).mean()) < .05
+
+
+def test_the_probability_integral_transform_of_coins_is_uniform(windows):
+    for part in (windows, windows[windows.scale > windows.scale.median()]):
+        for edge in (.05, .25, .5, .75, .95): assert abs(t_statistic(part, (part.pit < edge) - edge)) < 3.3, edge
+
+
+def test_the_truth_without_the_scale_is_rejected(windows):
+    "The calibration tests have the power to see a wrong scale."
+    inside = windows.r90.between(windows.p10 / windows.scale, windows.p90 / windows.scale)
+    assert t_statistic(windows, inside - .8) < -5
+    assert t_statistic(windows, windows.realised / (windows.sigma / windows.scale) - 1) > 5
+
+
+@pytest.mark.parametrize("cut", [900, 11_111])
+def test_the_truth_of_a_coin_does_not_change_with_the_future(world, cut):
+    panel, truth = world[0]["COIN03"], world[1]["COIN03"]
+    known = truth.loc[:panel.index[cut - 1]]
+    pd.testing.assert_frame_equal(conditional_distribution(panel.iloc[:cut]), known, **exactly)
+    late = conditional_distribution(panel.iloc[24 * 20:])
+    pd.testing.assert_frame_equal(late, truth.loc[late.index], **exactly)
+
+
+def test_the_cdf_of_a_coin_honours_its_scale(world):
+    panel, truth = world[0]["COIN01"], world[1]["COIN01"]
+    zero = 0 * truth.p10
+    for y, target in ((truth.p10, .1), (truth.p90, .9), (zero - .05, truth.p_down), (zero + .05, 1 - truth.p_up)):
+        assert (truth_cdf(panel, y) - target).abs().max() < 2e-3
+
+
+def test_null_coins_are_scaled_random_walks():
+    panels, truths = simulate_market(HOURS, seed=2, null=True, assets=4)
+    for coin, panel in panels.items():
+        scale, row, r = market_states(panel).scale.iloc[0], truths[coin].iloc[0], np.log(panel.close).diff()
+        assert (truths[coin].nunique() == 1).all() and abs(r.autocorr(1)) < 4 / np.sqrt(len(r))
+        np.testing.assert_allclose([r.std() * np.sqrt(8760), row.sigma], scale * PARAMS.null_vol, rtol=.02)
+        at = pd.Series([row.p10, row.p90, -.05, .05], truths[coin].index[:4])
+        np.testing.assert_allclose(truth_cdf(panel, at, null=True), [.1, .9, row.p_down, 1 - row.p_up], atol=1e-9)
