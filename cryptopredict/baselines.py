@@ -13,18 +13,19 @@ import numpy as np
 import pandas as pd
 
 from .labels import hours_in
-from .leakage import Fold
+from .leakage import Fold, asset_rows, row_times
 from .scores import effective_windows
 
 # %% auto #0
 __all__ = ['HISTORY', 'HOURS_PER_YEAR', 'FLOOR', 'BASELINES', 'ForecastModel', 'origins', 'has_history', 'forecast_rows',
-           'realised_vol', 'ewma_vol', 'Climatology', 'Persistence', 'EWMA', 'LogHAR']
+           'fit_on', 'realised_vol', 'ewma_vol', 'Climatology', 'Persistence', 'EWMA', 'LogHAR']
 
 # %% ../nbs/05c_baselines.ipynb #3713b8fe
 @runtime_checkable
 class ForecastModel(Protocol):
-    """A forecaster that the walk-forward can run. Every fold and seed starts from an unfitted copy. Set
-    the optional attribute `stochastic` to True (default False) to have it run once per seed."""
+    """A forecaster that the walk-forward can run. Every fold and seed starts from an unfitted copy.
+    Optional attributes (default False): `stochastic = True` has it run once per seed, `pooled = True`
+    has it given the frames of all assets, indexed (asset, time)."""
 
     def fit(
         self,
@@ -50,29 +51,42 @@ class ForecastModel(Protocol):
 HISTORY = "90D"  # longest look-back window of a baseline (log-HAR)
 
 def origins(
-    index: pd.DatetimeIndex,  # times of the panel, UTC
+    index: pd.Index,  # times of the panel, UTC; or (asset, time)
     rows: np.ndarray,  # positions in `index`
 ) -> np.ndarray:
     "The scored origins among `rows`: those at 00:00 UTC."
-    return rows[np.asarray((index[rows].hour == 0) & (index[rows].minute == 0))]
+    times = row_times(index)[rows]
+    return rows[np.asarray((times.hour == 0) & (times.minute == 0))]
 
 def has_history(
-    panel: pd.DataFrame,  # hourly panel
+    panel: pd.DataFrame,  # hourly panel; or several, indexed (asset, time)
 ) -> np.ndarray:
     """Bool per hour: the close is known there and at every hour of the `HISTORY` before it (as far as
     the panel reaches back). At other hours no model forecasts."""
-    unknown = np.r_[0, panel["close"].isna().cumsum()]
-    now = np.arange(1, len(panel) + 1)
-    return unknown[now] == unknown[np.maximum(now - hours_in(HISTORY) - 1, 0)]
+    unknown, now = np.r_[0, panel["close"].isna().cumsum()], np.arange(1, len(panel) + 1)
+    begin = np.concatenate([np.full(len(rows), rows.start) for rows in asset_rows(panel.index).values()])
+    return unknown[now] == unknown[np.maximum(now - hours_in(HISTORY) - 1, begin)]
 
 def forecast_rows(
-    panel: pd.DataFrame,  # hourly panel
-    rows: np.ndarray,  # positions of a test or validation span, or a single one
+    panel: pd.DataFrame,  # hourly panel; or several, indexed (asset, time)
+    rows: np.ndarray,  # positions of a test or validation span, or of a single time
 ) -> np.ndarray:
-    """The positions among `rows` at 00:00 UTC that have enough history (`has_history`). If `rows` is a
-    single position it may be at any hour, as for a live forecast."""
-    rows = rows if len(rows) == 1 else origins(panel.index, rows)
+    """The positions among `rows` at 00:00 UTC that have enough history (`has_history`). If all `rows`
+    are at one time it may be any hour, as for a live forecast."""
+    if row_times(panel.index)[rows].nunique() != 1: rows = origins(panel.index, rows)
     return rows[has_history(panel)[rows]]
+
+# %% ../nbs/05c_baselines.ipynb #4782e64b
+def fit_on(
+    fold: Fold,  # of a walk-forward
+    part: str,  # "train" or "refit"
+) -> Fold:
+    "A fold with which baselines are fitted on a part of `fold`, label by label, and tested on the rows that follow it."
+    test = fold.valid if part == "train" else fold.test
+    def one(f: Fold) -> Fold: return Fold(rows := getattr(f, part), rows, test, rows)
+    made = one(fold)
+    made.by_label = {name: one(f) for name, f in fold.by_label.items()}
+    return made
 
 # %% ../nbs/05c_baselines.ipynb #d882597e
 HOURS_PER_YEAR = 24 * 365  # as in the labels

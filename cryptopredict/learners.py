@@ -14,10 +14,11 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
-from .baselines import (FLOOR, ForecastModel, VolatilityForecaster, forecast_frame, labelled_rows, origins,
-                                     usable_rows)
-from .labels import hours_in
+from .baselines import (FLOOR, ForecastModel, VolatilityForecaster, fit_on, forecast_frame,
+                                     labelled_rows, origins, usable_rows)
+from .labels import hours_in, total_loss
 from .leakage import Fold
+from .scores import loss_table
 
 # %% auto #0
 __all__ = ['LEARNERS', 'missing_package', 'GARCH', 'weekly_rows', 'Learner', 'Linear', 'LightGBM']
@@ -140,31 +141,52 @@ def weekly_rows(
 
 # %% ../nbs/05cc_learners.ipynb #30a1d433
 class Learner:
-    "Class probabilities, quantiles and sigma from three kinds of regressions on all features; subclasses make them."
+    """Class probabilities, quantiles and sigma from three kinds of regressions on all features;
+    subclasses make them. `strengths` are tried on validation."""
     uses_features = True
+    strengths: tuple[Any, ...] = ()
 
-    def classifier(self) -> Any: raise NotImplementedError
-    def quantile(self, q: float) -> Any: raise NotImplementedError
-    def regressor(self) -> Any: raise NotImplementedError
+    def classifier(self, strength: Any) -> Any: raise NotImplementedError
+    def quantile(self, strength: Any, q: float) -> Any: raise NotImplementedError
+    def regressor(self, strength: Any) -> Any: raise NotImplementedError
 
     def fit(
         self,
         panel: pd.DataFrame,  # hourly panel
         X: pd.DataFrame | None,  # features, same index
         y: pd.DataFrame,  # labels as from `make_labels`, same index
-        fold: Fold,  # its `refit` rows are used
+        fold: Fold,  # strengths are compared on `train` and `valid`, the best is fitted on `refit`
         seed: int = 0,  # not used
     ) -> Self:
-        "Fit the regressions on the `weekly_rows` of each label; return self."
+        "Choose the strength on validation, then fit on the refit rows; return self."
         if X is None: raise ValueError(f"{type(self).__name__} needs features: pass X, as from build_features")
+        valid, losses = origins(y.index, fold.valid), []
+        valid = valid[y["r90"].iloc[valid].notna().to_numpy() & y["sigma"].iloc[valid].notna().to_numpy()]
+        for strength in self.strengths if len(valid) else ():
+            self.fit_strength(X, y, fit_on(fold, "train"), strength)
+            made = self.predict(panel, X, valid).rename_axis("time").reset_index().assign(fold=0, seed=0, model="")
+            mean = loss_table(made, y).mean(numeric_only=True)
+            losses.append(total_loss(dict(cls=mean["log_loss"], p10=mean["pinball10"], p90=mean["pinball90"],
+                                          vol=mean["se_log_sigma"])))
+        self.strength = self.strengths[int(np.argmin(losses)) if losses else 0]
+        return self.fit_strength(X, y, fold, self.strength)
+
+    def fit_strength(
+        self,
+        X: pd.DataFrame,  # features
+        y: pd.DataFrame,  # labels, same index
+        fold: Fold,  # its `refit` rows are used
+        strength: Any,  # how strongly the parts are regularised
+    ) -> Self:
+        "Fit all parts on the `weekly_rows` of each label; return self."
         rows, sigma_rows = (weekly_rows(y, fold, label) for label in ("r90", "sigma"))
         self.inputs, self.sigma_inputs = StandardFeatures(X, rows), StandardFeatures(X, sigma_rows)
         x, r90, direction = self.inputs(X, rows), y["r90"].iloc[rows].to_numpy(float), y["direction"].iloc[rows].to_numpy(int)
         self.classes = np.unique(direction)
-        self.direction = self.classifier().fit(x, direction) if len(self.classes) > 1 else None
-        self.quantiles = [self.quantile(q).fit(x, r90) for q in (.1, .9)]
+        self.direction = self.classifier(strength).fit(x, direction) if len(self.classes) > 1 else None
+        self.quantiles = [self.quantile(strength, q).fit(x, r90) for q in (.1, .9)]
         target = np.log(y["sigma"].iloc[sigma_rows].clip(lower=FLOOR).to_numpy(float))
-        self.log_sigma = self.regressor().fit(self.sigma_inputs(X, sigma_rows), target)
+        self.log_sigma = self.regressor(strength).fit(self.sigma_inputs(X, sigma_rows), target)
         return self
 
     def predict(
@@ -173,7 +195,7 @@ class Learner:
         X: pd.DataFrame | None,  # features, same index
         rows: np.ndarray,  # positions to forecast at
     ) -> pd.DataFrame:
-        "Forecasts at `rows`; a class that never occurred gets one thousandth, quantiles that cross are exchanged."
+        "Forecasts at `rows`; a thousandth is added to each class probability, quantiles that cross are exchanged."
         assert X is not None  # `fit` needed it
         x, probs = self.inputs(X, rows), np.full((len(rows), 3), 0.)
         probs[:, self.classes] = 1. if self.direction is None else self.direction.predict_proba(x)
@@ -186,44 +208,47 @@ class Learner:
 class Linear(Learner):
     "Logistic regression, quantile regression and ridge regression on all features (scikit-learn)."
     requires = "sklearn"
+    strengths = (1., .1, .01)  # absolute penalty of the quantiles; the others are scaled by it
 
-    def classifier(self) -> Any:
+    def classifier(self, strength: float) -> Any:
         "Multinomial logistic regression."
         from sklearn.linear_model import LogisticRegression
-        return LogisticRegression(C=.01, max_iter=1000)
+        return LogisticRegression(C=1e-4 / strength, max_iter=1000)
 
-    def quantile(self, q: float) -> Any:
+    def quantile(self, strength: float, q: float) -> Any:
         "Linear quantile regression."
         from sklearn.linear_model import QuantileRegressor
-        return QuantileRegressor(quantile=q, alpha=.01, solver="highs")
+        return QuantileRegressor(quantile=q, alpha=strength, solver="highs")
 
-    def regressor(self) -> Any:
+    def regressor(self, strength: float) -> Any:
         "Ridge regression."
         from sklearn.linear_model import Ridge
-        return Ridge(alpha=1000.)
+        return Ridge(alpha=1e4 * strength)
 
+# %% ../nbs/05cc_learners.ipynb #64c95304
 class LightGBM(Learner):
     "Gradient-boosted trees for classes, quantiles and log sigma on all features (LightGBM)."
     requires = "lightgbm"
-    settings = dict(n_estimators=60, learning_rate=.05, num_leaves=4, min_child_samples=30, n_jobs=1,
-                    deterministic=True, force_row_wise=True, random_state=0, verbosity=-1)
+    strengths = (10, 30, 100)  # number of boosting rounds
+    settings = dict(learning_rate=.05, num_leaves=4, min_child_samples=30, n_jobs=1, deterministic=True,
+                    force_row_wise=True, random_state=0, verbosity=-1)
 
-    def classifier(self) -> Any:
+    def classifier(self, strength: int) -> Any:
         "Boosted trees for three classes."
         from lightgbm import LGBMClassifier
-        return LGBMClassifier(**self.settings)
+        return LGBMClassifier(n_estimators=strength, **self.settings)
 
-    def quantile(self, q: float) -> Any:
+    def quantile(self, strength: int, q: float) -> Any:
         "Boosted trees for a quantile."
         from lightgbm import LGBMRegressor
-        return LGBMRegressor(objective="quantile", alpha=q, **self.settings)
+        return LGBMRegressor(objective="quantile", alpha=q, n_estimators=strength, **self.settings)
 
-    def regressor(self) -> Any:
+    def regressor(self, strength: int) -> Any:
         "Boosted trees for a mean."
         from lightgbm import LGBMRegressor
-        return LGBMRegressor(**self.settings)
+        return LGBMRegressor(n_estimators=strength, **self.settings)
 
-
+# %% ../nbs/05cc_learners.ipynb #e3bb43e2
 LEARNERS: dict[str, Callable[..., ForecastModel]] = {  # name -> factory
     "garch": GARCH,
     "gjr_garch": partial(GARCH, asymmetric=True),

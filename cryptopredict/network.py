@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .baselines import Climatology, LogHAR, forecast_rows
+from .baselines import Climatology, LogHAR, fit_on, forecast_rows
 from .checkpoint import checkpoints, prune, remove
 from .config import ConfigError
 from .labels import FORECAST_COLUMNS, HEADS, SCHEMA
@@ -32,9 +32,9 @@ from .tbptt_trainer import (Run, TrainConfig, TrainSettings, best_epoch, check_d
                                          keep_weights_only, precision, resolved, train)
 
 # %% auto #0
-__all__ = ['YEARS', 'ENABLE_LEVEL', 'Baselines', 'fit_on', 'fit_climatology', 'as_predictions', 'choose_climatologies',
-           'choice_folds', 'combine', 'head_evidence', 'FitInputs', 'log_sigma', 'Network', 'check_network',
-           'shrink_trainings', 'training_summary']
+__all__ = ['YEARS', 'ENABLE_LEVEL', 'Baselines', 'fit_climatology', 'as_predictions', 'choose_climatologies', 'choice_folds',
+           'combine', 'head_evidence', 'FitInputs', 'log_sigma', 'Network', 'check_network', 'shrink_trainings',
+           'training_summary']
 
 # %% ../nbs/05e_network.ipynb #91a42480
 YEARS = (4, None, 8)  # candidates for the climatologies; None: the whole past. The first wins a tie
@@ -54,17 +54,6 @@ class Baselines(NamedTuple):
         made, band = self.direction.predict(panel, None, rows), list(HEADS["band"].columns)
         made[band] = self.band.predict(panel, None, rows)[band]
         return made.assign(sigma=self.log_har.predict(panel, None, rows)["sigma"])
-
-def fit_on(
-    fold: Fold,  # of a walk-forward
-    part: str,  # "train" or "refit"
-) -> Fold:
-    "A fold with which baselines are fitted on a part of `fold`, label by label, and tested on the rows that follow it."
-    test = fold.valid if part == "train" else fold.test
-    def one(f: Fold) -> Fold: return Fold(rows := getattr(f, part), rows, test, rows)
-    made = one(fold)
-    made.by_label = {name: one(f) for name, f in fold.by_label.items()}
-    return made
 
 # %% ../nbs/05e_network.ipynb #8f04b574
 def fit_climatology(

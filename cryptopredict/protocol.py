@@ -15,9 +15,9 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, NamedTuple
@@ -27,21 +27,25 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from .audits import fitted_parts
-from .baselines import BASELINES, HISTORY, ForecastModel, has_history, origins
+from .baselines import BASELINES, HISTORY, ForecastModel, forecast_rows, has_history, origins
 from .config import ConfigError, explain
 from .features import build_features
-from .labels import FORECAST_COLUMNS
-from .leakage import Fold, walk_forward
+from .har import HAR_MODELS
+from .labels import FORECAST_COLUMNS, make_labels
+from .leakage import Fold, asset_fold, asset_rows, live_fold, row_times, stack_assets, walk_forward
+from .learners import LEARNERS, missing_package
 from .multitask import DERIVED, PRESETS, ModelConfig, read_preset
 from .network import Network
+from .pooled import POOLED
 from .simulate import conditional_distribution
 from .sources import price_gaps
 from .tbptt_trainer import TrainSettings
 
 # %% auto #0
-__all__ = ['FORECASTERS', 'Truth', 'EvaluateConfig', 'load_config', 'default_first_test', 'make_folds', 'lost_origins',
-           'load_object', 'display_name', 'UserCode', 'load_user_code', 'make_forecaster', 'run_features',
-           'source_hash']
+__all__ = ['DEFAULT_MODELS', 'FORECASTERS', 'BITCOIN', 'MIN_HOURS', 'Truth', 'EvaluateConfig', 'load_config',
+           'default_first_test', 'make_folds', 'lost_origins', 'load_object', 'display_name', 'UserCode',
+           'load_user_code', 'make_forecaster', 'has_trait', 'run_features', 'installed_models', 'RunData',
+           'model_settings', 'source_hash']
 
 # %% ../nbs/05f_protocol.ipynb #ecf389e7
 class Truth:
@@ -70,7 +74,9 @@ class Truth:
         if len(unknown): raise ValueError(f"truth at {unknown[0]}: known only at 00:00 UTC of the simulated market")
         return exact
 
-FORECASTERS: dict[str, Callable[..., ForecastModel]] = {**BASELINES, "truth": Truth, "mamba2": Network}  # name -> factory
+DEFAULT_MODELS = (*BASELINES, *HAR_MODELS, *POOLED, *LEARNERS, "mamba2")
+FORECASTERS: dict[str, Callable[..., ForecastModel]] = {  # name -> factory
+    **BASELINES, **HAR_MODELS, **POOLED, **LEARNERS, "truth": Truth, "mamba2": Network}
 
 # %% ../nbs/05f_protocol.ipynb #51285363
 def check_duration(value: str, least: str = "0D") -> str:
@@ -106,7 +112,8 @@ class EvaluateConfig(BaseModel):
     step: str = "YS"  # length of a test span: pandas offset ("YS", a calendar year) or duration ("365D")
     validation: str = "365D"  # length of the span before each test on which choices are made
     embargo: str = "0D"  # least time between the end of a label and the next part; 0D: purge only
-    models: tuple[str, ...] = (*BASELINES, "mamba2")  # forecasters by name, or my.py:Name; the others are compared with the first
+    models: tuple[str, ...] = DEFAULT_MODELS  # forecasters by name, or my.py:Name; the others are compared with the first
+    targets: tuple[str, ...] = ("BTC",)  # assets that are forecast, by name, or all; the first is the one that is reported
     features: tuple[str, ...] = ()  # your own feature functions, my.py:name, added to the built-in ones
     preset: str = "tiny"  # baseline, mhsa or tiny: a network's defaults of `model` and `train`
     model: ModelConfig = Field(default_factory=ModelConfig)  # sizes of the network
@@ -153,11 +160,12 @@ class EvaluateConfig(BaseModel):
         "The name, checked to be that of a preset."
         return name if read_preset(name) else name
 
-    @field_validator("models", "features")
+    @field_validator("models", "features", "targets")
     @classmethod
     def check_names(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        "The names, checked to be distinct and to include a model."
-        if not names and info.field_name == "models": raise ValueError("name at least one model")
+        "The names, checked to be distinct and to include a model and a target."
+        if not names and info.field_name != "features": raise ValueError(f"name at least one {(info.field_name or '')[:-1]}")
+        if info.field_name == "targets" and "all" in names and len(names) > 1: raise ValueError("give all, or names of assets")
         if len(set(names)) < len(names): raise ValueError("a name appears twice: give each once")
         return names
 
@@ -363,14 +371,174 @@ def make_forecaster(
     return FORECASTERS[name](**{k: v for k, v in known.items() if k in accepted})
 
 # %% ../nbs/05f_protocol.ipynb #95e3defb
+def has_trait(
+    model: str,  # name of a forecaster
+    trait: str,  # name of an attribute: `stochastic`, `pooled` or `uses_features`
+    user_code: UserCode,  # the user's forecasters
+) -> bool:
+    "Whether a forecaster has set an attribute of its class or object to True."
+    thing = user_code.models.get(model, FORECASTERS.get(model))
+    return bool(getattr(getattr(thing, "func", thing), trait, False))
+
 def run_features(
     panel: pd.DataFrame,  # hourly panel
     config: EvaluateConfig,  # its `models` decide whether features are needed
     user_code: UserCode,  # as from `load_user_code`
 ) -> pd.DataFrame | None:
-    "The features of a run, including your own; None if only baselines are run, which need none."
-    needed = user_code.features or any(m not in BASELINES and m != "truth" for m in config.models)
+    "The features of a run, including your own; None if no model uses features."
+    needs = lambda model: model in user_code.models or model == "mamba2" or has_trait(model, "uses_features", user_code)
+    needed = user_code.features or any(needs(model) for model in config.models)
     return build_features(panel, extra=list(user_code.features.values())) if needed else None
+
+def installed_models(
+    config: EvaluateConfig,  # any configuration
+) -> tuple[EvaluateConfig, dict[str, str]]:
+    """The configuration without models whose library is not installed, and the missing library by
+    model; a `ConfigError` if no model is left."""
+    missing = {m: name for m in config.models if m in FORECASTERS and (name := missing_package(FORECASTERS[m]))}
+    left = tuple(m for m in config.models if m not in missing)
+    if not left:
+        raise ConfigError(f"key 'models': {', '.join(missing)} need {', '.join(sorted(set(missing.values())))}: "
+                          "pip install cryptopredict[baselines]")
+    return (config.model_copy(update=dict(models=left)) if missing else config), missing
+
+# %% ../nbs/05f_protocol.ipynb #df48deb1
+BITCOIN = "BTC"  # the asset of the panel that an evaluation is given, the calendar of its folds
+MIN_HOURS = 365 * 24  # fewest hours with matured labels before a test in which another coin is forecast
+
+class RunData:
+    "What a run is computed from: hourly panels by asset, Bitcoin first, with labels, features and folds."
+
+    def __init__(
+        self,
+        config: EvaluateConfig,  # labels, folds, models and targets
+        panels: Mapping[str, pd.DataFrame],  # hourly panels by asset, Bitcoin's first
+        user_code: UserCode = UserCode({}, {}),  # as from `load_user_code`
+        live: bool = False,  # True: a single fold that is tested at Bitcoin's last hour
+    ):
+        self.config, self.user_code, self.panels, self.live = config, user_code, dict(panels), live
+        self.targets = tuple(panels) if config.targets == ("all",) else config.targets
+        if unknown := [name for name in self.targets if name not in self.panels]:
+            raise ConfigError(f"key 'targets': there is no asset {unknown[0]!r} (known: {', '.join(self.panels)}); "
+                              "give its files with --assets, or its panel as assets=")
+        self.labels: dict[str, pd.DataFrame] = {}
+        for asset, panel in self.panels.items():
+            try: self.labels[asset] = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
+            except ValueError as error: raise ValueError(f"{asset}: {error}") from None
+        self.panel, self.y = self.panels[BITCOIN], self.labels[BITCOIN]
+        self.feature_frames: dict[str, pd.DataFrame | None] = {}
+        self.spans: dict[str, Any] = dict(validation=config.validation, embargo=config.embargo)
+        if live: self.folds = [live_fold(self.panel.index, self.y[["label_end", "sigma_end"]], **self.spans)]
+        else:
+            without_price = lambda rows: len(origins(self.panel.index, rows)) and not len(forecast_rows(self.panel, rows))
+            self.folds = [fold for fold in make_folds(config, self.y) if not without_price(fold.test)]
+        if not self.folds: raise ValueError(f"no origin has a price known for {HISTORY} before it: add the missing bars")
+
+    @cached_property
+    def stacked(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        "Panels and labels of all assets, indexed (asset, time)."
+        return stack_assets(self.panels), stack_assets(self.labels)
+
+    @cached_property
+    def pooled_folds(self) -> list[Fold]:
+        "The folds of all assets, as positions in the `stacked` frames."
+        panel, labels = self.stacked
+        ends = labels[["label_end", "sigma_end"]]
+        if self.live: return [live_fold(panel.index, ends, **self.spans)]
+        first = self.config.first_test or default_first_test(self.panel.index, self.config.horizon)
+        made = walk_forward(panel.index, ends, first_test=first, step=self.config.step, skip_unlabelled=True, **self.spans)
+        begins = {self.panel.index[fold.test[0]] for fold in self.folds}
+        return [fold for fold in made if row_times(panel.index)[fold.test[0]] in begins]
+
+    def features(
+        self,
+        asset: str,  # name of an asset
+    ) -> pd.DataFrame | None:
+        "The features of one asset; None if no model uses features."
+        if asset not in self.feature_frames:
+            self.feature_frames[asset] = run_features(self.panels[asset], self.config, self.user_code)
+        return self.feature_frames[asset]
+
+    def fold_of(
+        self,
+        number: int,  # of the fold
+        asset: str,  # name of an asset
+    ) -> Fold:
+        "One fold of one asset, as positions in its own panel."
+        if asset == BITCOIN: return self.folds[number]
+        return asset_fold(self.pooled_folds[number], self.stacked[0].index, asset)
+
+    def forecast_assets(
+        self,
+        number: int,  # of the fold
+    ) -> list[str]:
+        "The targets that are forecast in a fold."
+        def able(asset: str) -> bool:
+            if asset == BITCOIN: return True
+            fold = self.fold_of(number, asset)
+            return len(fold.refit) >= MIN_HOURS and len(forecast_rows(self.panels[asset], fold.test)) > 0
+        return [asset for asset in self.targets if able(asset)]
+
+    def inputs(
+        self,
+        number: int,  # of the fold
+        model: str,  # name of a forecaster
+    ) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame | None, pd.DataFrame, Fold]]:
+        """What a forecaster is fitted on in a fold: asset, panel, features, labels, fold, once for each
+        target; a pooled forecaster gets the frames of all assets once, as asset \"\"."""
+        assets = self.forecast_assets(number)
+        if not has_trait(model, "pooled", self.user_code):
+            for asset in assets:
+                yield asset, self.panels[asset], self.features(asset), self.labels[asset], self.fold_of(number, asset)
+        elif assets:
+            panel, labels = self.stacked
+            needs = model in self.user_code.models or has_trait(model, "uses_features", self.user_code)
+            frames = {asset: self.features(asset) for asset in self.panels} if needs else {}
+            X = stack_assets({asset: X for asset, X in frames.items() if X is not None}) if frames else None
+            yield "", panel, X, labels, self.tested_on(self.pooled_folds[number], assets)
+
+    def tested_on(
+        self,
+        fold: Fold,  # of the stacked frames
+        assets: Sequence[str],  # assets that are forecast
+    ) -> Fold:
+        "The same fold with the test rows of these assets only."
+        blocks = asset_rows(self.stacked[0].index)
+        kept = [block for asset, block in blocks.items() if asset in assets]
+        test = np.concatenate([fold.test[(fold.test >= block.start) & (fold.test < block.stop)] for block in kept])
+        one = lambda f: Fold(f.train, f.valid, test, f.refit)
+        made = one(fold)
+        made.by_label = {label: one(f) for label, f in fold.by_label.items()}
+        return made
+
+    def asset_table(self) -> pd.DataFrame:
+        """For each asset its first and last hour, whether it is a target, and the number of folds in
+        which it is trained on and forecast."""
+        rows = []
+        forecast = [self.forecast_assets(k) for k in range(len(self.folds))]
+        for asset, panel in self.panels.items():
+            trained = sum(len(self.fold_of(k, asset).of("sigma_end").refit) > 0 for k in range(len(self.folds)))
+            rows.append(dict(asset=asset, first=panel.index[0], last=panel.index[-1], target=asset in self.targets,
+                             folds_trained=trained, folds_forecast=sum(asset in names for names in forecast)))
+        return pd.DataFrame(rows)
+
+# %% ../nbs/05f_protocol.ipynb #ea3557cb
+def model_settings(
+    model: str,  # name of a forecaster of the run
+    data: RunData,  # of the run
+) -> dict[str, Any]:
+    """Everything that decides a model's result besides code and data, as JSON values: labels, folds,
+    assets, and the settings that it is given."""
+    config, user_code = data.config.plain(), data.user_code
+    fields = ["horizon", "vol_window", "threshold", "first_test", "step", "validation", "embargo"]
+    if model not in user_code.models: fields += [f for f in inspect.signature(FORECASTERS[model]).parameters if f in config]
+    if has_trait(model, "stochastic", user_code): fields += ["seed", "seeds"]
+    settings = {field: config[field] for field in dict.fromkeys(fields)}
+    if has_trait(model, "pooled", user_code): settings["assets"] = sorted(data.panels)
+    if model in user_code.models: settings["code"] = source_hash(user_code.models[model])
+    if user_code.features and (model in user_code.models or model == "mamba2" or has_trait(model, "uses_features", user_code)):
+        settings["features"] = {name: source_hash(feature) for name, feature in user_code.features.items()}
+    return settings
 
 # %% ../nbs/05f_protocol.ipynb #ea71bf3c
 def code_bytes(thing: Any) -> bytes:

@@ -19,15 +19,16 @@ import torch
 from .audits import audit_labels, audit_model, audit_pipeline
 from .features import build_features, own_columns
 from .labels import HEADS, make_labels
-from .leakage import Fold, LeakReport, audit, audit_availability, audit_folds, walk_forward
+from .leakage import (Fold, LeakReport, audit, audit_availability, audit_folds, stack_assets, walk_forward)
 from .multitask import MultitaskModel
 from .network import Network
-from .protocol import EvaluateConfig, UserCode, make_folds, make_forecaster
+from .pooled import HAREnsemble
+from .protocol import BITCOIN, EvaluateConfig, RunData, UserCode, has_trait, make_folds, make_forecaster
 from .storage import write_atomic
 
 # %% auto #0
-__all__ = ['SHORT', 'AUDITED_HOURS', 'audit_inputs', 'short_fold', 'split_frame', 'audit_forecaster', 'fitted_network',
-           'audit_network', 'audit_user_code']
+__all__ = ['SHORT', 'AUDITED_HOURS', 'audit_inputs', 'short_fold', 'split_frame', 'audit_forecaster', 'audit_pooled',
+           'fitted_network', 'audit_network', 'audit_user_code']
 
 # %% ../nbs/05g_run_audits.ipynb #7510c60c
 def labels_when_known(frame: pd.DataFrame, config: EvaluateConfig) -> pd.DataFrame:
@@ -62,8 +63,10 @@ def audit_inputs(
     n_cuts: int = 32,  # least number of cuts for the features; for the labels, a sixth of it on each of two stretches
     user_code: UserCode = UserCode({}, {}),  # the user's feature functions, as columns; `audit_user_code` audits their code
     on_audit: Callable[[str], None] = lambda name: None,  # called with the name of each audit before it starts
+    assets: Mapping[str, pd.DataFrame] | None = None,  # panels of other assets
 ) -> dict[str, LeakReport]:
-    "Reports on `features`, `labels`, `disguise`, `folds` and, if tables are given, `availability`."
+    """Reports on `features`, `labels`, `disguise`, `folds`, with assets on `pooled`, and with tables on
+    `availability`."""
     hours = min(len(panel), 6000)
     stretches = [panel.iloc[:hours]] + ([panel.iloc[-hours:]] if len(panel) > hours else [])
     learned, labels, ends = learned_labels(panel, config)
@@ -75,6 +78,11 @@ def audit_inputs(
         "labels": lambda: join_reports([audit(known, s[["close"]], n_cuts=cuts, seed=config.seed) for s in stretches]),
         "disguise": lambda: audit_labels(everything(), labels[learned].astype(float), ends, n_perm=99, seed=config.seed),
         "folds": lambda: audit_folds(folds, labels[["label_end", "sigma_end"]], config.embargo)}
+    if assets:
+        data = RunData(config.model_copy(update=dict(targets=(BITCOIN,))), {BITCOIN: panel, **assets})
+        stacked_ends = lambda: data.stacked[1][["label_end", "sigma_end"]]
+        audits["folds"] = lambda: audit_folds(data.pooled_folds, stacked_ends(), config.embargo)
+        audits["pooled"] = lambda: audit_pooled(panel, config, assets)
     if tables and provenance is None: raise ValueError("tables are given without provenance: give the row behind each cell too")
     if tables and provenance is not None and (provenance >= 0).any(axis=None):
         audits["availability"] = lambda: audit_availability(tables, panel, provenance, max_age)
@@ -92,6 +100,7 @@ def short_fold(
     panel: pd.DataFrame,  # hourly panel
     config: EvaluateConfig,  # threshold of the labels, embargo
     user_code: UserCode,  # the user's feature functions
+    assets: Mapping[str, pd.DataFrame] | None = None,  # of others, two are added; then rows are indexed (asset, time)
 ) -> tuple[pd.DataFrame, pd.DataFrame, Fold]:
     """One frame of panel, features (`f:`) and labels (`y:`) over the latest stretch of `AUDITED_HOURS` without a gap in the
     price, the ends of its labels, and one fold of it. A `ValueError` if there is no such stretch."""
@@ -100,15 +109,22 @@ def short_fold(
     whole = np.flatnonzero(unknown[AUDITED_HOURS:] == unknown[:-AUDITED_HOURS])
     if not len(whole):
         raise ValueError(f"the price has no {AUDITED_HOURS} hours without a gap: forecasters cannot be audited")
-    at = slice(whole[-1], whole[-1] + AUDITED_HOURS)
-    short = panel.iloc[at]
-    labels = make_labels(short["close"], **SHORT, threshold=config.threshold)
-    features = build_features(panel, extra=list(user_code.features.values())).iloc[at]
-    ends = labels[["label_end", "sigma_end"]]
-    first = str(short.index[0].ceil("D") + pd.Timedelta("170D"))
-    folds = walk_forward(short.index, ends, first_test=first, step="10D", validation="30D", embargo=config.embargo)
-    parts = short, features.add_prefix("f:"), labels.drop(columns=ends.columns).add_prefix("y:")
-    return pd.concat(parts, axis=1), ends, folds[0]
+    times = panel.index[whole[-1]:whole[-1] + AUDITED_HOURS]
+    panels, frames, ends = {BITCOIN: panel}, {}, {}
+    for name, other in (assets or {}).items():
+        known = other["close"].reindex(times).notna()
+        without_gap = (~known).cumsum()[known].nunique() == 1
+        if len(panels) < 3 and known.sum() > AUDITED_HOURS // 2 and without_gap: panels[name] = other
+    for name, whole_panel in panels.items():
+        at = slice(*whole_panel.index.searchsorted([times[0], times[-1] + pd.Timedelta("1h")]))
+        labels = make_labels((short := whole_panel.iloc[at])["close"], **SHORT, threshold=config.threshold)
+        features = build_features(whole_panel, extra=list(user_code.features.values())).iloc[at]
+        ends[name] = labels[["label_end", "sigma_end"]]
+        parts = short, features.add_prefix("f:"), labels.drop(columns=ends[name].columns).add_prefix("y:")
+        frames[name] = pd.concat(parts, axis=1)
+    frame, end = (frames[BITCOIN], ends[BITCOIN]) if assets is None else (stack_assets(frames), stack_assets(ends))
+    first = str(times[0].ceil("D") + pd.Timedelta("170D"))
+    return frame, end, walk_forward(frame.index, end, first_test=first, step="10D", validation="30D", embargo=config.embargo)[0]
 
 # %% ../nbs/05g_run_audits.ipynb #333563d8
 def split_frame(
@@ -125,14 +141,27 @@ def audit_forecaster(
     panel: pd.DataFrame,  # hourly panel; the latest gap-free stretch of 220 days is used
     config: EvaluateConfig,  # seed, threshold and embargo
     user_code: UserCode = UserCode({}, {}),  # the user's feature functions
+    assets: Mapping[str, pd.DataFrame] | None = None,  # panels of other assets, for a pooled forecaster
 ) -> LeakReport:
     "Test on one short fold whether a forecaster is fitted on, or forecasts from, data that had not happened or matured."
-    frame, ends, fold = short_fold(panel, config, user_code)
+    frame, ends, fold = short_fold(panel, config, user_code, assets)
     named = [c for c in frame if c.startswith("y:")]
     matured = ends[["sigma_end" if c == "y:sigma" else "label_end" for c in named]].set_axis(named, axis=1)
     forecast = lambda fitted, given, rows: predict(fitted, *split_frame(given)[:2], rows)
     return audit_pipeline(lambda given, fold: fit(given, fold, ends), forecast, frame, [fold], labels=named, label_end=matured,
                           n_cuts=1, seed=config.seed)
+
+# %% ../nbs/05g_run_audits.ipynb #11d54e5d
+def audit_pooled(
+    panel: pd.DataFrame,  # hourly panel of Bitcoin
+    config: EvaluateConfig,  # seed, threshold and embargo
+    assets: Mapping[str, pd.DataFrame],  # panels of other assets
+) -> LeakReport:
+    "Report on the fitted `HAREnsemble`, which learns from all coins."
+    def fit(frame: pd.DataFrame, fold: Fold, ends: pd.DataFrame) -> HAREnsemble:
+        given, _, labels = split_frame(frame)
+        return HAREnsemble(SHORT["horizon"], config.threshold).fit(given, None, labels.join(ends), fold)
+    return audit_forecaster(fit, lambda model, given, X, rows: model.predict(given, X, rows), panel, config, assets=assets)
 
 # %% ../nbs/05g_run_audits.ipynb #73827cb6
 def fitted_network(
@@ -180,6 +209,7 @@ def audit_user_code(
     user_code: UserCode,  # the forecasters and feature functions to audit
     n_cuts: int = 24,  # least number of cuts for each feature function
     on_audit: Callable[[str], None] = lambda name: None,  # called with the name of each audit before it starts
+    assets: Mapping[str, pd.DataFrame] | None = None,  # panels of other assets, for pooled forecasters
 ) -> dict[str, LeakReport]:
     "Reports on the user's feature functions and forecasters by name; a `ValueError` names one that cannot be run."
     def fit(name: str, frame: pd.DataFrame, fold: Fold, ends: pd.DataFrame) -> Any:
@@ -193,8 +223,9 @@ def audit_user_code(
         return join_reports([causal, audit_labels(own_columns(fn, panel), labels[learned].astype(float), ends, n_perm=99,
                                                   seed=config.seed)])
     audits: dict[str, Callable[[], LeakReport]] = {name: partial(audit_feature, fn) for name, fn in user_code.features.items()}
-    audits |= {name: partial(audit_forecaster, partial(fit, name), forecast, panel, config, user_code)
-               for name in user_code.models}
+    for name in user_code.models:
+        coins = (assets or {}) if has_trait(name, "pooled", user_code) else None
+        audits[name] = partial(audit_forecaster, partial(fit, name), forecast, panel, config, user_code, coins)
     reports = {}
     for name, make in audits.items():
         on_audit(name)

@@ -95,7 +95,7 @@ def prediction_faults(p: pd.DataFrame) -> Iterable[tuple[str, pd.Series, str]]:
     yield "p_down, p_flat, p_up", off, "normalise them to sum to 1 within 1e-6"
     yield "p10, p90", p["p10"] > p["p90"], "keep p10 <= p90, for example by sorting them"
     yield "sigma", p["sigma"] <= 0, "give an annualised volatility above 0"
-    repeated = p.duplicated(["time", "model", "seed"])
+    repeated = p.duplicated([c for c in ("asset", "time", "model", "seed") if c in p])
     yield "time, model, seed", repeated, "keep one forecast per origin, model and seed"
 
 def check_predictions(p: pd.DataFrame) -> None:
@@ -131,6 +131,9 @@ def loss_table(
 ) -> pd.DataFrame:
     "All losses of `SCORES`, one row per model and origin; NaN where the label is not known yet."
     check_predictions(predictions)
+    if "asset" in predictions and predictions["asset"].nunique() > 1:
+        names = ", ".join(map(str, predictions["asset"].unique()[:3]))
+        raise ValueError(f"predictions hold several assets ({names}): score each with its own labels")
     if not by_seed: predictions = seed_mean(predictions)
     if missing := {"r90", "direction", "sigma"} - set(labels.columns):
         raise ValueError(f"labels lack the column(s) {', '.join(sorted(missing))}; "

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARAMS', 'CLASS_THRESHOLD', 'HORIZON_DAYS', 'VOL_DAYS', 'COLUMNS', 'MIN_HOURS', 'MAX_HOURS', 'MAX_ASSETS',
-           'MarketParams', 'conditional_distribution', 'truth_cdf', 'simulate_market']
+           'MarketParams', 'conditional_distribution', 'truth_cdf', 'is_simulated', 'simulate_market']
 
 # %% ../nbs/00h_simulate.ipynb #53ddffa8
 from dataclasses import dataclass
@@ -436,6 +436,17 @@ def truth_cdf(
         s, m, x = expected_states(states)
         p = look_up(distribution_tables(paths, seed)[0], s, m, np.nan_to_num(v) - x @ drift_sum()[0]).mean(1)
     return pd.Series(np.where(np.isnan(v), np.nan, p), index=y.index, name="pit")
+
+# %% ../nbs/00h_simulate.ipynb #388ed2f7
+def is_simulated(
+    panel: pd.DataFrame,  # hourly panel
+) -> bool:
+    "Whether a panel is one of `simulate_market`, or a stretch of it."
+    if "supply" not in panel or len(panel) == 0: return False
+    rows = panel["supply"].iloc[::max(1, len(panel) // 1000)]
+    # A day's supply is shown from the midnight after it on: until the hour before the next midnight.
+    scale = rows.to_numpy(float) / bitcoin_supply(rows.index.floor("D"))
+    return bool(np.isfinite(scale).all() and np.ptp(scale) < 1e-9)
 
 # %% ../nbs/00h_simulate.ipynb #3e7dc5f7
 @overload

@@ -9,7 +9,8 @@ import hashlib
 import json
 import platform
 import tempfile
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,14 +22,18 @@ from . import __version__
 from .audits import certificate
 from .baselines import HISTORY, forecast_rows, has_history, origins
 from .calibration import reliability
+from .claims import CLAIMS, DEFAULT, confidence_sets, test_claims
 from .config import ConfigError
 from .labels import FORECAST_COLUMNS, SCHEMA, make_labels
-from .leakage import Fold, LeakageError, LeakReport, live_fold
+from .leakage import Fold, LeakageError, LeakReport, live_fold, row_times
+from .ledger import LedgerEntry, ledger_path, record, tried
 from .network import Network, check_network, choice_folds, shrink_trainings, training_summary
-from .protocol import (FORECASTERS, EvaluateConfig, UserCode, load_user_code, load_config, lost_origins, make_folds,
-                                    make_forecaster, display_name, run_features)
+from .protocol import (BITCOIN, EvaluateConfig, RunData, UserCode, display_name, has_trait,
+                                    installed_models, load_config, load_user_code, lost_origins, make_forecaster,
+                                    model_settings, run_features)
 from .run_audits import audit_user_code
-from .scores import check_predictions, compare, loss_table, seed_spread, summarise
+from .scores import SCORES, check_predictions, compare, loss_table, seed_spread, summarise
+from .simulate import is_simulated
 from .sources import inventory_json, price_gaps
 from .storage import (ANOTHER_OUT, LOCK, FitFolder, RunFolder, code_commit, code_hash, exclusive_lock,
                                    flatten_keys, new_folder, remove_orphans, require_same_run, to_toml, warn_code_changed,
@@ -39,17 +44,17 @@ from .vram import estimate
 if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['fit_predict', 'Step', 'is_stochastic', 'run_parts', 'run_steps', 'predict_folds', 'score_run', 'panel_hash',
-           'provenance_of', 'check_config', 'write_config', 'check_run', 'open_run', 'note_code', 'newest_forecast',
-           'check_fit', 'train_newest', 'expected_trainings', 'Evaluation', 'walk_forward_run', 'kept_certificate',
-           'evaluate']
+__all__ = ['PREDICTION_COLUMNS', 'fit_predict', 'Step', 'run_parts', 'run_steps', 'fit_part', 'predict_folds', 'score_assets',
+           'score_run', 'panel_hash', 'provenance_of', 'check_config', 'write_config', 'check_run', 'open_run',
+           'note_code', 'newest_forecast', 'check_fit', 'train_newest', 'expected_trainings', 'Evaluation',
+           'walk_forward_run', 'kept_certificate', 'evaluate']
 
 # %% ../nbs/05h_walkforward.ipynb #7274a32c
 def fit_predict(
     model: str,  # name of a forecaster
-    panel: pd.DataFrame,  # hourly panel
+    panel: pd.DataFrame,  # hourly panel; for a pooled forecaster several, indexed (asset, time)
     X: pd.DataFrame | None,  # features; None if no forecaster needs them
-    y: pd.DataFrame,  # labels, as from `make_labels`
+    y: pd.DataFrame,  # labels, as from `make_labels`, same index
     fold: Fold,  # rows for choices, fit and test
     config: EvaluateConfig,  # settings of the forecaster
     seed: int,  # seed of the forecaster
@@ -58,10 +63,12 @@ def fit_predict(
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of a training run
 ) -> pd.DataFrame:
     """Fit one forecaster on a fold and forecast at the daily origins of `fold.test`; returns the
-    prediction schema without `fold`. A `ValueError` names the fault in a forecaster's result."""
+    prediction schema without `fold`, for a pooled forecaster with the column `asset`. A `ValueError`
+    names the fault in a forecaster's result."""
     rows = forecast_rows(panel, fold.test)
     if not len(rows):
-        raise ValueError(f"the fold tested from {panel.index[fold.test[0]]} holds no 00:00 UTC with a price known for {HISTORY} "
+        begin = row_times(panel.index)[fold.test[0]]
+        raise ValueError(f"the fold tested from {begin} holds no 00:00 UTC with a price known for {HISTORY} "
                          "before it: make step longer, or add the missing bars")
     is_users = model in user_code.models
     passed = lambda frame: frame.copy() if is_users and frame is not None else frame  # a user's code may write into it
@@ -79,7 +86,8 @@ def fit_predict(
     real = lambda dtype: pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_complex_dtype(dtype)
     if wrong := [c for c in FORECAST_COLUMNS if not real(made[c].dtype)]:
         raise ValueError(f"model {model}: column {wrong[0]} is {made[wrong[0]].dtype}: return real numbers")
-    made = made[FORECAST_COLUMNS].rename_axis("time").reset_index().assign(seed=seed, model=model)
+    made = made[FORECAST_COLUMNS].rename_axis(panel.index.names if panel.index.nlevels > 1 else "time")
+    made = made.reset_index().assign(seed=seed, model=model)
     check_predictions(made.assign(fold=0))
     if hasattr(forecaster, "describe_heads"): made.attrs["heads"] = forecaster.describe_heads()
     return made
@@ -96,20 +104,13 @@ class Step(NamedTuple):
 
     def __str__(self) -> str: return f"{self.fold}, {self.model}, seed {self.seed}"
 
-def is_stochastic(
-    model: str,  # name of a forecaster
-    user_code: UserCode,  # the user's forecasters
-) -> bool:
-    "Whether a forecaster uses its seed."
-    return bool(getattr(user_code.models.get(model, FORECASTERS.get(model)), "stochastic", False))
-
 def run_parts(
     config: EvaluateConfig,  # models and seeds
     n_folds: int,  # number of folds
     user_code: UserCode,  # the user's forecasters
 ) -> list[tuple[int, str, int]]:
     "All parts of a run as (fold, model, seed)."
-    seeds = lambda m: range(config.seed, config.seed + (config.seeds if is_stochastic(m, user_code) else 1))
+    seeds = lambda m: range(config.seed, config.seed + (config.seeds if has_trait(m, "stochastic", user_code) else 1))
     return [(k, m, s) for k in range(n_folds) for m in config.models for s in seeds(m)]
 
 def run_steps(
@@ -130,31 +131,51 @@ def run_steps(
     return steps
 
 # %% ../nbs/05h_walkforward.ipynb #7ca84298
+PREDICTION_COLUMNS = [*SCHEMA, "asset"]  # of `predictions.parquet`
+
+def fit_part(
+    data: RunData,  # panels, labels and folds
+    number: int,  # of the fold
+    model: str,  # name of a forecaster
+    seed: int,  # seed of the forecaster
+    folder: Path | None = None,  # where a forecaster of Bitcoin keeps its training runs
+    on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of a training run
+) -> pd.DataFrame:
+    """The forecasts of one model for all targets in the test span of a fold: `PREDICTION_COLUMNS`;
+    empty if no target can be forecast."""
+    made, attrs = [], {}
+    for asset, panel, X, y, fold in data.inputs(number, model):
+        kept = folder if asset in ("", BITCOIN) else None
+        forecast = fit_predict(model, panel, X, y, fold, data.config, seed, data.user_code, kept, on_update)
+        if asset: forecast = forecast.assign(asset=asset)
+        if asset in ("", BITCOIN): attrs = forecast.attrs
+        forecast.attrs = {}
+        made.append(forecast.assign(fold=-1 if data.live else number)[PREDICTION_COLUMNS])
+    whole = pd.concat(made, ignore_index=True) if made else pd.DataFrame(columns=PREDICTION_COLUMNS)
+    whole.attrs = attrs
+    return whole
+
 def predict_folds(
-    config: EvaluateConfig,  # models and seeds
-    panel: pd.DataFrame,  # hourly panel
-    y: pd.DataFrame,  # its labels
-    folds: Sequence[Fold],  # walk-forward folds
+    data: RunData,  # panels, labels, folds and configuration
     out: Path,  # run folder; finished parts are kept in `parts/`
-    user_code: UserCode = UserCode({}, {}),  # the user's forecasters and features
     on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with parts done, all, next
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of a training run
 ) -> pd.DataFrame:
     """The predictions of all parts; parts that exist already are read, not recomputed. Of the
     training runs of a finished fold only weights and histories are kept."""
-    place, todo = RunFolder(out), run_parts(config, len(folds), user_code)
-    names = [f"fold {k + 1} of {len(folds)}" for k in range(len(folds))]
-    steps = run_steps(config, y, folds, names, user_code, lambda *part: place.part(*part).exists())
-    X = run_features(panel, config, user_code)
+    config, place, count = data.config, RunFolder(out), len(data.folds)
+    todo, names = run_parts(config, count, data.user_code), [f"fold {k + 1} of {count}" for k in range(count)]
+    steps = run_steps(config, data.y, data.folds, names, data.user_code, lambda *part: place.part(*part).exists())
     for done, (k, model, seed) in enumerate(todo):
         on_part(done, len(todo), steps[done]._replace(rest=tuple(steps[done + 1:])))
         path, fit = place.part(k, model, seed), place.fit(k)
         if not path.exists():
-            made = fit_predict(model, panel, X, y, folds[k], config, seed, user_code, fit.path, on_update).assign(fold=k)
-            write_atomic(path, made[SCHEMA].to_parquet(None, index=False))
+            write_atomic(path, fit_part(data, k, model, seed, fit.path, on_update).to_parquet(None, index=False))
         if model == "mamba2" and seed == config.seed + config.seeds - 1 and fit.choice.exists(): shrink_trainings(fit.path)
     on_part(len(todo), len(todo), "predictions done")
-    return pd.concat([pd.read_parquet(place.part(*p)) for p in todo], ignore_index=True)
+    parts = [part for p in todo if len(part := pd.read_parquet(place.part(*p)))]
+    if not parts: raise ValueError(f"none of {', '.join(data.targets)} could be forecast: give assets with a longer history")
+    return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/05h_walkforward.ipynb #b80a314f
 def json_records(frame: pd.DataFrame) -> list[dict]:
@@ -162,16 +183,58 @@ def json_records(frame: pd.DataFrame) -> list[dict]:
     return json.loads(frame.to_json(orient="records", double_precision=12, date_format="iso"))
 
 # %% ../nbs/05h_walkforward.ipynb #4828734e
+def matured_labels(y: pd.DataFrame) -> pd.DataFrame:
+    "r90, direction and sigma of the rows with a label that has matured; NaN where the other has not."
+    known = {name: y[name].where(y["sigma_end" if name == "sigma" else "label_end"].notna())
+             for name in ("r90", "direction", "sigma")}
+    return pd.DataFrame(known)[y[["label_end", "sigma_end"]].notna().any(axis=1)]
+
+def score_claims(
+    losses: pd.DataFrame,  # from `loss_table`
+    spans: dict[str, Any],  # label spans, resamples and seed
+) -> dict:
+    "The claims that were fixed before scoring, and the confidence sets, as records; empty if the default forecaster was not run."
+    if DEFAULT not in set(losses["model"]): return dict(claims=[], confidence_sets=[], confidence_note="")
+    sets = confidence_sets(losses, **spans)
+    return dict(claims=json_records(test_claims(losses, **spans)), confidence_sets=json_records(sets),
+                confidence_note=sets.attrs.get("note", ""))
+
+# %% ../nbs/05h_walkforward.ipynb #4b374a39
+def score_assets(
+    config: EvaluateConfig,  # label spans, resamples
+    predictions: pd.DataFrame,  # `PREDICTION_COLUMNS`, any number of assets
+    labels: Mapping[str, pd.DataFrame],  # labels by asset
+) -> pd.DataFrame:
+    """The five scores of the claims by asset and model: `mean`, and relative to the reference model of
+    the claim `relative` with its interval `rel_lo, rel_hi`, NaN where the reference was not run."""
+    spans: dict[str, Any] = dict(horizon=config.horizon, vol_window=config.vol_window, n_boot=config.n_boot, seed=config.seed)
+    tables = []
+    for asset, made in predictions.groupby("asset", sort=False):
+        matured = matured_labels(labels[str(asset)])
+        scored = made[made["time"].isin(matured.index)]
+        if scored.empty: continue
+        losses = loss_table(scored, matured)
+        models = list(losses["model"].unique())
+        mean = summarise(losses, **spans).set_index(["score", "model"])[["mean", "n_origins", "n_windows"]]
+        for loss, reference in CLAIMS.items():
+            score = SCORES[loss].summary
+            table = mean.loc[score].reindex(models).assign(reference=reference)
+            if reference in models and len(models) > 1:
+                differences = compare(losses, reference, [loss], **spans).set_index("model")[["relative", "rel_lo", "rel_hi"]]
+                table = table.join(differences)
+            tables.append(table.reset_index().assign(asset=asset, score=score))
+    columns = ["asset", "score", "model", "reference", "mean", "relative", "rel_lo", "rel_hi", "n_origins", "n_windows"]
+    return pd.concat(tables, ignore_index=True).reindex(columns=columns) if tables else pd.DataFrame(columns=columns)
+
+# %% ../nbs/05h_walkforward.ipynb #9b0fef80
 def score_run(
     config: EvaluateConfig,  # label spans, reference model, resamples
-    predictions: pd.DataFrame,  # prediction schema
-    y: pd.DataFrame,  # labels by decision time
+    predictions: pd.DataFrame,  # prediction schema, of one asset
+    y: pd.DataFrame,  # its labels by decision time
 ) -> dict:
     """The tables `summary`, `by_year`, `comparison`, `single_seeds` and `reliability` as records,
-    with the number and span of the origins behind them."""
-    known = {name: y[name].where(y["sigma_end" if name == "sigma" else "label_end"].notna())
-             for name in ("r90", "direction", "sigma")}  # NaN until the label has matured
-    matured = pd.DataFrame(known)[y[["label_end", "sigma_end"]].notna().any(axis=1)]
+    with the number and span of the origins behind them, and the tests of the `claims`."""
+    matured = matured_labels(y)
     scored = predictions[predictions["time"].isin(matured.index)]
     if scored.empty: raise ValueError("no forecast has a matured label: nothing can be scored")
     losses = loss_table(scored, matured)
@@ -182,7 +245,7 @@ def score_run(
     spans_of = {label: dict(origins=len(t), begin=str(t.min()), end=str(t.max())) for label, t in has.items() if len(t)}
     return dict(begin=str(times.min()), end=str(times.max()), origins=len(times), origins_by_label=spans_of,
                 summary=json_records(summarise(losses, **spans)), by_year=json_records(summarise(losses, by="year", **spans)),
-                comparison=json_records(compare(losses, reference=config.models[0], **spans)),
+                comparison=json_records(compare(losses, reference=config.models[0], **spans)), **score_claims(losses, spans),
                 single_seeds=json_records(seed_spread(scored, matured)),
                 reliability=json_records(reliability(scored, matured, block=2 * overlap, n_boot=config.n_boot, seed=config.seed)))
 
@@ -199,13 +262,16 @@ def panel_hash(
 def provenance_of(
     panel: pd.DataFrame,  # hourly panel
     source: str,  # what the panel is, in words
+    assets: Mapping[str, pd.DataFrame] | None = None,  # panels of other assets, by name
 ) -> dict:
-    "Where a result comes from: the data and their hash, code, versions of packages."
+    "Where a result comes from: the data and their hashes, code, versions of packages."
     def installed(name: str) -> str:
         try: return version(name)
         except PackageNotFoundError: return "absent"
     packages = ("numpy", "pandas", "scoringrules", "TA-Lib", "torch")
-    data = dict(rows=len(panel), begin=str(panel.index[0]), end=str(panel.index[-1]), data_sha256=panel_hash(panel))
+    begin, end = str(panel.index[0]), str(panel.index[-1])
+    data: dict[str, Any] = dict(rows=len(panel), begin=begin, end=end, data_sha256=panel_hash(panel))
+    if assets: data["assets_sha256"] = {asset: panel_hash(p) for asset, p in assets.items()}
     code = dict(cryptopredict=__version__, commit=code_commit(), code_sha256=code_hash(), python=platform.python_version())
     return dict(source=source, **data, **code, **{p: installed(p) for p in packages})
 
@@ -244,7 +310,8 @@ def check_run(
     """The identity of the run: settings, data and user code. A `ValueError` if `out` holds another
     run, with the first difference, or anything else; nothing is written."""
     folder = RunFolder(out)
-    identity = {"config": config.plain(), "data_sha256": provenance["data_sha256"], "own": user_code.identity()}
+    identity = {"config": config.plain(), "data_sha256": provenance["data_sha256"], "own": user_code.identity(),
+                "assets": provenance.get("assets_sha256", {})}
     if folder.path.exists() and not folder.path.is_dir(): raise ValueError(f"{out} is a file: {ANOTHER_OUT}")
     if folder.run.exists():
         try:
@@ -292,32 +359,31 @@ def note_code(
 # %% ../nbs/05h_walkforward.ipynb #7cc57944
 def newest_forecast(
     config: EvaluateConfig,  # models and label settings
-    panel: pd.DataFrame,  # hourly panel; the forecast is made at its last row
+    panel: pd.DataFrame,  # hourly panel of Bitcoin; the forecast is made at its last hour
     folder: Path | None = None,  # where the network keeps its training runs; None: a temporary folder
     user_code: UserCode = UserCode({}, {}),  # the user's forecasters and features
     on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with parts done, all, next
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of a training run
+    assets: Mapping[str, pd.DataFrame] | None = None,  # panels of other assets, by name
 ) -> pd.DataFrame:
     """The forecast of every model at the last hour, fitted on all labels that have matured:
-    prediction schema, with fold -1. `attrs["heads"]` maps each model that has a method
+    `PREDICTION_COLUMNS`, with fold -1. `attrs["heads"]` maps each model that has a method
     `describe_heads` to its result. A `ValueError` if the price is unknown somewhere within
     `HISTORY` before the last hour."""
     if not has_history(panel)[-1]:
         gap = price_gaps(panel).iloc[-1]
         raise ValueError(f"no model can forecast at {panel.index[-1]}: there are no bars from {gap['begin']} to {gap['end']}, "
                          f"and models look back {HISTORY}: add the missing bars")
-    y = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
-    fold = live_fold(panel.index, y[["label_end", "sigma_end"]], validation=config.validation, embargo=config.embargo)
-    X, made, heads = run_features(panel, config, user_code), [], {}
-    steps = run_steps(config, y, [fold], ["newest forecast"], user_code, lambda *part: False)
+    data, made, heads = RunData(config, {BITCOIN: panel, **(assets or {})}, user_code, live=True), [], {}
+    steps = run_steps(config, data.y, data.folds, ["newest forecast"], user_code, lambda *part: False)
     with tempfile.TemporaryDirectory() as temporary:
         for done, (_, model, seed) in enumerate(run_parts(config, 1, user_code)):
             on_part(done, len(steps), steps[done]._replace(rest=tuple(steps[done + 1:])))
-            forecast = fit_predict(model, panel, X, y, fold, config, seed, user_code, folder or Path(temporary), on_update)
-            if "heads" in forecast.attrs: heads[model] = forecast.attrs["heads"]
-            made.append(forecast.assign(fold=-1)[SCHEMA])
+            forecast = fit_part(data, 0, model, seed, folder or Path(temporary), on_update)
+            if "heads" in forecast.attrs: heads[model] = forecast.attrs.pop("heads")
+            if len(forecast): made.append(forecast)
     on_part(len(steps), len(steps), "newest forecast done")
-    for forecast in made: forecast.attrs = {}
+    if not made: raise ValueError(f"none of {', '.join(data.targets)} could be forecast at {panel.index[-1]}: give newer data")
     newest = pd.concat(made, ignore_index=True)
     newest.attrs["heads"] = heads
     return newest
@@ -427,6 +493,22 @@ class Evaluation:
         return self.record["config"]["models"]
 
     @property
+    def asset(self) -> str:
+        "The asset that scores, figures and report are about, the first of the targets."
+        return self.record["asset"]
+
+    @property
+    def by_asset(self) -> pd.DataFrame:
+        """Five scores by asset and model, with the difference to the reference of each claim: `asset, score,
+        model, reference, mean, relative, rel_lo, rel_hi, n_origins, n_windows`; as from `score_assets`."""
+        return pd.DataFrame(self.record["by_asset"])
+
+    @property
+    def claims(self) -> pd.DataFrame:
+        "The claims fixed before scoring, tested; empty if the default forecaster was not run. See `claims.test_claims`."
+        return pd.DataFrame(self.record["claims"])
+
+    @property
     def scores(self) -> pd.DataFrame:
         """Mean score, 90 % interval and sample size by model and score: `model, score, mean, lo,
         hi, n_origins, n_windows, n_eff`."""
@@ -445,19 +527,19 @@ class Evaluation:
 
     @property
     def predictions(self) -> pd.DataFrame:
-        "Every forecast: `time, fold, seed, model, p_down, p_flat, p_up, p10, p90, sigma`."
+        "Every forecast: `time, fold, seed, model, p_down, p_flat, p_up, p10, p90, sigma, asset`."
         return pd.read_parquet(self.folder.predictions)
 
     @property
     def realised(self) -> pd.DataFrame:
-        """Close and realised labels at daily origins: `time, r90, direction, sigma, label_end,
-        sigma_end, close`."""
+        """Close and realised labels of the targets at daily origins: `time, r90, direction, sigma,
+        label_end, sigma_end, close, asset`."""
         return pd.read_parquet(self.folder.origins)
 
     @property
     def newest(self) -> pd.DataFrame:
-        """Each model's forecast at the last hour: prediction schema, fold -1; empty if none could
-        be made."""
+        """Each model's forecast at the last hour: as `predictions`, fold -1; empty if none could be
+        made."""
         return pd.read_parquet(self.folder.forecast)
 
     def __repr__(self) -> str:
@@ -466,7 +548,7 @@ class Evaluation:
         return f"Evaluation({str(self.out)!r}: {', '.join(self.models)}; {span})"
 
     if TYPE_CHECKING:  # added by the results notebook
-        def plot_skill(self) -> go.Figure: ...
+        def plot_skill(self, shown: Sequence[str] | None = None) -> go.Figure: ...
         def plot_reliability(self, shown: Sequence[str] | None = None) -> go.Figure: ...
         def plot_coverage(self) -> go.Figure: ...
         def plot_fan(self, model: str) -> go.Figure: ...
@@ -505,6 +587,46 @@ def check_panel(panel: pd.DataFrame) -> None:
         raise ValueError("panel must have a column 'close' of numbers, as load_panel returns")
 
 # %% ../nbs/05h_walkforward.ipynb #5d50fcd6
+def check_assets(
+    assets: Mapping[str, pd.DataFrame] | None,  # panels of other assets, by name
+    panel: pd.DataFrame,  # panel of Bitcoin
+) -> dict[str, pd.DataFrame]:
+    """The panels of the assets other than Bitcoin; a `ValueError` names one that cannot be used, or
+    another Bitcoin than `panel`."""
+    if assets is None: return {}
+    if not isinstance(assets, Mapping):
+        raise ValueError(f"assets is {type(assets).__name__}: give a dict of panels, as load_panels returns")
+    for name, frame in assets.items():
+        if not isinstance(name, str) or name in ("", "all"):
+            raise ValueError(f"assets: {name!r} is not the name of an asset: use names such as 'ETH'")
+        try: check_panel(frame)
+        except ValueError as error: raise ValueError(f"assets, {name}: {error}") from None
+    if BITCOIN in assets and not assets[BITCOIN]["close"].equals(panel["close"]):
+        raise ValueError(f"assets holds {BITCOIN} with other prices than panel: leave it out of assets, or pass it as the panel")
+    return {name: frame for name, frame in assets.items() if name != BITCOIN}
+
+def note_in_ledger(
+    data: RunData,  # of the run
+    scores: dict,  # content of `scores.json`
+) -> dict:
+    """Add the configurations of a run to the ledger: `path`, number of lines `added` now and of
+    configurations `tried` in all."""
+    mean: dict[str, dict[str, float]] = {}
+    for row in scores["summary"]:
+        mean.setdefault(row["model"], {})[row["score"]] = np.nan if row["mean"] is None else row["mean"]
+    made_by, entries = scores["provenance"], []
+    for model in scores["config"]["models"]:
+        if model not in mean: continue
+        settings = model_settings(model, data) | dict(asset=scores["asset"])
+        pooled = has_trait(model, "pooled", data.user_code) and len(data.panels) > 1
+        hashes = [made_by["data_sha256"], *(made_by["assets_sha256"].values() if pooled else ())]
+        joined = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        entries.append(LedgerEntry(model, settings, mean[model], joined, scores["begin"], scores["end"]))
+    path = ledger_path()
+    added = record(path, entries)
+    return dict(path=str(path), added=added, tried=tried(path))
+
+# %% ../nbs/05h_walkforward.ipynb #45f5c9de
 def walk_forward_run(
     config: EvaluateConfig,  # what is evaluated, and how
     panel: pd.DataFrame,  # hourly panel
@@ -515,17 +637,22 @@ def walk_forward_run(
     on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with parts done, all, next
     on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of a training run
     inventory: pd.DataFrame | None = None,  # as from `sources.inventory`, to be kept as `inventory.json`
+    assets: Mapping[str, pd.DataFrame] | None = None,  # panels of other assets, by name
 ) -> Evaluation:
     """Run all folds x models x seeds, or those still missing; writes predictions, newest forecast,
-    certificate and scores into the run folder."""
+    certificate and scores into the run folder. Configurations scored on real data are added to the
+    ledger."""
     check_panel(panel)
-    y = make_labels(panel["close"], config.horizon, config.vol_window, config.threshold)
+    assets = check_assets(assets, panel)
+    config, left_out = installed_models(config)
+    for package in sorted(set(left_out.values())):
+        names = ", ".join(m for m, needed in left_out.items() if needed == package)
+        warnings.warn(f"left out because {package} is not installed: {names} (pip install cryptopredict[baselines])",
+                      stacklevel=2)
     # All checks come before the folder is created: a run that cannot start leaves none behind.
     if user_code.features: run_features(panel, config, user_code)
-    without_price = lambda rows: len(origins(panel.index, rows)) and not len(forecast_rows(panel, rows))
-    folds = [fold for fold in make_folds(config, y) if not without_price(fold.test)]
-    if not folds: raise ValueError(f"no origin has a price known for {HISTORY} before it: add the missing bars")
-    made_by = provenance_of(panel, source)
+    data = RunData(config, {BITCOIN: panel, **assets}, user_code)
+    made_by = provenance_of(panel, source, assets)
     if "mamba2" in config.models:
         check_network(config.model, config.train)
         settings = resolved(config.train)
@@ -538,32 +665,39 @@ def walk_forward_run(
         if inventory is not None and not folder.inventory.exists(): write_atomic(folder.inventory, inventory_json(inventory))
         live: list[Step] = []  # parts of the newest forecast; empty if no model can forecast at the last hour
         if has_history(panel)[-1]:
-            ends, spans = y[["label_end", "sigma_end"]], dict(validation=config.validation, embargo=config.embargo)
-            fold = live_fold(panel.index, ends, **spans)
-            live = run_steps(config, y, [fold], ["newest forecast"], user_code, lambda *part: False)
-        count = len(run_parts(config, len(folds), user_code))
+            fold = live_fold(panel.index, data.y[["label_end", "sigma_end"]], **data.spans)
+            live = run_steps(config, data.y, [fold], ["newest forecast"], user_code, lambda *part: False)
+        count = len(run_parts(config, len(data.folds), user_code))
 
         def forward(done: int, total: int, what: Step | str) -> None:
             if isinstance(what, Step): what = what._replace(rest=(*what.rest, *live))
             on_part(done, count + len(live), what)
-        predictions = predict_folds(config, panel, y, folds, folder.path, user_code, forward, on_update)
+        predictions = predict_folds(data, folder.path, forward, on_update)
         write_atomic(folder.predictions, predictions.to_parquet(None, index=False))
-        write_atomic(folder.origins, origin_table(panel, y).to_parquet(None, index=False))
+        realised = [origin_table(data.panels[a], data.labels[a]).assign(asset=a) for a in data.targets]
+        write_atomic(folder.origins, pd.concat(realised, ignore_index=True).to_parquet(None, index=False))
         if live:
             onward = lambda done, total, what: on_part(count + done, count + len(live), what)
             fit = folder.fit(None)
-            newest = newest_forecast(config, panel, fit.path, user_code, onward, on_update)
+            newest = newest_forecast(config, panel, fit.path, user_code, onward, on_update, assets)
             if fit.choice.exists(): shrink_trainings(fit.path, whole=True)
         else: newest = predictions.iloc[:0]
         heads = newest.attrs.pop("heads", {})
         write_atomic(folder.forecast, newest.to_parquet(None, index=False))
         leak_certificate = kept_certificate(folder) if audits is None else certificate(audits, made_by)
-        write_atomic(folder.certificate, json.dumps(leak_certificate := leak_certificate or certificate({}, made_by), indent=1))
-        head = dict(provenance=made_by, config=config.plain(), folds=fold_table(panel.index, folds))
-        head["lost_origins"] = lost_origins(config, panel, y)
-        head["newest"] = dict(close=None if np.isnan(close := float(panel["close"].iloc[-1])) else close, heads=heads)
-        audited = dict(audits=leak_certificate["audits"], untested=leak_certificate["untested"])
-        scores = dict(**head, **audited, training=training_summary(folder), **score_run(config, predictions, y))
+        leak_certificate = leak_certificate or certificate({}, made_by)
+        write_atomic(folder.certificate, json.dumps(leak_certificate, indent=1))
+        asset = data.targets[0]
+        close = float(data.panels[asset]["close"].iloc[-1])
+        scores = dict(provenance=made_by, config=config.plain(), asset=asset, folds=fold_table(panel.index, data.folds),
+                      assets=json_records(data.asset_table()) if assets else [], left_out=left_out,
+                      lost_origins=lost_origins(config, panel, data.y),
+                      newest=dict(close=None if np.isnan(close) else close, heads=heads), audits=leak_certificate["audits"],
+                      untested=leak_certificate["untested"], training=training_summary(folder))
+        scores |= score_run(config, predictions[predictions["asset"] == asset], data.labels[asset])
+        several = predictions["asset"].nunique() > 1
+        scores["by_asset"] = json_records(score_assets(config, predictions, data.labels)) if several else []
+        scores["ledger"] = {} if is_simulated(panel) else note_in_ledger(data, scores)
         write_atomic(folder.scores, json.dumps(scores, indent=1))
     return Evaluation(out)
 
@@ -581,6 +715,7 @@ def evaluate(
     models: Sequence[Any] | None = None,  # names, `my.py:Name`, classes or objects as `ForecastModel`; None: the default
     out: str | Path | None = None,  # run folder; the same run is resumed; None: a new folder under runs/
     *,
+    assets: Mapping[str, pd.DataFrame] | None = None,  # panels of other coins by name, as from `load_panels`
     features: Sequence[Any] = (),  # feature functions of your own, or `my.py:name`, in addition to the built-in ones
     config: str | Path | None = None,  # TOML file with fields of `EvaluateConfig`; arguments win over it
     source: str = "panel",  # what the panel is, for the provenance
@@ -589,9 +724,10 @@ def evaluate(
     **settings: Any,  # any field of `EvaluateConfig`: seeds, step, preset, train=dict(lr=...), ...
 ) -> Evaluation:
     """Evaluate forecasters on a panel by walk-forward; returns an `Evaluation`, kept in the run
-    folder. Your own forecasters and features are audited first. Raises a `ConfigError` for a
-    setting that cannot be used, a `LeakageError` for code that sees the future, a `ValueError`
-    for a panel that cannot be used or is too short."""
+    folder. With `assets`, pooled models also learn from these coins; `targets=["ETH"]`, or `["all"]`,
+    has other coins than Bitcoin forecast. Your own forecasters and features are audited first. Raises
+    a `ConfigError` for a setting that cannot be used, a `LeakageError` for code that sees the future,
+    a `ValueError` for a panel that cannot be used or is too short."""
     for key, value in (("models", models), ("features", features)):
         if value is not None and not isinstance(value, (list, tuple)):
             raise ConfigError(f"key '{key}' is {type(value).__name__}: must be a list, [{key[:-1]}] for a single one")
@@ -601,9 +737,12 @@ def evaluate(
     objects = ([thing for thing in things or () if not isinstance(thing, str)] for things in (models, features))
     user_code = load_user_code(complete, *objects)
     check_panel(panel)
-    if out: check_run(out, complete, provenance_of(panel, source), user_code)  # before the audits, which take longer
-    reports = audit_user_code(panel, complete, user_code)
+    others = check_assets(assets, panel)
+    # Before the audits, which take longer.
+    if out: check_run(out, installed_models(complete)[0], provenance_of(panel, source, others), user_code)
+    reports = audit_user_code(panel, complete, user_code, assets=others)
     for name, report in reports.items():
         try: report.raise_if_leaky()
         except LeakageError as error: raise LeakageError(f"{name}: {error}") from None
-    return walk_forward_run(complete, panel, out or new_folder("run"), source, reports or None, user_code, on_part, on_update)
+    return walk_forward_run(complete, panel, out or new_folder("run"), source, reports or None, user_code, on_part, on_update,
+                            assets=others)
