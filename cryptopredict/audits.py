@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .leakage import (MODES, AuditError, Fold, LeakReport, as_fold, as_frame, check_audited, check_positions,
-                                   check_times, column_gap, column_scale, compare_outputs, ends_by_label, make_report,
-                                   merge_findings, replace_rows)
+from .leakage import (MODES, AuditError, Fold, LeakReport, as_fold, as_frame, asset_rows, check_audited,
+                                   check_positions, check_times, column_gap, column_scale, columns_by_asset, compare_outputs,
+                                   ends_by_label, make_report, merge_findings, nanoseconds, replace_rows, row_times)
 
 # %% auto #0
 __all__ = ['AUDITS', 'audit_model', 'audit_pipeline', 'audit_labels', 'certificate']
@@ -333,7 +333,7 @@ class Pipeline:
     fit: Callable
     predict: Callable
     fold: Fold
-    index: pd.DatetimeIndex
+    index: pd.Index  # times, or (asset, time)
     where: str  # name of the fold in findings
     raised: int = 0  # number of calls on changed data that raised
     first_error: str = ""  # of those calls
@@ -351,8 +351,18 @@ class Pipeline:
         out = self.predict(fitted, given.copy(), *([rows] if required_arguments(self.predict) > 2 else []))
         if not hasattr(out, "index"):
             out = np.asarray(out)
-            out = pd.DataFrame(out.reshape(len(out), -1), index=self.index[rows] if len(out) == len(rows) else given.index)
-        return as_frame(out, given).reindex(self.index[rows])
+            out = pd.DataFrame(out.reshape(len(out), -1), index=given.index[rows] if len(out) == len(rows) else given.index)
+        return as_frame(out, given).reindex(given.index[rows])
+
+    @property
+    def stacked(self) -> bool:
+        "Whether the rows are those of several assets."
+        return isinstance(self.index, pd.MultiIndex)
+
+    def wide(self, out: pd.DataFrame) -> pd.DataFrame:
+        "Forecasts by time, with columns such as \"ETH value\" if there are several assets."
+        if not self.stacked: return out
+        return columns_by_asset(out, list(asset_rows(self.index)), row_times(out.index).unique().sort_values())
 
     def parts(self, fitted) -> dict:
         "Parts of the fitted object and, if `fit` is a method, of the object it belongs to."
@@ -371,15 +381,16 @@ class Pipeline:
 # %% ../nbs/00a_audits.ipynb #7f3657c0
 def forecast_parts(pipe: Pipeline, fitted, frame: pd.DataFrame) -> dict[str, np.ndarray | str]:
     "Forecasts over the test span, by column."
-    return fitted_parts(pipe.forecasts(fitted, frame, pipe.fold.test).to_dict("series"), "forecast")
+    return fitted_parts(pipe.wide(pipe.forecasts(fitted, frame, pipe.fold.test)).to_dict("series"), "forecast")
 
 def audit_fit(pipe: Pipeline, frame: pd.DataFrame, fitted, names: list[str], ends: dict | None, rng) -> list[dict]:
     "Findings where something fitted, or its forecasts, depend on what came after the fold's training rows."
-    fold, begin, findings = pipe.fold, pipe.index[pipe.fold.test[0]], []
+    fold, times, findings = pipe.fold, row_times(pipe.index), []
+    begin = times[fold.test].min() if pipe.stacked else times[fold.test[0]]
     folds = (fold, *fold.by_label.values()) if ends is not None else (fold,)  # without ends, only the joint rows had matured
     known = np.unique(np.concatenate([part for f in folds for part in (f.train, f.valid, f.refit)]))
-    rest = np.setdiff1d(np.arange(known.min(), len(frame)), known)
-    later = rest[rest >= fold.test[0]] if names else rest  # a feature is known at its row, a label is not
+    rest = np.setdiff1d(np.flatnonzero(times >= times[known].min()), known)
+    later = rest[times[rest] >= begin] if names else rest  # a feature is known at its row, a label is not
     immature = {name: rest if ends is None else np.union1d(rest, np.flatnonzero(~(ends[name] <= begin))) for name in names}
 
     def compare(other, kind, detail):
@@ -400,23 +411,27 @@ def audit_fit(pipe: Pipeline, frame: pd.DataFrame, fitted, names: list[str], end
 
 def audit_predict(pipe: Pipeline, frame: pd.DataFrame, fitted, names: list[str], ends, n_cuts: int, rng) -> list[dict]:
     "Findings where a forecast depends on what came after its row, or on a label that was not yet known there."
-    fold, findings = pipe.fold, []
-    base = pipe.forecasts(fitted, frame, fold.test)
+    fold, times, findings = pipe.fold, row_times(pipe.index), []
+    base = pipe.wide(pipe.forecasts(fitted, frame, fold.test))
     allowed = {c: (1e-6 * column_scale(base[c]), 1e-6) for c in base}
-    spread = np.linspace(0, len(fold.test) - 1, n_cuts + 2).astype(int)
-    for cut in np.unique(np.minimum(np.concatenate([spread, spread + 1]), len(fold.test) - 1)):
-        rows, until = fold.test[:cut + 1], pipe.index[fold.test[cut]]
-        later = np.arange(rows.max() + 1, len(frame))
-        after = np.arange(fold.refit.max() + 1, len(frame))
+    tested = fold.test[np.argsort(times[fold.test], kind="stable")] if pipe.stacked else fold.test
+    last = np.append(np.flatnonzero(np.diff(nanoseconds(times[tested]))), len(tested) - 1)  # of the rows of one time
+    spread = np.linspace(0, len(last) - 1, n_cuts + 2).astype(int)
+    for cut in np.unique(np.minimum(np.concatenate([spread, spread + 1]), len(last) - 1)):
+        rows, until = tested[:last[cut] + 1], times[tested[last[cut]]]
+        seen = times <= times[rows].max()
+        past, later = frame.iloc[:seen.sum()], np.flatnonzero(~seen)
+        if pipe.stacked: past, rows = frame[seen].pipe(lambda f: f.set_axis(f.index.remove_unused_levels())), np.sort(rows)
+        after = np.flatnonzero(times > times[fold.refit].max())
         immature = {name: after if ends is None else np.flatnonzero(~(ends[name] <= until)) for name in names}
-        trials = [("truncation", "as it is", frame.iloc[:rows.max() + 1])]
-        trials += [("perturbation", mode, replace_future(frame, later, immature, mode, rng)) for mode in MODES]
-        for kind, mode, other in trials:
-            out = pipe.attempt(pipe.forecasts, fitted, other, rows)
+        trials = [("truncation", "as it is", past, np.cumsum(seen)[rows] - 1)]  # positions among the rows seen
+        trials += [("perturbation", mode, replace_future(frame, later, immature, mode, rng), rows) for mode in MODES]
+        for kind, mode, other, at in trials:
+            out = pipe.attempt(pipe.forecasts, fitted, other, at)
             if out is RAISED: continue
             if out.notna().any(axis=None): pipe.compared.add(kind)
             label = f"{pipe.where}, after {until}, future {mode}"
-            findings += compare_outputs(base, out, until, f"forecast sees the future ({kind})", allowed, label)
+            findings += compare_outputs(base, pipe.wide(out), until, f"forecast sees the future ({kind})", allowed, label)
     return findings
 
 # %% ../nbs/00a_audits.ipynb #09bcb976
@@ -448,7 +463,7 @@ def summarise_pipelines(pipes: list[Pipeline], findings: list[dict], parts: int,
 def audit_pipeline(
     fit: Callable,  # `fit(frame, fold)`, or `fit(rows)` with the rows of the final fit (train plus validation); returns anything
     predict: Callable,  # `predict(fitted, frame, rows)` at row positions, or `predict(fitted, frame)` at all rows
-    frame: pd.DataFrame,  # features, and labels if any, by decision time
+    frame: pd.DataFrame,  # features, and labels if any, by decision time or (asset, time)
     folds: Sequence[Fold | tuple],  # each is audited; a pair (train, test) is a fold without validation
     *,
     labels: Sequence[str] = (),  # label columns of `frame`; rows whose label ends after the start of the test are replaced
@@ -461,7 +476,9 @@ def audit_pipeline(
     """Test whether anything is fitted on, or forecast from, data that had not happened or labels that had not matured.
 
     Everything fitted must stay bit-identical when what came after the fold's training is replaced. Forecasts of the fitted
-    pipeline may move by round-off (1e-6) when the rows after them change. An `AuditError` says why a fold cannot be tested."""
+    pipeline may move by round-off (1e-6) when the rows after them change. Of several assets (see `leakage.stack_assets`), the
+    rows of all of them are replaced from one time on, and each label by its own end. An `AuditError` says why a fold cannot be
+    tested."""
     checked, rng, findings, parts = check_pipeline(frame, folds, labels), np.random.default_rng(seed), [], 0
     every = {} if label_end is None else ends_by_label(label_end, frame.index)
     ends = {name: every.get(name, every[""]) for name in labels} if every else None

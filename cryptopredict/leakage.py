@@ -589,10 +589,12 @@ def as_frame(out, frame: pd.DataFrame) -> pd.DataFrame:
         out = pd.DataFrame(out.reshape(len(out), -1), index=frame.index)
     if not isinstance(out, pd.DataFrame):
         raise AuditError(f"fn returned {type(out).__name__}: return a frame, series or array")
-    if not out.index.isin(frame.index).all():
+    stacked = isinstance(frame.index, pd.MultiIndex)  # rows of assets are compared by asset: here only their times are checked
+    if not (row_times(out.index) if stacked else out.index).isin(row_times(frame.index)).all():
         raise AuditError("fn returned rows at times that the frame does not have: return rows on the frame's own index")
     if out.index.has_duplicates: raise AuditError("fn returned a time twice: return one row per time")
-    out = out.set_axis(out.columns.map(str), axis=1).sort_index()
+    out = out.set_axis(out.columns.map(str), axis=1)
+    if not isinstance(out.index, pd.MultiIndex): out = out.sort_index()
     repeated = out.columns[out.columns.duplicated()]
     if len(repeated): raise AuditError(f"fn returned column '{repeated[0]}' twice: give each column its own name")
     return out
@@ -633,6 +635,51 @@ class AuditedFunction:
             if must: raise AuditError(fault) from error
             self.raised, self.first_error = self.raised + 1, self.first_error or fault
             return None
+
+# %% ../nbs/00_leakage.ipynb #6ade1668
+def columns_by_asset(out: pd.DataFrame, assets: Sequence[str], times: pd.DatetimeIndex) -> pd.DataFrame:
+    "A stacked frame with a row for each time and columns such as \"ETH close\"; empty where an asset has no row."
+    if not isinstance(out.index, pd.MultiIndex): return out
+    unknown = out.index.remove_unused_levels().levels[0].difference(list(assets))
+    if len(unknown): raise AuditError(f"fn returned rows of {unknown[0]!r}, an asset that the frame does not have: leave it out")
+    of_asset = {a: out.iloc[np.flatnonzero(np.asarray(out.index.codes[0]) == out.index.levels[0].get_indexer([a])[0])]
+                for a in assets}
+    return pd.concat([rows.set_axis(row_times(rows.index)).reindex(times).add_prefix(f"{a} ") for a, rows in of_asset.items()],
+                     axis=1)
+
+def widen(fn: Callable, frame: pd.DataFrame) -> tuple[Callable, pd.DataFrame, dict[str, int]]:
+    """A function of a stacked frame and its input in wide form, with numbered columns, and the position of each asset's first
+    row. Cells of rows that do not exist repeat rows of the asset; the wide function leaves them out before it calls `fn`."""
+    blocks, columns, exists = asset_rows(frame.index), {}, {}
+    times = row_times(frame.index).unique().sort_values()
+    for asset, rows in blocks.items():
+        own = frame.iloc[rows.start:rows.stop]
+        exists[asset], source = times.isin(row_times(own.index)), np.arange(len(times)) % len(own)
+        source[exists[asset]] = np.arange(len(own))
+        for c in frame: columns[asset, c] = pd.Series(own[c].array.take(source), times)
+    numbers = {key: k for k, key in enumerate(columns)}
+
+    def wide_fn(wide: pd.DataFrame) -> pd.DataFrame:
+        at, parts = times.get_loc(wide.index[0]), {}
+        for asset, mask in exists.items():
+            rows = np.flatnonzero(mask[at:at + len(wide)])
+            if len(rows): parts[asset] = wide.iloc[rows, [numbers[asset, c] for c in frame]].set_axis(frame.columns, axis=1)
+        stacked = pd.concat(parts, names=frame.index.names)
+        return columns_by_asset(as_frame(fresh_copy(fn)(stacked), stacked), list(blocks), wide.index)
+
+    wide = pd.DataFrame({numbers[key]: column for key, column in columns.items()}, index=times, copy=False)
+    return wide_fn, wide, {asset: int(mask.argmax()) for asset, mask in exists.items()}
+
+def early_rows(base: pd.DataFrame, begins: dict[str, int]) -> list[dict]:
+    "Findings where an output has values of an asset at times before its first row."
+    kind, found = "asset before its first row", []
+    for asset, begin in begins.items():
+        for c in (c for c in base if c.startswith(f"{asset} ")):
+            early = base.index[:begin][base[c].iloc[:begin].notna()]
+            if not len(early): continue
+            detail = f"{len(early)} values before {base.index[begin]}, the first row of {asset}"
+            found.append(dict(column=c, kind=kind, time=early[0], magnitude=float(len(early)), detail=detail))
+    return found
 
 # %% ../nbs/00_leakage.ipynb #d5426769
 def column_gap(base: pd.Series, other: pd.Series) -> tuple[np.ndarray, np.ndarray]:
@@ -812,10 +859,13 @@ def choose_cuts(
     return np.sort(np.concatenate([cuts, rng.choice(free, min(max(n_cuts - len(cuts), 0), len(free)), replace=False)]))
 
 # %% ../nbs/00_leakage.ipynb #ddca598e
-def rows_back(frame: pd.DataFrame, base: pd.DataFrame) -> int:
-    "How many rows before its cut a local run begins: twice the longest warm-up, at least 2,000; all if that saves little."
-    first = [base[c].first_valid_index() for c in base]
-    warm = [int(i) for i in frame.index.get_indexer([t for t in first if t is not None]) if i < len(frame) // 5]
+def rows_back(frame: pd.DataFrame, base: pd.DataFrame, begins: Mapping[str, int] | None = None) -> int:
+    """How many rows before its cut a local run begins: twice the longest warm-up, at least 2,000; all if that saves little.
+    The warm-up of an asset is counted from its first row, given in `begins`."""
+    begin = {c: at for asset, at in (begins or {}).items() for c in base if c.startswith(f"{asset} ")}
+    first = {c: base[c].first_valid_index() for c in base}
+    rows = [int(frame.index.get_loc(t)) - begin.get(c, 0) for c, t in first.items() if t is not None]
+    warm = [i for i in rows if i < len(frame) // 5]
     back = max(2000, 2 * max(warm, default=0) + 500)
     return back if 3 * back < len(frame) else len(frame)
 
@@ -884,13 +934,13 @@ def check_audited(frame: pd.DataFrame, n_cuts: int) -> None:
     "Raise an `AuditError` or `ValueError` that states what is wrong with the input of an audit."
     if not isinstance(frame, pd.DataFrame):
         raise AuditError(f"frame is a {type(frame).__name__}: give a DataFrame (.to_frame())")
-    check_times(frame.index, "frame.index")
+    check_rows(frame.index, "frame.index")
     if not frame.columns.is_unique:
         raise AuditError(f"frame has a column name twice: {frame.columns.tolist()}; rename one")
     if len(frame) < 8 or n_cuts < 1 or n_cuts != int(n_cuts):
         raise AuditError(f"frame has {len(frame)} rows, n_cuts is {n_cuts}: an audit needs at least 8 rows and 1 whole cut")
 
-def summarise_tests(subject: AuditedFunction, base: pd.DataFrame) -> dict:
+def summarise_tests(subject: AuditedFunction, base: pd.DataFrame, assets: Sequence[str] = ()) -> dict:
     "What the calls of an audit could test and what not; an `AuditError` if nothing could be compared."
     if not subject.compared:
         no_value = "fn returned no value before any cut: give a longer frame, or a function that needs fewer rows"
@@ -898,6 +948,10 @@ def summarise_tests(subject: AuditedFunction, base: pd.DataFrame) -> dict:
     tested: dict[str, int | str] = {"runs": subject.runs, "runs that raised": subject.raised}
     for kind in ("truncation", "perturbation"):
         if kind not in subject.tests_run: tested[kind] = f"untested: {subject.raised} runs raised"
+    of_asset = {a: [c for c in base if c.startswith(f"{a} ")] for a in assets}
+    silent = [a for a, own in of_asset.items() if own and base[own].isna().all(axis=None)]  # fn returns rows of other assets only
+    if silent: tested["assets without output"] = ", ".join(silent)
+    base = base.drop(columns=[c for a in silent for c in of_asset[a]])
     never, fixed = ([c for c in base if c not in columns] for columns in (subject.compared, subject.responsive))
     if never: tested["columns never compared"] = f"untested: {', '.join(never)}"
     if fixed: tested["columns that ignore the frame's values"] = f"untested: {', '.join(fixed)}"
@@ -906,14 +960,17 @@ def summarise_tests(subject: AuditedFunction, base: pd.DataFrame) -> dict:
 # %% ../nbs/00_leakage.ipynb #35dd256c
 def audit(
     fn: Callable[[pd.DataFrame], pd.DataFrame | pd.Series | np.ndarray],  # code under audit
-    frame: pd.DataFrame,  # time-indexed input, UTC, increasing; at least 8 rows
+    frame: pd.DataFrame,  # input indexed by time (UTC, increasing) or (asset, time); at least 8 rows
     *,
     n_cuts: int = 32,  # smallest number of cuts, at least 1; there are more if the special rows (see Where to cut) are more
     seed: int = 0,  # places the cuts and draws the replacements
     on_cut: Callable[[int, int], None] = lambda done, total: None,  # called before each cut with (cuts done, cuts in all)
 ) -> LeakReport:
-    "Test by truncation and by perturbation whether the output of `fn` depends on rows that come after it."
+    """Test by truncation and by perturbation whether the output of `fn` depends on rows that come after it. Of several assets
+    (see `stack_assets`), the rows of all of them are cut at one time; findings name columns such as "ETH close"."""
     check_audited(frame, n_cuts)
+    begins: dict[str, int] = {}
+    if isinstance(frame.index, pd.MultiIndex): fn, frame, begins = widen(fn, frame)
     subject, n, given = AuditedFunction(fn, frame, np.random.default_rng(seed)), len(frame), frame.copy()
     base = subject.call(given, must=True)
     writes_input = not given.equals(frame)
@@ -924,15 +981,20 @@ def audit(
     differences = compare_outputs(base, again, frame.index[-1], "not deterministic", allowed, "same input twice")
     del again
     if differences: return make_report(merge_findings(differences), {"cuts": 0, "rows": n})
-    cuts = choose_cuts(frame, base, candidate_rows(subject, base, allowed), n_cuts, subject.rng)
-    full_cuts, back, findings = set(cuts[::max(len(cuts) // 4, 1)]), rows_back(frame, base), []
+    candidates = candidate_rows(subject, base, allowed)
+    starts = [at for at in begins.values() if at]
+    if starts: candidates.insert(0, np.unique([at + k for at in starts for k in (0, 1) if at + k < n]))
+    cuts = choose_cuts(frame, base, candidates, n_cuts, subject.rng)
+    full_cuts, back = set(cuts[::max(len(cuts) // 4, 1)]), rows_back(frame, base, begins)
+    findings = early_rows(base, begins)
     for k, cut in enumerate(cuts):
         on_cut(k, len(cuts))
         findings += audit_cut(subject, cut, n if cut in full_cuts else back, allowed)
         if k % 3 == 1 and subject.incomplete: findings += audit_cut(subject, cut, back, allowed, holes=True)
     counts = {"cuts": len(cuts), "of the whole frame": len(cuts) if back == n else len(full_cuts), "rows": n}
     note = {"note": "fn writes into its input"} if writes_input else {}
-    return make_report(merge_findings(findings), counts | summarise_tests(subject, base) | note)
+    if begins: counts["assets"] = len(begins)
+    return make_report(merge_findings(findings), counts | summarise_tests(subject, base, list(begins)) | note)
 
 # %% ../nbs/00_leakage.ipynb #aacd0c6e
 def audit_cells(table: pd.DataFrame, values: pd.Series, rows: np.ndarray, max_age) -> list[dict]:

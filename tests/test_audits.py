@@ -39,7 +39,7 @@ from cryptopredict.audits import (
     unit_ranks,
     windows_apart,
 )
-from cryptopredict.leakage import AuditError, Fold, LeakageError, make_report, walk_forward
+from cryptopredict.leakage import AuditError, Fold, LeakageError, make_report, stack_assets, walk_forward
 
 
 @pytest.fixture(autouse=True)
@@ -585,3 +585,124 @@ def test_a_certificate_without_audits_lists_all_of_them():
 
 def test_the_audit_of_a_function_lists_no_audits_of_a_run():
     assert len(certificate({"my.py:fn": make_report([], {})}, {})["untested"]) == 1
+
+
+# --- pipelines of several coins -------------------------------------------------------------------------------------------
+
+ABC = ["a", "b", "c"]
+
+
+def make_coin(begin: int, seed: int) -> pd.DataFrame:
+    "Three features of noise, labels of 30 and 10 days, and their ends."
+    rng, days = np.random.default_rng(seed), pd.date_range("2020-01-01", periods=800, tz="UTC")[begin:]
+    coin = pd.DataFrame(rng.normal(size=(len(days), 3)), days, ABC)
+    for name, length in (("y", 30), ("s", 10)):
+        coin[name] = pd.Series(rng.normal(size=len(days)), days).rolling(length).sum().shift(-length) + seed
+        coin[f"{name}_end"] = pd.Series(days + pd.Timedelta(days=length), days).where(coin[name].notna())
+    return coin
+
+
+@pytest.fixture(scope="module")
+def coins():
+    "Stacked features and labels of three coins, the ends of the labels, and folds."
+    stacked = stack_assets({"BTC": make_coin(0, 1), "ADA": make_coin(150, 2), "ETH": make_coin(400, 3)})
+    ends = stacked[["y_end", "s_end"]].set_axis(["y", "s"], axis=1)
+    how = dict(first_test="2021-07-01", step="120D", validation="90D", embargo="2D")
+    return stacked[[*ABC, "y", "s"]], ends, walk_forward(stacked.index, ends, **how)
+
+
+def fit_pooled(frame, fold, rows=lambda frame, fold: fold.refit):
+    "A ridge for all coins on features and labels less their means by coin, each label on the rows where it has matured."
+    fitted = {}
+    for name in ("y", "s"):
+        known = frame[[*ABC, name]].iloc[rows(frame, fold.of(name))]
+        mean = known.groupby("asset").mean()
+        z = (known - mean.reindex(known.index.get_level_values("asset")).to_numpy()).to_numpy()
+        x = z[:, :3]
+        fitted[name] = dict(mean=mean, weights=np.linalg.solve(x.T @ x + np.eye(3), x.T @ z[:, 3]))
+    return fitted
+
+
+def predict_pooled(fitted, frame, rows):
+    x, made = frame[ABC].iloc[rows], {}
+    for name, one in fitted.items():
+        mean = one["mean"].reindex(x.index.get_level_values("asset"))
+        made[name] = (x - mean[ABC].to_numpy()).to_numpy() @ one["weights"] + mean[name].to_numpy()
+    return pd.DataFrame(made, x.index)
+
+
+def audit_coins(coins, fit=fit_pooled, predict=predict_pooled):
+    frame, ends, folds = coins
+    return audit_pipeline(fit, predict, frame, folds, labels=["y", "s"], label_end=ends)
+
+
+def test_a_pooled_ridge_demeaned_by_coin_passes(coins):
+    report = audit_coins(coins)
+    assert report.ok and report.findings.empty and report.tested["folds"] == 3 and not report.tested["runs that raised"]
+    assert all(len(fold.of("s").refit) > len(fold.refit) for fold in coins[2])
+
+
+def test_a_forecast_less_the_mean_over_coins_of_the_same_time_passes(coins):
+    def predict(fitted, frame, rows):
+        made = predict_pooled(fitted, frame, rows)
+        return made - made.groupby("time").transform("mean")
+    assert audit_coins(coins, predict=predict).findings.empty
+
+
+def test_coin_means_over_the_whole_sample_are_found_in_a_fit(coins):
+    def fit(frame, fold):
+        fitted = fit_pooled(frame, fold)
+        return fitted | dict(y=fitted["y"] | dict(mean=frame.groupby("asset").mean()))
+    assert {"fitted.y.mean", "forecast.ETH y"} <= set(audit_coins(coins, fit).findings.column)
+
+
+def test_a_scaler_over_all_coins_and_times_is_found(coins):
+    fit = lambda frame, fold: fit_pooled(frame, fold) | dict(y=fit_pooled(frame, fold)["y"] | dict(scale=frame[ABC].std()))
+    assert audit_coins(coins, fit).findings.column.tolist() == ["fitted.y.scale"]
+
+
+@pytest.mark.parametrize("name, end", [("y", 30), ("s", 10)])
+def test_labels_of_another_coin_across_the_purge_are_found_in_a_fit(coins, name, end):
+    def late(frame, fold):  # one row of ETH whose label ends one day after the test begins
+        begin = frame.index[fold.test[0]][1]
+        return np.append(fold.refit, frame.index.get_loc(("ETH", begin - pd.Timedelta(days=end - 1))))
+
+    def fit(frame, fold): return fit_pooled(frame, fold) | {name: fit_pooled(frame, fold, late)[name]}
+    found = audit_coins(coins, fit).findings
+    assert set(found.kind) == {"fit sees the future"} and f"fitted.{name}.weights" in set(found.column)
+
+
+def test_a_coins_rows_filled_back_before_it_began_are_found_in_a_fit(coins):
+    def fit(frame, fold):
+        begin = frame.index[fold.test[0]][1]
+        filled = frame.a.unstack("asset").bfill().loc[:begin - pd.Timedelta("1D")]
+        return fit_pooled(frame, fold) | dict(y=fit_pooled(frame, fold)["y"] | dict(filled=filled.mean()))
+    frame, ends, _ = coins
+    early = walk_forward(frame.index, ends, first_test="2020-12-01", step="60D", validation="90D")[:1]  # ETH begins in 2021
+    assert audit_coins((frame, ends, early)).findings.empty
+    assert audit_coins((frame, ends, early), fit).findings.column.tolist() == ["fitted.y.filled"]
+
+
+def test_a_forecast_from_another_coins_next_day_is_found(coins):
+    def predict(fitted, frame, rows):
+        later = frame.a.unstack("asset")["ETH"].shift(-1).fillna(0).reindex(frame.index[rows].get_level_values("time"))
+        return predict_pooled(fitted, frame, rows).add(later.to_numpy(), axis=0)
+    found = audit_coins(coins, predict=predict).findings
+    assert {"BTC y", "ADA y"} <= set(found.column) and all("forecast sees the future" in kind for kind in found.kind)
+
+
+def test_a_truncated_run_sees_rows_up_to_one_time_of_all_coins(coins):
+    seen = []
+
+    def predict(fitted, frame, rows):
+        seen.append((frame.index, frame.index[rows]))
+        return predict_pooled(fitted, frame, rows)
+    frame, _, folds = coins
+    audit_coins(coins, predict=predict)
+    cut = [(index, rows) for index, rows in seen if len(index) < len(frame)]
+    assert cut
+    for index, rows in cut:
+        until = rows.get_level_values("time").max()
+        assert index.equals(frame.index[frame.index.get_level_values("time") <= until]) and index.levels[1].max() == until
+        start = frame.index[folds[0].test[0]][1]
+        assert rows.get_level_values("time").min() >= start and rows[0][0] == "BTC"

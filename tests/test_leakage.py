@@ -871,3 +871,87 @@ def test_labels_of_another_coin_across_the_purge_are_found():
     report = audit_folds([wrong], COINS)
     assert kinds(report) == {"label overlap"} and report.findings.column.tolist() == ["refit"]
     assert audit_folds([Fold(fold.train, fold.valid, bitcoin, fold.refit)], COINS).findings.empty
+
+
+# --- audit of code on several assets --------------------------------------------------------------------------------------
+
+
+def coin_bars(days: pd.DatetimeIndex, seed: int) -> pd.DataFrame:
+    "Bars of a coin, with a column of each type."
+    rng, n = np.random.default_rng(seed), len(days)
+    close = 100 * np.exp(rng.normal(0, .03, n).cumsum())
+    return pd.DataFrame(dict(close=close, filled=rng.random(n) < .1, trades=rng.integers(1, 99, n)), days)
+
+
+BARS = leakage.stack_assets({"BTC": coin_bars(DAYS, 1), "ADA": coin_bars(DAYS[150:], 2), "ETH": coin_bars(DAYS[450:800], 3)})
+
+
+def by_coin(values): return values.groupby("asset", group_keys=False)
+
+
+def changes(frame): return by_coin(np.log(frame.close)).diff()
+
+
+def of_bitcoin(values: pd.Series) -> pd.Series: return pd.concat({"BTC": values.rename("x")}, names=["asset", "time"])
+
+
+def audit_of_coins(fn): return audit(fn, BARS, n_cuts=8)
+
+
+def test_trailing_features_by_coin_pass():
+    def features(frame):
+        vol = by_coin(changes(frame)).transform(lambda x: x.rolling(20).std())
+        level = vol / by_coin(vol).transform(lambda x: x.rolling(365, min_periods=60).mean())
+        relative = level - level.groupby("time").transform("mean")
+        return pd.DataFrame(dict(level=level, relative=relative, filled=frame.filled, trades=frame.trades))
+
+    seen = []
+    report = audit(lambda frame: (seen.append(frame), features(frame))[1], BARS)
+    assert report.ok and report.findings.empty and not report.tested["runs that raised"]
+    assert report.tested["assets"] == 3 and not [k for k in report.tested if k.startswith("columns")], report.tested
+    for frame in seen:  # only rows that exist, of the types given, and no trace of assets that do not exist yet
+        assert frame.index.isin(BARS.index).all() and (frame.dtypes == BARS.dtypes).all()
+        assert set(frame.index.levels[0]) == set(frame.index.get_level_values(0))
+    assert {tuple(frame.index.levels[0]) for frame in seen} >= {("BTC",), ("BTC", "ADA"), ("BTC", "ADA", "ETH")}
+
+
+def test_a_coin_mean_over_the_whole_sample_is_found():
+    report = audit_of_coins(lambda frame: changes(frame) - by_coin(changes(frame)).transform("mean"))
+    assert set(report.findings.column) == {"BTC close", "ADA close", "ETH close"}
+
+
+def test_another_coins_future_is_found():
+    def fn(frame):
+        wide = changes(frame).unstack("asset")
+        return of_bitcoin(wide["ETH"].rolling(3).sum().shift(-3) if "ETH" in wide else wide["BTC"] * np.nan)
+    report = audit_of_coins(fn)
+    assert set(report.findings.column) == {"BTC x"} and report.tested["assets without output"] == "ADA, ETH"
+
+
+def test_scaling_over_all_coins_and_times_is_found():
+    assert not audit_of_coins(lambda frame: (changes(frame) - changes(frame).mean()) / changes(frame).std()).ok
+
+
+def test_prices_filled_back_before_a_coin_began_are_found():
+    wide = lambda frame: frame.close.unstack("asset").bfill()
+    assert set(audit_of_coins(lambda frame: of_bitcoin(wide(frame).mean(axis=1))).findings.column) == {"BTC x"}
+    report = audit_of_coins(lambda frame: wide(frame).stack().swaplevel().rename("close"))  # rows that do not exist
+    early = report.findings[report.findings.kind == "asset before its first row"]
+    assert early.column.tolist() == ["ADA close", "ETH close"] and early.magnitude.tolist() == [150, 450]
+
+
+def test_rows_borrowed_from_bitcoin_before_a_coin_began_are_found():
+    def fn(frame):
+        wide = changes(frame).unstack("asset")
+        return of_bitcoin(wide.apply(lambda x: x.fillna(wide["BTC"])).mean(axis=1))
+    assert kinds(audit_of_coins(fn)) == {"truncation", "perturbation"}
+
+
+def test_a_function_of_coins_may_return_one_series_of_times():
+    assert audit_of_coins(lambda frame: changes(frame).groupby("time").mean()).ok
+    assert not audit_of_coins(lambda frame: changes(frame).groupby("time").mean().shift(-1)).ok
+
+
+def test_output_rows_of_an_unknown_coin_are_named():
+    with pytest.raises(AuditError, match="rows of 'DOGE', an asset that the frame does not have"):
+        audit_of_coins(lambda frame: pd.concat({"DOGE": frame.close.loc["BTC"]}, names=["asset", "time"]))
