@@ -728,6 +728,8 @@ def build_panels(
         raw = read_table(path)
         kind = detect_format(raw)
         coin = coin_of(path) if kind in ("kraken", "binance") else ""
+        if kind == "yahoo" and (daily := asset_in(path.name).base) not in ("", *NO_COINS):
+            raise SourceError(path, f"holds daily quotes of {coin_name(daily)}", "Use hourly bars (1h), or move the file")
         if not coin or coin in NO_COINS:
             note = f"{coin} is not a coin" if coin else f"{LEFT_OUT[kind]}, not hourly bars of a coin"
             rows[str(path)] = dict(status="left out", note=note)
@@ -771,8 +773,8 @@ def load_panels(
     alphabetical order. A coin with too few bars is left out with a warning, a coin without an hour
     between `start` and `end` without one."""
     panels, files = build_panels(data_dir, repairs)
-    for note in files.loc[(files["status"] == "left out") & (files["asset"] != ""), "note"].unique():
-        warnings.warn(f"{data_dir}: {note}; the coin is left out", stacklevel=2)
+    for note in files.loc[(files["status"] == "left out") & (files["asset"] != ""), "note"].str.split("; ").str[0].unique():
+        warnings.warn(f"{data_dir}: {note}: the coin is left out", stacklevel=2)
     return cut_panels(panels, start, end)
 
 def bitcoin_panel(

@@ -44,32 +44,43 @@ YIELD = "observation_date,DGS10\n" + "".join(f"2024-01-{d:02},4.0\n" for d in (2
 SYMBOL = text(closes("ETH")).replace("ts,", "symbol,ts,").replace("\n2024", "\nBTC/USDT,2024")
 STRAY = closes("ETH") * np.where(np.arange(1000) == 500, 10, 1)
 REFUSED = {
-    "a name without a coin": ({"BTCUSDT-1h-2024-01.csv": text(closes("BTC"))}, "BTCUSDT-1h-2024-01.csv Rename BTC_BTCUSDT-1h-2024-01.csv"),
-    "a name that begins with a venue": ({"binance_ETHUSDT_1h.csv": text(closes("ETH"))}, "binance_ETHUSDT_1h.csv Rename ETH_binance_ETHUSDT_1h.csv"),
-    "a name that begins with a date": ({"2024_bars.csv": text(closes("ETH"))}, "2024_bars.csv Rename ETH_2024_bars.csv"),
+    "a name without a coin": ({"BTCUSDT-1h-2024-01.csv": text(closes("BTC"))},
+        "BTCUSDT-1h-2024-01.csv Rename BTC_BTCUSDT-1h-2024-01.csv"),
+    "a name that begins with a venue": ({"binance_ETHUSDT_1h.csv": text(closes("ETH"))},
+        "binance_ETHUSDT_1h.csv Rename ETH_binance_ETHUSDT_1h.csv"),
+    "a name that begins with a date": ({"2024_bars.csv": text(closes("ETH"))},
+        "2024_bars.csv Rename ETH_2024_bars.csv"),
     "a name that begins with another word": ({"my_eth_bars.csv": text(closes("ETH"))}, "my_eth_bars.csv Rename"),
     "a name with two coins": ({"ETH_LTC_1h.csv": text(closes("ETH"))}, "ETH_LTC_1h.csv two coins, ETH and LTC"),
-    "a name of two words that is another coin": ({"Bitcoin_Cash_1h.csv": text(closes("ETH"))}, "Bitcoin_Cash_1h.csv two coins, BTC and BCH"),
+    "a name of two words that is another coin": ({"Bitcoin_Cash_1h.csv": text(closes("ETH"))},
+        "Bitcoin_Cash_1h.csv two coins, BTC and BCH"),
     "bars in euros": ({"ETH_EUR_1h.csv": text(closes("ETH"))}, "ETH_EUR_1h.csv ETH in EUR dollars"),
     "bars in bitcoins": ({"ETHBTC_1h.csv": text(closes("ETH") / 60000)}, "ETHBTC_1h.csv ETH in BTC"),
     "another coin in the symbol column": ({"ETH_1h.csv": SYMBOL}, "ETH_1h.csv symbol BTC/USDT"),
-    "prices of another coin": ({"SOL_1h.csv": text(closes("ETH"))}, "SOL_1h.csv close 2024-01 SOL traded at 79 to 260 another coin"),
+    "prices of another coin": ({"SOL_1h.csv": text(closes("ETH"))},
+        "SOL_1h.csv close 2024-01 SOL traded at 79 to 260 another coin"),
     "prices of another coin named Bitcoin": ({"BTC_1h.csv": text(closes("ETH"))}, "BTC_1h.csv Bitcoin traded at"),
     "another unit": ({"ETH_1h.csv": text(closes("ETH") / 1000)}, "ETH_1h.csv ETH traded at"),
     "the file of another coin in the folder": ({**BTC, **ETH, "SOL_1h.csv": ETH["ETH_1h.csv"]},
-                                               "SOL_1h.csv closes in 2024-01 ETH_1h.csv 0.00 % SOL traded at Replace"),
+        "SOL_1h.csv closes in 2024-01 ETH_1h.csv 0.00 % SOL traded at Replace"),
     "the same file at a level where both trade": ({"ADA_1h.csv": text(closes("ADA")), "XRP_1h.csv": text(closes("ADA"))},
-                                                  "ADA_1h.csv XRP_1h.csv One of the two names is wrong"),
-    "the same file under an unknown name": ({**ETH, "AAA_1h.csv": ETH["ETH_1h.csv"]}, "AAA_1h.csv ETH_1h.csv One of the two names"),
-    "the same series in another unit": ({**ETH, "XYZ_1h.csv": text(closes("ETH") / 100)}, "ETH_1h.csv XYZ_1h.csv hourly returns correlation 1.0000"),
-    "one month of another coin": ({**ETH, "ETH_2.csv": text(closes("SOL"), "2024-02-12")}, "ETH_2.csv jumps ETH_1h.csv keep the one of ETH"),
-    "two venues that differ": ({**ETH, "ETH_bitstamp.csv": text(closes("SOL"))}, "ETH_bitstamp.csv closes are ETH_1h.csv keep the one of ETH"),
+        "ADA_1h.csv XRP_1h.csv One of the two names is wrong"),
+    "the same file under an unknown name": ({**ETH, "AAA_1h.csv": ETH["ETH_1h.csv"]},
+        "AAA_1h.csv ETH_1h.csv One of the two names"),
+    "the same series in another unit": ({**ETH, "XYZ_1h.csv": text(closes("ETH") / 100)},
+        "ETH_1h.csv XYZ_1h.csv hourly returns correlation 1.0000"),
+    "one month of another coin": ({**ETH, "ETH_2.csv": text(closes("SOL"), "2024-02-12")},
+        "ETH_2.csv jumps ETH_1h.csv keep the one of ETH"),
+    "two venues that differ": ({**ETH, "ETH_bitstamp.csv": text(closes("SOL"))},
+        "ETH_bitstamp.csv closes are ETH_1h.csv keep the one of ETH"),
     "files of one venue that differ": ({**ETH, "ETH_2.csv": text(closes("ETH") * 1.001)}, "ETH_2.csv ETH_1h.csv open"),
     "a stray tick": ({"ETH_1h.csv": text(STRAY)}, "ETH_1h.csv row 502 factor drop_invalid"),
     "two coins in one file": ({"XYZ_1h.csv": text(np.r_[closes("XYZ"), closes("ETH")])}, "XYZ_1h.csv row 1002 close"),
+    "daily quotes of a coin": ({**BTC, "ETH_1d.csv": INDEX.replace("10", "30")}, "ETH_1d.csv daily quotes of ETH hourly"),
     "no data file": ({"notes.md": "none"}, "notes.md"),
     "no hourly bars": ({"DX-Y.NYB.csv": INDEX, "DGS10.csv": YIELD}, "holds no hourly bars of a coin BTC_1h.csv"),
-    "only short coins": ({"ETH_1h.csv": text(closes("ETH", 100)), "SOL_1h.csv": text(closes("SOL", 1))}, "ETH, has 100 hourly bars 720"),
+    "only short coins": ({"ETH_1h.csv": text(closes("ETH", 100)), "SOL_1h.csv": text(closes("SOL", 1))},
+        "ETH, has 100 hourly bars 720"),
 }
 
 
@@ -88,8 +99,8 @@ def test_an_empty_folder_and_a_missing_one_are_refused(tmp_path):
 
 
 def test_panels_come_in_order_with_bitcoins_columns_from_first_to_last_bar(tmp_path):
-    folder = make(tmp_path, {"xyz_1h.csv": text(closes("XYZ")), **BTC, "Eth_Binance.csv": text(closes("ETH", 800), "2024-01-05 06:00"),
-                             "ada_1h.csv": text(closes("ADA"))})
+    folder = make(tmp_path, {"xyz_1h.csv": text(closes("XYZ")), "ada_1h.csv": text(closes("ADA")), **BTC,
+                             "Eth_Binance.csv": text(closes("ETH", 800), "2024-01-05 06:00")})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         panels = sources.load_panels(folder)
@@ -137,8 +148,9 @@ def test_a_short_coin_is_left_out_with_a_warning_and_a_note(tmp_path):
 
 
 def test_files_that_hold_no_coin_are_left_out_with_a_note(tmp_path):
-    folder = make(tmp_path, {**BTC, **ETH, "DX-Y.NYB.csv": INDEX, "btc.csv": CHAIN, "DGS10.csv": YIELD, "DXY_1h.csv": text(np.full(800, 102.)),
-                             "EUR_USD_1h.csv": text(np.full(800, 1.1)), "notes.md": "x", ".hidden": "x"})
+    folder = make(tmp_path, {**BTC, **ETH, "DX-Y.NYB.csv": INDEX, "btc.csv": CHAIN, "DGS10.csv": YIELD,
+                             "DXY_1h.csv": text(np.full(800, 102.)), "EUR_USD_1h.csv": text(np.full(800, 1.1)),
+                             "notes.md": "x", ".hidden": "x"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert [*sources.load_panels(folder)] == ["BTC", "ETH"]
@@ -183,19 +195,21 @@ def test_panels_are_cut_at_start_and_end(tmp_path):
     cut = sources.load_panels(folder, end="2024-01-10")
     assert [*cut] == ["BTC"] and cut["BTC"].index[-1] == pd.Timestamp("2024-01-10 23:00", tz="UTC")
     assert {coin: len(p) for coin, p in sources.load_panels(folder, start="2024-02-11").items()} == {"BTC": 17, "ETH": 273}
-    with pytest.raises(ValueError, match="the panels have no hour from 2030-01-01 on; they cover 2024-01-01 01:00 to 2024-02-22 08:00"):
+    message = "the panels have no hour from 2030-01-01 on; they cover 2024-01-01 01:00 to 2024-02-22 08:00"
+    with pytest.raises(ValueError, match=message):
         sources.load_panels(folder, start="2030-01-01")
 
 
 def test_a_folder_without_bitcoin_loads_and_the_missing_bitcoin_is_named(tmp_path):
     panels = sources.load_panels(make(tmp_path, {**ETH, **SOL}))
     assert [*panels] == ["ETH", "SOL"]
-    with pytest.raises(SourceError, match="holds no hourly bars of Bitcoin, only of ETH, SOL. Add them in a file whose name begins with BTC_"):
+    with pytest.raises(SourceError, match="no hourly bars of Bitcoin, only of ETH, SOL. Add .* name begins with BTC_"):
         sources.bitcoin_panel(panels, tmp_path)
 
 
 def test_a_folder_of_one_panel_still_refuses_other_coins(tmp_path):
-    with pytest.raises(SourceError, match="ETH_1h.csv: holds bars of ETH, not of Bitcoin"): sources.load_panel(make(tmp_path, {**BTC, **ETH}))
+    folder = make(tmp_path, {**BTC, **ETH})
+    with pytest.raises(SourceError, match="ETH_1h.csv: holds bars of ETH, not of Bitcoin"): sources.load_panel(folder)
 
 
 @pytest.mark.skipif(not COINS.is_dir(), reason="the real files are absent")
