@@ -20,7 +20,7 @@ from .files import RawTable, SourceError, shorten
 __all__ = ['USD', 'CURRENCIES', 'QUOTES', 'COINS', 'WORD_COINS', 'NAMES', 'NOT_COINS', 'HOUR', 'SPIKE', 'WICK', 'COIN_SPIKE',
            'COIN_OPEN', 'BAR_COLUMNS', 'STEP', 'COIN_STEP', 'LEVEL', 'COIN_LEVEL', 'YEARLY_RANGE', 'COIN_RANGE',
            'PRICES', 'BARS', 'OTHER_BARS', 'INDEX_QUOTES', 'OTHER_QUOTES', 'Asset', 'asset_in', 'asset_of', 'deviation',
-           'largest_step', 'check_steps', 'since', 'level_problem', 'find_faults', 'daily_rules', 'repair', 'utc_now',
+           'largest_step', 'check_steps', 'level_problem', 'find_faults', 'daily_rules', 'repair', 'utc_now',
            'drop_unfinished']
 
 # %% ../nbs/00e_checks.ipynb #c65fa890
@@ -233,8 +233,12 @@ YEARLY_RANGE = {2011: (.3, 30), 2012: (4, 14), 2013: (13, 1200), 2014: (300, 100
                 2020: (3800, 29300), 2021: (28800, 69000), 2022: (15500, 48100), 2023: (16500, 44700),
                 2024: (38500, 108400)}
 
-def since(year, *ranges): return dict(enumerate(ranges, year))  # ranges of consecutive years
+# %% ../nbs/00e_checks.ipynb #bc4bcf32
+def since(year: int, *ranges: tuple[float, float]) -> dict[int, tuple[float, float]]:
+    "Year -> range, for the ranges of consecutive years from `year` on."
+    return dict(enumerate(ranges, year))
 
+# %% ../nbs/00e_checks.ipynb #5f94a192
 # Coin -> year -> lowest and highest hourly close in US dollars. A low of 0: the year began before the data did.
 COIN_RANGE = {
     "BTC": YEARLY_RANGE,
