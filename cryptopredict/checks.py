@@ -17,10 +17,11 @@ import pandera.pandas as pa
 from .files import RawTable, SourceError, shorten
 
 # %% auto #0
-__all__ = ['USD', 'CURRENCIES', 'QUOTES', 'COINS', 'WORD_COINS', 'NAMES', 'NOT_COINS', 'HOUR', 'SPIKE', 'WICK', 'BAR_COLUMNS',
-           'LEVEL', 'YEARLY_RANGE', 'PRICES', 'BARS', 'OTHER_BARS', 'INDEX_QUOTES', 'OTHER_QUOTES', 'Asset', 'asset_in',
-           'asset_of', 'deviation', 'largest_step', 'check_steps', 'level_problem', 'find_faults', 'daily_rules',
-           'repair', 'utc_now', 'drop_unfinished']
+__all__ = ['USD', 'CURRENCIES', 'QUOTES', 'COINS', 'WORD_COINS', 'NAMES', 'NOT_COINS', 'HOUR', 'SPIKE', 'WICK', 'COIN_SPIKE',
+           'COIN_OPEN', 'BAR_COLUMNS', 'STEP', 'COIN_STEP', 'LEVEL', 'COIN_LEVEL', 'YEARLY_RANGE', 'COIN_RANGE',
+           'PRICES', 'BARS', 'OTHER_BARS', 'INDEX_QUOTES', 'OTHER_QUOTES', 'Asset', 'asset_in', 'asset_of', 'deviation',
+           'largest_step', 'check_steps', 'level_problem', 'find_faults', 'daily_rules', 'repair', 'utc_now',
+           'drop_unfinished']
 
 # %% ../nbs/00e_checks.ipynb #c65fa890
 USD = ("USDT", "USDC", "BUSD", "FDUSD", "TUSD", "USDP", "DAI", "USD")  # the dollar and the stable coins pegged to it
@@ -164,6 +165,7 @@ LOW_RULE = pandera_check(lambda f: ~(f["low"] > lowest_price(f) * ROUNDING),
 # %% ../nbs/00e_checks.ipynb #3361a651
 HOUR = pd.Timedelta("1h")
 SPIKE, WICK = 1.8, 9.  # largest factor between a close and its neighbours, and between a high or low and its bar
+COIN_SPIKE, COIN_OPEN = 4., 8.  # largest factor between a close, or an open, of another coin and its neighbours
 BAR_COLUMNS = ["open", "high", "low", "close", "volume"]
 
 def deviation(
@@ -196,22 +198,26 @@ WICKS = [
                   f"low: is less than 1/{WICK:.0f} of the open and close of its bar", DROP)]
 
 # %% ../nbs/00e_checks.ipynb #fb716e2e
+STEP, COIN_STEP = 2.1, 4.  # largest factor between two closes an hour apart, for Bitcoin and for other coins
+
 def largest_step(
     gap: pd.Timedelta | pd.Series,  # time between the closes, at least one hour
+    hour: float = STEP,  # largest factor in an hour
 ) -> float | pd.Series:
-    """Largest plausible |log return| between two closes, log(2.1) + 0.3 sqrt(gap - 1 h) with the
-    gap in days: a factor of 2.1 in an hour, 2.8 in a day, 11 in a month."""
-    return np.log(2.1) + .3 * np.sqrt((gap - pd.Timedelta("1h")) / pd.Timedelta("1D"))
+    """Largest plausible |log return| between two closes, log(hour) + 0.3 sqrt(gap - 1 h) with the
+    gap in days: by default a factor of 2.1 in an hour, 2.8 in a day, 11 in a month."""
+    return np.log(hour) + .3 * np.sqrt((gap - pd.Timedelta("1h")) / pd.Timedelta("1D"))
 
 # %% ../nbs/00e_checks.ipynb #85b94f4c
 def check_steps(
     path: str | Path,  # the file, for the message
     table: pd.DataFrame,  # table with `value_time` and `close`, by row of the file
+    hour: float = STEP,  # largest factor in an hour
 ) -> None:
     """Raise `SourceError` for the first close that is further from the close of the row above than
     `largest_step`."""
     step, gap = np.log(table["close"]).diff(), table["value_time"].diff()
-    wrong = step.abs() > largest_step(gap.clip(lower=pd.Timedelta("1h")))
+    wrong = step.abs() > largest_step(gap.clip(lower=pd.Timedelta("1h")), hour)
     if wrong.any():
         row = wrong.idxmax()
         factor = f"{np.exp(step[row]):.3g}"
@@ -220,28 +226,63 @@ def check_steps(
         raise SourceError(path, problem, remedy, row=row, column="close")
 
 # %% ../nbs/00e_checks.ipynb #a1c839d2
-LEVEL = 6.  # largest factor between a month's median close and the year's range
+LEVEL, COIN_LEVEL = 6., 2.  # largest factor between a month's median close and the year's range: Bitcoin, other coins
 # Year -> lowest and highest price in US dollars, rounded.
 YEARLY_RANGE = {2011: (.3, 30), 2012: (4, 14), 2013: (13, 1200), 2014: (300, 1000), 2015: (170, 490),
                 2016: (360, 980), 2017: (750, 19900), 2018: (3100, 17200), 2019: (3300, 13900),
                 2020: (3800, 29300), 2021: (28800, 69000), 2022: (15500, 48100), 2023: (16500, 44700),
                 2024: (38500, 108400)}
 
+# %% ../nbs/00e_checks.ipynb #bc4bcf32
+def since(year: int, *ranges: tuple[float, float]) -> dict[int, tuple[float, float]]:
+    "Year -> range, for the ranges of consecutive years from `year` on."
+    return dict(enumerate(ranges, year))
+
+# %% ../nbs/00e_checks.ipynb #5f94a192
+# Coin -> year -> lowest and highest hourly close in US dollars. A low of 0: the year began before the data did.
+COIN_RANGE = {
+    "BTC": YEARLY_RANGE,
+    "ADA": since(2018, (.027, .38), (.031, .11), (.02, .2), (.17, 3.1), (.24, 1.6), (.24, .68), (.29, 1.3)),
+    "ALGO": since(2019, (.17, 1.8), (.11, .75), (.34, 2.4), (.16, 1.8), (.088, .3), (.15, .33)),
+    "AVAX": since(2020, (2.8, 6.8), (3.1, 140), (11, 120), (8.8, 49), (18, 64)),
+    "BCH": since(2019, (170, 220), (130, 490), (340, 1600), (88, 450), (96, 320), (220, 710)),
+    "BNB": since(2017, (0, 11), (4.2, 25), (5.4, 39), (7.7, 39), (36, 680), (190, 530), (200, 350), (290, 630)),
+    "DOGE": since(2019, (.0019, .0035), (.0013, .0051), (.0047, .74), (.05, .2), (.058, .1), (.076, .23)),
+    "DOT": since(2020, (2.7, 9.3), (7.6, 55), (4.2, 30), (3.6, 9.5), (3.7, 12)),
+    "EOS": since(2017, (.48, 12), (1.5, 23), (2.2, 8.6), (1.6, 5.4), (2.5, 15), (.81, 3.3), (.53, 1.3), (.65, 1.3)),
+    "ETH": since(2015, (.41, 1.4), (.84, 21), (8.1, 850), (82, 1400), (100, 360), (97, 750), (720, 4800),
+                 (900, 3900), (1200, 2400), (2200, 4100)),
+    "FTM": since(2019, (.0092, .032), (.0019, .055), (.016, 3.5), (.17, 3.3), (.17, .65), (.31, 1.2)),
+    "IOT": since(2017, (.15, 5.6), (.21, 4.3), (.15, .55)),
+    "LINK": since(2019, (.36, 4.4), (1.6, 20), (11, 52), (5.4, 29), (5, 18), (8.3, 30)),
+    "LTC": since(2013, (0, 51), (3.4, 31), (1.2, 8.7), (2.9, 6), (3.6, 360), (23, 310), (29, 140), (25, 140),
+                 (100, 410), (41, 150), (58, 110), (51, 140)),
+    "MATIC": since(2019, (.0031, .043), (.007, .032), (.017, 2.9), (.33, 2.6)),
+    "NEAR": since(2020, (.53, 1.5), (1.3, 16), (1.2, 20), (.97, 4.6), (2.5, 9)),
+    "NEO": since(2017, (0, 82), (5.5, 190), (6.8, 21)),
+    "SOL": since(2020, (1.2, 4.9), (1.5, 260), (8.3, 180), (9.7, 120), (79, 260)),
+    "THETA": since(2019, (.065, .16), (.041, 1.9), (1.5, 15), (.71, 5.2), (.56, 1.4), (.9, 3.7)),
+    "VET": since(2018, (.0033, .027), (.0029, .011), (.002, .023), (.019, .27), (.02, .095)),
+    "XRP": since(2017, (0, 2.4), (.25, 3.3), (.18, .49), (.12, .73), (.22, 1.9), (.29, .91), (.33, .84), (.4, 2.8))}
+COIN_RANGE["IOTA"] = COIN_RANGE["IOT"]
+
 # %% ../nbs/00e_checks.ipynb #32401886
 def level_problem(
     table: pd.DataFrame,  # table with `value_time` and `close`
+    coin: str = "BTC",  # the coin that it should hold
 ) -> tuple[str, float]:
-    """The first month whose median close lies outside Bitcoin's range by more than a factor of
-    `LEVEL`, as a text that continues a sentence beginning with the file name (empty if there is no
-    such month), and the share of such months."""
+    """The first month whose median close lies outside the coin's range by more than a factor of
+    `LEVEL` (other coins: `COIN_LEVEL`), as a text that continues a sentence beginning with the file
+    name (empty if there is no such month), and the share of such months."""
     months = table["value_time"].dt.tz_localize(None).dt.to_period("M")
-    median = table["close"].groupby(months).median()
-    low, high = (np.array([YEARLY_RANGE.get(p.year, (0, np.inf))[k] for p in median.index]) for k in (0, 1))
-    out = (median.to_numpy() < low / LEVEL) | (median.to_numpy() > high * LEVEL)
+    median, ranges = table["close"].groupby(months).median(), COIN_RANGE.get(coin, {})
+    low, high = (np.array([ranges.get(p.year, (0, np.inf))[k] for p in median.index]) for k in (0, 1))
+    factor, name = (LEVEL, "Bitcoin") if coin == "BTC" else (COIN_LEVEL, coin)
+    out = (median.to_numpy() < low / factor) | (median.to_numpy() > high * factor)
     if not out.any(): return "", 0.
     k = int(out.argmax())
     where = f"closes around {median.iloc[k]:.6g} in {median.index[k]}"
-    return f"{where}, a year in which Bitcoin traded at {low[k]:g} to {high[k]:g} dollars", float(out.mean())
+    return f"{where}, a year in which {name} traded at {low[k]:g} to {high[k]:g} dollars", float(out.mean())
 
 # %% ../nbs/00e_checks.ipynb #e0a124ae
 PRICES = {c: pa.Column(float, PRICE, nullable=True) for c in ("open", "high", "low", "close")}
@@ -253,12 +294,14 @@ TIMES = {"value_time": pa.Column(None, TIME_RULES)}
 VOLUMES = {"volume": pa.Column(float, VOLUME, nullable=True)}
 BITCOIN_VOLUMES = {"volume": pa.Column(float, [*VOLUME, VOLUME_LIMIT], nullable=True)}
 BITCOIN_PRICES = PRICES | {c: pa.Column(float, [*PRICE, SPIKE_RULE], nullable=True) for c in ("open", "close")}
+COIN_PRICES = PRICES | {c: pa.Column(float, [*PRICE, pandera_check(stays_near(k), FAR.format(f"a factor of {k:g}"), DROP)],
+                                     nullable=True) for c, k in (("close", COIN_SPIKE), ("open", COIN_OPEN))}
 INDEX_RULES = [*PRICE, pandera_check(stays_near(1.15), FAR.format("a factor of 1.15"), DROP)]
 INDEX_PRICES = {c: pa.Column(float, INDEX_RULES, nullable=True) for c in PRICES}
 
 # %% ../nbs/00e_checks.ipynb #8b42aa54
 BARS = pa.DataFrameSchema({**TIMES, **BITCOIN_PRICES, **BITCOIN_VOLUMES}, checks=[HIGH_RULE, LOW_RULE, *WICKS])
-OTHER_BARS = pa.DataFrameSchema({**TIMES, **PRICES, **VOLUMES}, checks=[HIGH_RULE, LOW_RULE])  # other coins
+OTHER_BARS = pa.DataFrameSchema({**TIMES, **COIN_PRICES, **VOLUMES}, checks=[HIGH_RULE, LOW_RULE, WICKS[0]])  # other coins
 INDEX_QUOTES = pa.DataFrameSchema({**TIMES, **INDEX_PRICES}, checks=[HIGH_RULE, LOW_RULE])  # the dollar index
 OTHER_QUOTES = pa.DataFrameSchema({**TIMES, **PRICES}, checks=[HIGH_RULE, LOW_RULE])
 

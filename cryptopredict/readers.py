@@ -14,8 +14,8 @@ import pandas as pd
 import pandera.pandas as pa
 from pandas.tseries.holiday import USFederalHolidayCalendar
 
-from .checks import (BAR_COLUMNS, BARS, HOUR, INDEX_QUOTES, CURRENCIES, OTHER_BARS, OTHER_QUOTES, PRICES,
-                                  WORD_COINS, Asset, asset_of, check_steps, daily_rules, drop_unfinished, repair)
+from .checks import (BAR_COLUMNS, BARS, COIN_STEP, CURRENCIES, HOUR, INDEX_QUOTES, OTHER_BARS, OTHER_QUOTES,
+                                  PRICES, STEP, WORD_COINS, Asset, asset_of, check_steps, daily_rules, drop_unfinished, repair)
 from .files import (RawTable, SourceError, epoch_times, is_number, known_repairs, read_table, shorten,
                                  to_number, utc_dates, utc_times)
 
@@ -225,7 +225,7 @@ def read_bars(
         raise SourceError(path, problem, "Repair the year", row=early.idxmax(), column="value_time")
     check_hourly_bars(path, opens, None if closes is None else closes[table.index], raw.member or path.name)
     check_isolated_rows(path, opens)
-    if bitcoin: check_steps(path, table)
+    check_steps(path, table, STEP if bitcoin else COIN_STEP)
     off = opens != opens.dt.floor("h")
     if off.all() and closes is None and len(table) > 1:
         problem = f"{opens.iloc[0]} is not a full hour, nor is any other row"
@@ -604,13 +604,13 @@ READERS = dict(kraken=read_kraken, binance=read_binance, coinmetrics=read_coinme
                panel=read_panel)  # format -> reader
 
 def read(
-    path: str | Path,  # a file of any known format, plain or compressed
+    path: str | Path | RawTable,  # a file of any known format, plain or compressed
     available_at: Callable[[pd.DataFrame], pd.Series] | None = None,  # table -> publication times; default: the format's rule
     repairs: Iterable[str] = (),  # opt-in repairs from `REPAIRS`
 ) -> pd.DataFrame:
     """The file as a source table; `attrs` hold its `format`, `asset`, `rows` of the file, `repairs`
     (counts) and `notes`."""
-    raw = read_table(path)
+    raw = path if isinstance(path, RawTable) else read_table(path)
     kind = detect_format(raw)
     table = READERS[kind](raw, available_at=available_at, repairs=repairs)
     table.attrs["format"] = kind

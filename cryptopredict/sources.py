@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from cryptopredict.checks import BAR_COLUMNS, COINS, HOUR, CURRENCIES, USD, Asset, asset_in, largest_step, level_problem
-from cryptopredict.files import REPAIRS, SourceError, known_repairs, list_files  # noqa: F401
+from cryptopredict.checks import (BAR_COLUMNS, COIN_RANGE, COIN_STEP, COINS, CURRENCIES, HOUR, NOT_COINS, STEP, USD, WICK, Asset,
+                                  asset_in, largest_step, level_problem)
+from cryptopredict.files import REPAIRS, SourceError, known_repairs, list_files, read_table  # noqa: F401
 from cryptopredict.leakage import check_times, point_in_time
-from cryptopredict.readers import CHAIN_COLUMNS, CHARTS, check_hourly_bars, read
+from cryptopredict.readers import CHAIN_COLUMNS, CHARTS, check_hourly_bars, detect_format, read
 from cryptopredict.readers import READERS, read_binance, read_blockchaincom, read_coinmetrics, read_fred  # noqa: F401
 from cryptopredict.readers import read_kraken, read_panel, read_yahoo  # noqa: F401
 
@@ -25,8 +27,9 @@ _all_ = ["REPAIRS", "SourceError", "READERS", "BAR_COLUMNS", "CHAIN_COLUMNS", "C
          "read_blockchaincom", "read_coinmetrics", "read_fred", "read_kraken", "read_panel", "read_yahoo"]
 
 # %% auto #0
-__all__ = ['MACRO_COLUMNS', 'METRICS', 'MAX_AGE', 'SPLICE', 'FLAGS', 'FILL_LIMIT', 'read_folder', 'load_tables', 'join_panel',
-           'price_gaps', 'build_panel', 'inventory', 'inventory_json', 'input_ages', 'load_panel']
+__all__ = ['MACRO_COLUMNS', 'METRICS', 'MAX_AGE', 'SPLICE', 'FLAGS', 'FILL_LIMIT', 'LEFT_OUT', 'derived_files', 'read_folder',
+           'load_tables', 'join_panel', 'price_gaps', 'build_panel', 'inventory', 'inventory_json', 'input_ages',
+           'load_panel', 'build_panels', 'load_panels', 'bitcoin_panel']
 
 # %% ../nbs/00g_sources.ipynb #685e1d84
 MACRO_COLUMNS = {"DTWEXBGS": "dtwexbgs", "DGS10": "dgs10", "DGS2": "dgs2"}  # FRED's names -> the panel's
@@ -59,6 +62,10 @@ def table_asset(table: pd.DataFrame, data_dir: Path) -> Asset:
     return Asset(base, quote)
 
 # %% ../nbs/00g_sources.ipynb #3060d393
+def coin_name(coin: str) -> str:
+    "The name of a coin in messages: `Bitcoin`, or the symbol of another coin."
+    return "Bitcoin" if coin == "BTC" else coin
+
 def is_bitcoin(asset: Asset) -> bool:
     "Whether a price is, or may be, Bitcoin's in dollars."
     return asset.base in ("", "BTC") and asset.quote in ("", *USD)
@@ -83,9 +90,10 @@ def compare_levels(one: pd.Series, other: pd.Series) -> tuple[float, int]:
     both = pd.concat([one[one > 0], other[other > 0]], axis=1, join="inner").dropna().iloc[-365 * 24:]
     return (float(np.log(both.iloc[:, 0] / both.iloc[:, 1]).median()), len(both)) if len(both) else (0., 0)
 
-def check_venues_agree(venues: dict[str, pd.DataFrame]) -> None:
+def check_venues_agree(venues: dict[str, pd.DataFrame], coin: str = "BTC") -> None:
     """Raise `SourceError` if the closes or volumes of two venues in the same hours cannot be of one
     coin in one currency."""
+    unit = "bitcoins" if coin == "BTC" else coin
     bars = [t.set_index("value_time")[["close", "volume", "file"]] for t in venues.values()]
     for a, b in itertools.combinations(bars, 2):
         one, other = a["file"].iloc[-1], b["file"].iloc[-1]
@@ -93,7 +101,7 @@ def check_venues_agree(venues: dict[str, pd.DataFrame]) -> None:
         early = min(a.index[-1], b.index[-1]).year < 2015
         if hours >= 3 and abs(gap) > (.15 if early else .04):
             problem = f"its closes are {np.exp(-gap):.3g} times those of {one} in {hours} common hours"
-            remedy = "The files hold different coins or currencies: keep the one of Bitcoin in dollars"
+            remedy = f"The files hold different coins or currencies: keep the one of {coin_name(coin)} in dollars"
             raise SourceError(other, problem, remedy)
         check_venue_clocks(a, b)
         volume, hours = compare_levels(a["volume"], b["volume"])
@@ -103,7 +111,7 @@ def check_venues_agree(venues: dict[str, pd.DataFrame]) -> None:
         if hours >= 24 and price > np.log(100) and large > 1e4 and one_is_value:
             dollars, bitcoins = (one, other) if volume > 0 else (other, one)
             problem = f"its volume is that of {bitcoins} times the price: it seems to be in dollars"
-            raise SourceError(dollars, problem, "Use the volume in bitcoins", column="volume")
+            raise SourceError(dollars, problem, f"Use the volume in {unit}", column="volume")
 
 def check_venue_clocks(a: pd.DataFrame, b: pd.DataFrame) -> None:
     """Raise `SourceError` if the hourly returns of two venues agree at a lag of some hours, and
@@ -121,10 +129,10 @@ def check_venue_clocks(a: pd.DataFrame, b: pd.DataFrame) -> None:
         raise SourceError(other, problem, "The times of one of the two files are not UTC: convert them")
 
 # %% ../nbs/00g_sources.ipynb #581b93b7
-def check_joints(bars: pd.DataFrame) -> None:
+def check_joints(bars: pd.DataFrame, coin: str = "BTC") -> None:
     "Raise `SourceError` if the price jumps from one file to the next by more than `largest_step`."
     step = np.log(bars["open"] / bars["close"].shift())
-    limit = largest_step(bars["value_time"].diff().clip(lower=HOUR))
+    limit = largest_step(bars["value_time"].diff().clip(lower=HOUR), STEP if coin == "BTC" else COIN_STEP)
     wrong = (step.abs() > limit) & (bars["file"] != bars["file"].shift())
     wrong.iloc[0] = False
     if wrong.any():
@@ -132,7 +140,7 @@ def check_joints(bars: pd.DataFrame) -> None:
         before, after = bars.iloc[k - 1], bars.iloc[k]
         problem = (f"the price jumps from {before['close']:g} ({before['file']}) to {after['open']:g} "
                    f"at {after['value_time']:%Y-%m-%d %H:%M}")
-        remedy = "The files hold different coins or units: keep the one of Bitcoin in dollars"
+        remedy = f"The files hold different coins or units: keep the one of {coin_name(coin)} in dollars"
         raise SourceError(after["file"], problem, remedy)
 
 # %% ../nbs/00g_sources.ipynb #db932a81
@@ -200,14 +208,20 @@ def join_by_hour(bars: pd.DataFrame) -> pd.DataFrame:
     return bars.groupby("hour", as_index=False).agg(how)
 
 # %% ../nbs/00g_sources.ipynb #464418a9
-def check_price_level(table: pd.DataFrame, asset: Asset) -> None:
-    """Raise `SourceError` for bars of an unknown asset if most of their months lie outside Bitcoin's
-    range. Other bars with months outside the range get a note `suspect`."""
-    problem, share = level_problem(table)
-    if share > .5 and asset.base != "BTC" and table.attrs["format"] != "panel":
-        remedy = "The file holds another coin or unit: use bars of Bitcoin in US dollars"
+def check_price_level(table: pd.DataFrame, asset: Asset, coin: str = "") -> None:
+    """Raise `SourceError` for bars if most of their months lie outside the range of `coin`, or outside
+    Bitcoin's range if no coin is given and the asset is unknown. Other bars with months outside the
+    range get a note `suspect`, bars of a coin without a known range a note that says so."""
+    problem, share = level_problem(table, coin or "BTC")
+    if share > .5 and (coin or asset.base != "BTC") and table.attrs["format"] != "panel":
+        remedy = f"The file holds another coin or unit: use bars of {coin_name(coin or 'BTC')} in US dollars"
         raise SourceError(table.attrs["file"], problem, remedy, column="close")
     if problem: table.attrs["notes"].append(f"suspect: {problem}")
+    if not coin: return
+    if coin not in COIN_RANGE: table.attrs["notes"].append(f"level not checked: no price range is known for {coin}")
+    deep = table["low"] * WICK < table[["open", "close"]].min(axis=1)
+    for row in table[deep].head(1).itertuples():
+        table.attrs["notes"].append(f"suspect: low of {row.low:g} at {row.value_time:%Y-%m-%d %H:%M}, close {row.close:g}")
 
 def check_common_period(tables: list[pd.DataFrame]) -> None:
     """Raise `SourceError` if the files of one venue, which may each be too short to show the period,
@@ -225,16 +239,21 @@ def check_common_period(tables: list[pd.DataFrame]) -> None:
         problem = f"its bars, and those of the other files, are {step / HOUR:.0f}h apart, expected 1h"
         raise SourceError(tables[-1].attrs["file"], problem, "Use hourly bars (1h)")
 
-def bitcoin_bars(tables: list[pd.DataFrame], data_dir: Path) -> pd.DataFrame:
-    "All bars of a folder, checked against each other and joined into one hourly series."
+def coin_bars(tables: list[pd.DataFrame], data_dir: Path, coin: str = "BTC") -> pd.DataFrame:
+    "All bars of one coin, checked against each other and joined into one hourly series."
     by_venue: dict = {}
-    require_bitcoin(tables, data_dir)
     for table in tables: by_venue.setdefault(venue_of(table, data_dir), []).append(table)
     venues = {venue: stack_bars(found) for venue, found in by_venue.items()}
     for found in by_venue.values(): check_common_period(found)
-    check_venues_agree(venues)
+    check_venues_agree(venues, coin)
     bars = join_by_hour(join_venues(venues))
-    check_joints(bars)
+    check_joints(bars, coin)
+    return bars
+
+def bitcoin_bars(tables: list[pd.DataFrame], data_dir: Path) -> pd.DataFrame:
+    "All bars of a folder, which must be of Bitcoin, as one hourly series."
+    require_bitcoin(tables, data_dir)
+    bars = coin_bars(tables, data_dir)
     for table in tables: check_price_level(table, table_asset(table, data_dir))
     return bars
 
@@ -381,6 +400,12 @@ def prepared_panel(tables: list[pd.DataFrame], data_dir: Path) -> pd.DataFrame:
     return pd.concat([panel[BAR_COLUMNS], panel.reindex(columns=METRICS), flags], axis=1)
 
 # %% ../nbs/00g_sources.ipynb #a048d6e8
+def derived_files(files: Sequence[Path]) -> dict[Path, str]:
+    "Files made from a prepared panel in the same folder, with the reason why they are not read."
+    panels = {p.parent for p in files if p.name == "panel.parquet"}
+    made = [p for p in files if p.name in ("features.parquet", "labels.parquet") and p.parent in panels]
+    return dict.fromkeys(made, "made from the panel in the same folder")
+
 def read_folder(
     data_dir: str | Path,  # folder with source files, or with a panel written by `cryptopredict prepare`
     repairs: Iterable[str] = (),  # opt-in repairs for every file, from `REPAIRS`
@@ -388,9 +413,8 @@ def read_folder(
     "Read all files of a folder and check them against each other."
     data_dir, repairs, found = Path(data_dir), known_repairs(repairs), list_files(data_dir)
     skipped = dict(found.skipped)
-    panels = {p.parent for p in found.files if p.name == "panel.parquet"}
-    made = [p for p in found.files if p.name in ("features.parquet", "labels.parquet") and p.parent in panels]
-    skipped |= dict.fromkeys(made, "made from the panel in the same folder")
+    made = derived_files(found.files)
+    skipped |= made
     tables = [read(path, repairs=repairs) for path in found.files if path not in made]
     if any(t.attrs["format"] == "panel" for t in tables):
         panel = prepared_panel(tables, data_dir)
@@ -501,21 +525,21 @@ def longest_run(missing: np.ndarray) -> list[tuple[int, int]]:
     begin, length = edges[::2], np.diff(edges)[::2]
     return [(int(begin[length.argmax()]), int(length.max()))] if len(length) else []
 
-def panel_row(panel: pd.DataFrame, provided: set[str]) -> dict:
-    "The inventory row of the panel; `provided` are the columns for which there is a file."
+def panel_row(panel: pd.DataFrame, provided: set[str], coin: str = "BTC", metrics: Sequence[str] = METRICS) -> dict:
+    "The inventory row of the panel; `provided` are the columns of `metrics` for which there is a file."
     filled, gaps, last = panel["is_filled"].to_numpy(), price_gaps(panel), panel.iloc[-1]
     notes = [f"no bars from {g.begin:%Y-%m-%d %H:%M} to {g.end:%Y-%m-%d %H:%M} "
              f"({g.hours} h, {FILL_LIMIT} of them filled)" for g in gaps.itertuples()]
     notes += [f"longest gap without a trade: {hours} h from {panel.index[k]:%Y-%m-%d %H:%M} on"
               for k, hours in longest_run(filled) if hours >= 24 and hours not in set(gaps["hours"])]
     notes += [f"{c} empty for {hours / 24:.0f} days from {panel.index[k]:%Y-%m-%d} on"
-              for c in METRICS if c in provided
+              for c in metrics if c in provided
               for k, hours in longest_run(panel[c].isna().to_numpy()) if hours > 14 * 24 and k + hours < len(panel)]
-    absent = [c for c in METRICS if c not in provided]
-    stale = [c for c in METRICS if c in provided and pd.isna(last[c])]
+    absent = [c for c in metrics if c not in provided]
+    stale = [c for c in metrics if c in provided and pd.isna(last[c])]
     notes += [f"no file for {' '.join(absent)}"] if absent else []
     notes += [f"empty at the end: {' '.join(stale)}"] if stale else []
-    return dict(status="panel", holds="all columns", asset="BTC", period="1h", rows=len(panel),
+    return dict(status="panel", holds="all columns", asset=coin, period="1h", rows=len(panel),
                 used=int((~filled).sum()), first=panel.index[0], last=panel.index[-1], age_days=0.,
                 filled=int(filled.sum()), longest_hole=next((hours for _, hours in longest_run(filled)), 0),
                 repairs="", note="; ".join(notes))
@@ -533,6 +557,22 @@ def used_rows(found: Sources, provenance: pd.DataFrame | None) -> dict[str, int]
     return used
 
 # %% ../nbs/00g_sources.ipynb #1c938762
+def unread_rows(skipped: Mapping[Path, str], hidden: int) -> dict[str, dict]:
+    "The inventory rows of files that are not read, and of hidden files."
+    rows = {str(path): dict(status="not read", note=why) for path, why in skipped.items()}
+    return rows | ({"(hidden)": dict(status="not read", note=f"{hidden} hidden files or folders")} if hidden else {})
+
+def inventory_frame(rows: Mapping[str, dict], data_dir: Path) -> pd.DataFrame:
+    "Inventory rows by file as a frame, with the paths of files relative to `data_dir`."
+    frame = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=INVENTORY)
+    readable = lambda text: text.encode(errors="backslashreplace").decode()
+    relative = lambda f: f if f.startswith("(") else readable(str(Path(f).relative_to(data_dir)))
+    frame.index = pd.Index(map(relative, frame.index), name="file")
+    for name in ("rows", "used", "filled", "longest_hole"): frame[name] = frame[name].astype("Int64")
+    texts = ("holds", "asset", "period", "repairs", "note")
+    return frame.assign(**{c: frame[c].fillna("") for c in texts})
+
+# %% ../nbs/00g_sources.ipynb #e90c7ecb
 def build_panel(
     found: Sources,  # folder as `read_folder` returns it
 ) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.DataFrame]:
@@ -546,20 +586,11 @@ def build_panel(
         file = table.attrs["file"]
         skipped, asset = found.skipped.get(Path(file), ""), table_asset(table, found.data_dir)
         rows[file] = file_row(table, used.get(file, 0), panel, skipped, asset)
-    rows |= {str(path): dict(status="not read", note=why)
-             for path, why in found.skipped.items() if str(path) not in rows}
-    if found.hidden:
-        rows["(hidden)"] = dict(status="not read", note=f"{found.hidden} hidden files or folders")
+    rows |= unread_rows({p: why for p, why in found.skipped.items() if str(p) not in rows}, found.hidden)
     prepared = found.prepared is not None
     provided = {*panel.columns[panel.notna().any()]} if prepared else {c for t in found.tables for c in t}
     rows["(panel)"] = panel_row(panel, provided)
-    frame = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=INVENTORY)
-    readable = lambda text: text.encode(errors="backslashreplace").decode()
-    relative = lambda f: f if f.startswith("(") else readable(str(Path(f).relative_to(found.data_dir)))
-    frame.index = pd.Index(map(relative, frame.index), name="file")
-    for name in ("rows", "used", "filled", "longest_hole"): frame[name] = frame[name].astype("Int64")
-    texts = ("holds", "asset", "period", "repairs", "note")
-    return panel, provenance, frame.assign(**{c: frame[c].fillna("") for c in texts})
+    return panel, provenance, inventory_frame(rows, found.data_dir)
 
 # %% ../nbs/00g_sources.ipynb #b86235ae
 def inventory(
@@ -613,6 +644,16 @@ def slice_bound(time: str | pd.Timestamp | None) -> str | pd.Timestamp | None:
     if isinstance(time, str): return time
     return stamp.tz_localize("UTC") if stamp.tz is None else stamp.tz_convert("UTC")
 
+def cut_panels(panels: dict[str, pd.DataFrame], start, end) -> dict[str, pd.DataFrame]:
+    "The panels from `start` to `end`, without those that have no hour there; `ValueError` if none has."
+    kept = {coin: panel.loc[slice_bound(start):].loc[:slice_bound(end)] for coin, panel in panels.items()}
+    if all(panel.empty for panel in kept.values()):
+        span = f"from {start} on" if end is None else f"up to {end}" if start is None else f"from {start} to {end}"
+        first, last = min(p.index[0] for p in panels.values()), max(p.index[-1] for p in panels.values())
+        of, covered = ("the panel has", "it covers") if len(panels) == 1 else ("the panels have", "they cover")
+        raise ValueError(f"{of} no hour {span}; {covered} {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M}")
+    return {coin: panel for coin, panel in kept.items() if len(panel)}
+
 # %% ../nbs/00g_sources.ipynb #8420b0a5
 def load_panel(
     data_dir: str | Path,  # folder with source files, or with a panel written by `cryptopredict prepare`
@@ -623,9 +664,124 @@ def load_panel(
     """Hourly point-in-time panel: `open high low close volume`, on-chain and macro metrics,
     `is_filled`, `is_splice`."""
     panel = build_panel(read_folder(data_dir, repairs))[0]
-    kept = panel.loc[slice_bound(start):].loc[:slice_bound(end)]
-    if kept.empty:
-        span = f"from {start} on" if end is None else f"up to {end}" if start is None else f"from {start} to {end}"
-        covered = f"it covers {panel.index[0]:%Y-%m-%d %H:%M} to {panel.index[-1]:%Y-%m-%d %H:%M}"
-        raise ValueError(f"the panel has no hour {span}; {covered}")
-    return kept
+    return cut_panels({"BTC": panel}, start, end)["BTC"]
+
+# %% ../nbs/00g_sources.ipynb #9f94e610
+MIN_HOURS = 30 * 24  # bars of a coin; with fewer, no label is complete: the shortest one looks 30 days ahead
+SAME_CLOSES, SAME_RETURNS = .005, .98  # median |log ratio|, correlation: beyond these, two coins are the same series
+NO_COINS = {"DXY", "SPX", "NDX", "SPY", "QQQ", "DJI", "XAU", "XAG", "GOLD", *CURRENCIES}  # symbols of other things
+
+def coin_of(path: Path) -> str:
+    """The coin in a file name, `ETH` for `eth_1h.csv` and for `ETHUSDT_1h.csv`; `SourceError` if the name
+    does not begin with a coin or also names another one."""
+    prefix, mark, rest = path.name.partition("_")
+    coin, other = asset_in(prefix.upper()).base, asset_in(rest).base
+    is_word = re.fullmatch(r"(?=\d*[A-Za-z])[A-Za-z0-9]+", prefix) and prefix.upper() not in NOT_COINS
+    if not (mark and is_word) or other and not coin and prefix.upper() not in CURRENCIES:
+        remedy = f"Rename it, for example to {asset_in(path.name).base or 'ETH'}_{path.name}"
+        raise SourceError(path, "holds hourly bars, and its name does not begin with a coin and '_'", remedy)
+    coin = coin or prefix.upper()
+    if other := next((a for a in (other, asset_in(path.name).base) if a not in ("", coin)), ""):
+        raise SourceError(path, f"its name holds two coins, {coin} and {other}", "Rename the file after the coin it holds")
+    return coin
+
+# %% ../nbs/00g_sources.ipynb #94c51a73
+def check_coins_differ(bars: Mapping[str, pd.DataFrame]) -> None:
+    "Raise `SourceError` if two coins are the same series in some month: the same closes, or the same returns."
+    closes = pd.DataFrame({coin: np.log(bars[coin].set_index("hour")["close"]) for coin in sorted(bars)})
+    closes = closes.sort_index().asfreq("h")
+    months, same = closes.index.tz_localize(None).to_period("M"), []
+    for k, coin in enumerate(closes):
+        gaps = closes.iloc[:, k + 1:].sub(closes[coin], axis=0).abs().groupby(months)
+        gap = gaps.median().where(gaps.count() >= 24)
+        same += [(gap.index[i], coin, gap.columns[j], f"its closes in {gap.index[i]} are those of {{}} "
+                  f"(median difference {100 * gap.iat[i, j]:.2f} %)") for i, j in np.argwhere(gap.to_numpy() < SAME_CLOSES)]
+    for month, returns in closes.diff().groupby(months):
+        alike = np.triu(returns.corr(min_periods=14 * 24).to_numpy(), 1)
+        same += [(month, returns.columns[i], returns.columns[j], f"its hourly returns in {month} are those of {{}} "
+                  f"(correlation {alike[i, j]:.4f})") for i, j in np.argwhere(alike > SAME_RETURNS)]
+    if not same: return
+    month, one, other, problem = min(same)
+    in_month = lambda b: b[b["hour"].dt.tz_localize(None).dt.to_period("M") == month]
+    files = {coin: in_month(bars[coin])["file"].iloc[-1] for coin in (one, other)}
+    levels = {coin: level_problem(bars[coin][bars[coin]["file"] == file], coin) for coin, file in files.items()}
+    wrong = [coin for coin, (_, share) in levels.items() if share > .5]
+    if wrong == [other]: one, other = other, one
+    problem = problem.format(files[other]) + (f", and it {levels[one][0]}" if len(wrong) == 1 else "")
+    remedy = f"Replace it by bars of {coin_name(one)}" if len(wrong) == 1 else "One of the two names is wrong: remove that file"
+    raise SourceError(files[one], problem, remedy)
+
+# %% ../nbs/00g_sources.ipynb #d9258003
+LEFT_OUT = {"coinmetrics": "on-chain data", "blockchaincom": "on-chain data", "fred": "a macro series", "yahoo": "daily quotes",
+            "panel": "a prepared panel"}
+
+def build_panels(
+    data_dir: str | Path,  # folder with files named after their coins: ETH_1h.csv.gz, BTC_binance.parquet
+    repairs: Iterable[str] = (),  # opt-in repairs for every file, from `REPAIRS`
+) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
+    """One hourly panel per coin (Bitcoin first, then in alphabetical order), and the inventory: one row
+    per file, and one row `(COIN)` per panel. `age_days` is counted to the newest hour of all coins."""
+    data_dir, repairs, found = Path(data_dir), known_repairs(repairs), list_files(data_dir)
+    made, tables = derived_files(found.files), {}
+    rows = unread_rows(found.skipped | made, found.hidden)
+    for path in [p for p in found.files if p not in made]:
+        raw = read_table(path)
+        kind = detect_format(raw)
+        coin = coin_of(path) if kind in ("kraken", "binance") else ""
+        if kind == "yahoo" and (daily := asset_in(path.name).base) not in ("", *NO_COINS):
+            raise SourceError(path, f"holds daily quotes of {coin_name(daily)}", "Use hourly bars (1h), or move the file")
+        if not coin or coin in NO_COINS:
+            note = f"{coin} is not a coin" if coin else f"{LEFT_OUT[kind]}, not hourly bars of a coin"
+            rows[str(path)] = dict(status="left out", note=note)
+            continue
+        table = read(raw._replace(ticker=coin), repairs=repairs)
+        if (quote := table_asset(table, data_dir).quote) not in ("", *USD):
+            problem = f"holds bars of {coin_name(coin)} in {quote}, not in dollars"
+            raise SourceError(path, problem, "Convert it to dollars or move it out of the folder")
+        tables.setdefault(coin, []).append(table)
+    bars = {coin: coin_bars(tables[coin], data_dir, coin) for coin in sorted(tables, key=lambda c: (c != "BTC", c))}
+    if not bars: raise SourceError(data_dir, "holds no hourly bars of a coin", "Add files such as BTC_1h.csv and ETH_1h.csv")
+    check_coins_differ(bars)
+    for coin, files in tables.items():
+        for table in files: check_price_level(table, table_asset(table, data_dir), coin)
+    panels = {coin: join_panel(b, [])[0] for coin, b in bars.items() if len(b) >= MIN_HOURS}
+    if not panels:
+        coin = max(bars, key=lambda c: len(bars[c]))
+        problem = f"its longest coin, {coin}, has {len(bars[coin])} hourly bars, fewer than {MIN_HOURS} (30 days)"
+        raise SourceError(data_dir, problem, "Add more hours")
+    newest = max(panels.values(), key=lambda panel: panel.index[-1])
+    for coin, b in bars.items():
+        short = "" if coin in panels else f"{coin} has too few hourly bars: {len(b)}, at least {MIN_HOURS} (30 days) are needed"
+        for table in tables[coin]:
+            used = 0 if short else int((b["file"] == table.attrs["file"]).sum())
+            rows[table.attrs["file"]] = file_row(table, used, newest, short, table_asset(table, data_dir))
+    rows = {file: rows[file] for file in sorted(rows, key=lambda f: (f.startswith("("), f))}
+    for coin, panel in panels.items():
+        age = round((newest.index[-1] - panel.index[-1]) / pd.Timedelta("1D"), 2)
+        rows[f"({coin})"] = panel_row(panel, {*METRICS}, coin, ()) | dict(age_days=age)
+    return panels, inventory_frame(rows, data_dir)
+
+# %% ../nbs/00g_sources.ipynb #063f2ca7
+def load_panels(
+    data_dir: str | Path,  # folder with files named after their coins: ETH_1h.csv.gz, BTC_binance.parquet
+    start: str | pd.Timestamp | None = None,  # first decision time kept (UTC)
+    end: str | pd.Timestamp | None = None,  # last decision time kept (UTC)
+    repairs: Iterable[str] = (),  # opt-in repairs for every file, from `REPAIRS`
+) -> dict[str, pd.DataFrame]:
+    """Coin -> hourly panel from its first to its last bar, with the columns of `load_panel` (on-chain and
+    macro metrics are NaN). Bitcoin comes first, if there is a file of it, then the others in
+    alphabetical order. A coin with too few bars is left out with a warning, a coin without an hour
+    between `start` and `end` without one."""
+    panels, files = build_panels(data_dir, repairs)
+    for note in files.loc[(files["status"] == "left out") & (files["asset"] != ""), "note"].str.split("; ").str[0].unique():
+        warnings.warn(f"{data_dir}: {note}: the coin is left out", stacklevel=2)
+    return cut_panels(panels, start, end)
+
+def bitcoin_panel(
+    panels: Mapping[str, pd.DataFrame],  # as `load_panels` returns them
+    data_dir: str | Path,  # their folder, for the message
+) -> pd.DataFrame:
+    "Bitcoin's panel; `SourceError` if there is none."
+    if "BTC" in panels: return panels["BTC"]
+    problem = f"holds no hourly bars of Bitcoin, only of {', '.join(panels)}"
+    raise SourceError(data_dir, problem, "Add them in a file whose name begins with BTC_, such as BTC_1h.csv")
