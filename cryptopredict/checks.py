@@ -240,7 +240,7 @@ def since(year: int, *ranges: tuple[float, float]) -> dict[int, tuple[float, flo
 
 # %% ../nbs/00e_checks.ipynb #5f94a192
 # Coin -> year -> lowest and highest hourly close in US dollars. A low of 0: the year began before the data did.
-COIN_RANGE = {
+COIN_RANGE: dict[str, Mapping[int, tuple[float, float]]] = {
     "BTC": YEARLY_RANGE,
     "ADA": since(2018, (.027, .38), (.031, .11), (.02, .2), (.17, 3.1), (.24, 1.6), (.24, .68), (.29, 1.3)),
     "ALGO": since(2019, (.17, 1.8), (.11, .75), (.34, 2.4), (.16, 1.8), (.088, .3), (.15, .33)),

@@ -545,18 +545,6 @@ def panel_row(panel: pd.DataFrame, provided: set[str], coin: str = "BTC", metric
                 repairs="", note="; ".join(notes))
 
 # %% ../nbs/00g_sources.ipynb #62f14a4f
-def used_rows(found: Sources, provenance: pd.DataFrame | None) -> dict[str, int]:
-    "File -> number of its rows whose values appear in at least one hour of the panel."
-    if found.prepared is not None: return {t.attrs["file"]: len(t) for t in found.files}
-    assert found.bars is not None and provenance is not None  # None only for a prepared panel
-    used = found.bars["file"].value_counts().to_dict()
-    for table in found.tables:
-        cells = [provenance[c].unique() for c in table.columns if c in provenance]
-        rows = np.unique(np.concatenate(cells)) if cells else np.array([], int)
-        used |= table["file"].iloc[rows[rows >= 0]].value_counts().to_dict()
-    return used
-
-# %% ../nbs/00g_sources.ipynb #1c938762
 def unread_rows(skipped: Mapping[Path, str], hidden: int) -> dict[str, dict]:
     "The inventory rows of files that are not read, and of hidden files."
     rows = {str(path): dict(status="not read", note=why) for path, why in skipped.items()}
@@ -571,6 +559,17 @@ def inventory_frame(rows: Mapping[str, dict], data_dir: Path) -> pd.DataFrame:
     for name in ("rows", "used", "filled", "longest_hole"): frame[name] = frame[name].astype("Int64")
     texts = ("holds", "asset", "period", "repairs", "note")
     return frame.assign(**{c: frame[c].fillna("") for c in texts})
+
+def used_rows(found: Sources, provenance: pd.DataFrame | None) -> dict[str, int]:
+    "File -> number of its rows whose values appear in at least one hour of the panel."
+    if found.prepared is not None: return {t.attrs["file"]: len(t) for t in found.files}
+    assert found.bars is not None and provenance is not None  # None only for a prepared panel
+    used = found.bars["file"].value_counts().to_dict()
+    for table in found.tables:
+        cells = [provenance[c].unique() for c in table.columns if c in provenance]
+        rows = np.unique(np.concatenate(cells)) if cells else np.array([], int)
+        used |= table["file"].iloc[rows[rows >= 0]].value_counts().to_dict()
+    return used
 
 # %% ../nbs/00g_sources.ipynb #e90c7ecb
 def build_panel(
