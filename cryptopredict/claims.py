@@ -134,8 +134,8 @@ def confidence_sets(
         s, x = SCORES[loss], table[loss].unstack("model").dropna(axis=1, how="all").dropna()
         n, overlap = len(x), max(1, round(span[s.label] / origin_spacing(x.index)))
         notes, twin_of, kept = {}, {}, []  # kept: models with losses of their own, the reference first
-        for model in sorted(x, key=lambda m: m != reference):
-            twin = next((k for k in kept if np.allclose(x[k], x[model], rtol=1e-12, atol=1e-15)), None)
+        for model in sorted(x, key=lambda m: (m != reference, m != DEFAULT)):
+            twin = next((k for k in kept if n and np.allclose(x[k], x[model], rtol=1e-12, atol=1e-15)), None)
             if not np.isfinite(x[model]).all(): notes[model] = "infinite losses"
             elif twin is not None: twin_of[model], notes[model] = twin, f"same losses as {twin}"
             else: kept.append(model)

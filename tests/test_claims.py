@@ -171,6 +171,20 @@ def test_what_cannot_be_tested_is_nan(losses, origins, models):
     assert len(returns) == 2 * models and returns[["p_mcs", "p_spa"]].isna().all(axis=None) and not returns.in_set.any()
 
 
+def test_models_without_common_origins_have_no_twins(losses):
+    pytest.importorskip("arch")
+    apart = losses[(losses.model == "log_har") == (losses.time < TIMES[500])]
+    sets = c.confidence_sets(apart, n_boot=50)
+    assert len(sets) == 15 and (sets.n_origins == 0).all() and (sets.note == "").all() and sets.p_mcs.isna().all()
+
+
+def test_the_default_is_named_before_the_model_that_repeats_it(losses):
+    pytest.importorskip("arch")
+    copy = losses[losses.model == "har_ensemble"].assign(model="a network")
+    notes = c.confidence_sets(pd.concat([copy, losses]), n_boot=50).groupby("model").note.unique()
+    assert list(notes["a network"]) == ["same losses as har_ensemble"] and list(notes["har_ensemble"]) == [""]
+
+
 def test_twins_of_the_reference_leave_nothing_to_test(losses):
     pytest.importorskip("arch")
     one = losses[losses.model == "log_har"]
