@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .features import Feature, FeatureState, build_features
     from .hints import lint
     from .labels import make_labels
-    from .leakage import (Fold, FoldSplit, LeakageError, LeakReport, audit, audit_availability, audit_folds, live_fold,
-                          point_in_time, walk_forward)
+    from .leakage import (Fold, FoldSplit, LeakageError, LeakReport, asset_fold, audit, audit_availability, audit_folds,
+                          live_fold, point_in_time, stack_assets, walk_forward)
     from .mamba2_block import Mamba2, Mamba2Block, Mamba2Config, Mamba2State
     from .mhsa import MHSA, MHSAConfig
     from .multitask import ModelConfig, MultitaskModel, preset
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .results import Evaluation, evaluate, write_report
     from .run_audits import audit_inputs, audit_network
     from .simulate import simulate_market
-    from .sources import inventory, load_panel, read
+    from .sources import inventory, load_panel, load_panels, read
     from .ssd import ssd_scan
     from .states import detach, load_state, save_state
     from .tbptt_trainer import TrainConfig, train, train_preset
@@ -36,7 +36,8 @@ NAMES = {  # module -> what it gives to the package
     "features": "Feature FeatureState build_features",
     "hints": "lint",
     "labels": "make_labels",
-    "leakage": "Fold FoldSplit LeakageError LeakReport audit audit_availability audit_folds live_fold point_in_time walk_forward",
+    "leakage": "Fold FoldSplit LeakageError LeakReport asset_fold audit audit_availability audit_folds live_fold point_in_time "
+               "stack_assets walk_forward",
     "mamba2_block": "Mamba2 Mamba2Block Mamba2Config Mamba2State",
     "mhsa": "MHSA MHSAConfig",
     "multitask": "ModelConfig MultitaskModel preset",
@@ -45,7 +46,7 @@ NAMES = {  # module -> what it gives to the package
     "results": "Evaluation evaluate write_report",  # where the figures and the report are added
     "run_audits": "audit_inputs audit_network",
     "simulate": "simulate_market",
-    "sources": "inventory load_panel read",
+    "sources": "inventory load_panel load_panels read",
     "ssd": "ssd_scan",
     "states": "detach load_state save_state",
     "tbptt_trainer": "TrainConfig train train_preset",
@@ -56,10 +57,10 @@ __all__ = [  # in full, for type checkers
     "__version__", "CallbackList", "ConfigError", "EvaluateConfig", "Evaluation", "Feature", "FeatureState", "Fold",
     "FoldSplit", "ForecastModel", "LeakReport", "LeakageError", "LiveLoss", "MHSA", "MHSAConfig", "MLflow", "Mamba2",
     "Mamba2Block", "Mamba2Config", "Mamba2State", "ModelConfig", "MultitaskModel", "Network", "TensorBoard",
-    "TrainConfig", "audit", "audit_availability", "audit_folds", "audit_inputs", "audit_labels", "audit_model",
+    "TrainConfig", "asset_fold", "audit", "audit_availability", "audit_folds", "audit_inputs", "audit_labels", "audit_model",
     "audit_network", "audit_pipeline", "build_features", "certificate", "detach", "evaluate", "inventory", "lint",
-    "live_fold", "load_config", "load_panel", "load_state", "make_labels", "point_in_time", "preset", "read",
-    "save_state", "simulate_market", "ssd_scan", "train", "train_preset", "walk_forward", "write_report",
+    "live_fold", "load_config", "load_panel", "load_panels", "load_state", "make_labels", "point_in_time", "preset", "read",
+    "save_state", "simulate_market", "ssd_scan", "stack_assets", "train", "train_preset", "walk_forward", "write_report",
 ]
 
 

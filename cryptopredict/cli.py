@@ -23,8 +23,8 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import tyro
 
-from .console import (Progress, duration_text, plural, print_inventory, print_line, print_scores, print_wrapped,
-                                   warn, write_errors)
+from .console import (Progress, duration_text, plural, print_assets, print_coins, print_inventory, print_line,
+                                   print_scores, print_wrapped, warn, write_errors)
 from .storage import (DeferredSignals, FitFolder, RunFolder, Terminated, TrainingFolder, find_trainings, is_locked,
                                    new_folder, read_jsonl, sigterm_raises, write_atomic)
 
@@ -42,6 +42,7 @@ class LoadedPanel(NamedTuple):
     provenance: Any  # DataFrame: the table row behind each daily cell
     name: str  # what the panel is, in words
     inventory: Any  # DataFrame, as from `sources.inventory`
+    assets: dict = {}  # panels of other coins, by name
 
 @dataclass
 class Command:
@@ -58,6 +59,8 @@ class SourceArgs(Command):
     "The flags that choose the data."
     # Folder with source files (Kraken, Binance, Coin Metrics, blockchain.com, FRED, Yahoo). Default: the simulated market.
     data: Path | None = None
+    # Folder with hourly bars of other coins (files <COIN>_*), to learn from; without --data how many coins are simulated.
+    assets: str | None = None
     years: int = 8  # Length of the simulated market, years (without --data).
     repair: tuple[str, ...] = ()  # Repairs allowed on the files: sort drop_duplicates drop_invalid assume_utc convert_utc.
 
@@ -66,21 +69,48 @@ class SourceArgs(Command):
         seed: int,  # seed of the simulated market
     ) -> LoadedPanel:
         "The panel of the files, or of the simulated market; prints what was found."
-        from cryptopredict.simulate import simulate_market
-        from cryptopredict.sources import build_panel, inventory, read_folder
+        import pandas as pd
+
+        from cryptopredict.sources import bitcoin_panel, build_panel, build_panels, inventory, read_folder
+        number = int(self.assets) if self.assets and self.assets.isdecimal() and self.data is None else None
+        coins, coin_files = {}, None
+        if self.assets is not None and number is None: coins, coin_files = build_panels(self.assets, self.repair)
         if self.data is not None:
             found = read_folder(self.data, self.repair)
             panel, provenance, files = build_panel(found)
             print_inventory(files, self.data)
             names = ", ".join(path.name for t in found.files if (path := Path(t.attrs["file"])) not in found.skipped)
-            return LoadedPanel(panel, found.source_tables, provenance, f"files {names}", files)
+            loaded = LoadedPanel(panel, found.source_tables, provenance, f"files {names}", files)
+        elif coin_files is not None:
+            panel = bitcoin_panel(coins, self.assets)
+            loaded = LoadedPanel(panel, None, None, f"files of {Path(self.assets or '').name}", inventory(panel))
+        else: loaded = self.simulated(seed, number)
+        if coin_files is None: return loaded
+        print_coins(coin_files, self.assets)
+        if self.data is not None and "BTC" in coins:
+            print_wrapped(f"BTC of {self.assets} is not used: Bitcoin is that of {self.data}")
+        combined = pd.concat([loaded.inventory, coin_files.rename(index=lambda file: f"{Path(self.assets).name}/{file}")])
+        return loaded._replace(assets={name: p for name, p in coins.items() if name != "BTC"}, inventory=combined)
+
+    def simulated(
+        self,
+        seed: int,  # seed of the simulated market
+        coins: int | None,  # number of coins; None: Bitcoin alone
+    ) -> LoadedPanel:
+        "The simulated market, of one coin or several; prints what was made."
+        from cryptopredict.simulate import simulate_market
+        from cryptopredict.sources import inventory
         if self.repair: raise ValueError("--repair needs --data: the simulated market has nothing to repair")
         if not 1 <= self.years <= 50: raise ValueError(f"--years {self.years}: must be between 1 and 50")
-        panel, _ = simulate_market(24 * 365 * self.years, seed)
+        if coins is not None and not 1 <= coins <= 100:
+            raise ValueError(f"--assets {coins}: must be a folder, or a number from 1 to 100")
+        hours = 24 * 365 * self.years
+        panels = simulate_market(hours, seed, assets=coins)[0] if coins else {"BTC": simulate_market(hours, seed)[0]}
+        panel = panels.pop("BTC")
         years, (begin, end) = plural(self.years, "year"), panel.index[[0, -1]]
-        name = f"simulated market, {years}, seed {seed}"
+        name = f"simulated market, {years}, seed {seed}" + (f", {plural(coins, 'coin')}" if coins else "")
         print_line(f"{name}: {len(panel)} hours, {begin:%Y-%m-%d} to {end:%Y-%m-%d}")
-        return LoadedPanel(panel, None, None, name, inventory(panel))
+        return LoadedPanel(panel, None, None, name, inventory(panel), panels)
 
 # %% ../nbs/06a_cli.ipynb #4439c1a1
 @dataclass
@@ -202,10 +232,11 @@ def audit_all(
     network = "mamba2" in config.models and len(panel) >= AUDITED_HOURS
 
     def make(begin: Callable[[str], None]) -> dict:
-        reports = audit_inputs(panel, config, tables, loaded.provenance, MAX_AGE, n_cuts, user_code, begin)
-        reports |= audit_user_code(panel, config, user_code, n_cuts, begin)
+        reports = audit_inputs(panel, config, tables, loaded.provenance, MAX_AGE, n_cuts, user_code, begin, loaded.assets)
+        reports |= audit_user_code(panel, config, user_code, n_cuts, begin, loaded.assets)
         return reports | audit_network(panel, config, user_code, begin) if network else reports
-    return shown_audits(4 + bool(tables) + 2 * network + len(user_code.features) + len(user_code.models), make)
+    count = 4 + bool(loaded.assets) + bool(tables) + 2 * network + len(user_code.features) + len(user_code.models)
+    return shown_audits(count, make)
 
 def user_code_audits(
     loaded: LoadedPanel,  # panel
@@ -218,7 +249,7 @@ def user_code_audits(
     if not (user_code.models or user_code.features): return {}
     print_line("audit of your own code ...")
     return shown_audits(len(user_code.models) + len(user_code.features),
-                        lambda begin: audit_user_code(loaded.panel, config, user_code, on_audit=begin))
+                        lambda begin: audit_user_code(loaded.panel, config, user_code, on_audit=begin, assets=loaded.assets))
 
 def judge_reports(
     reports: Mapping[str, Any],  # `LeakReport` by name
@@ -314,8 +345,10 @@ class EvaluateCommand(RunFolderArgs):
         loaded: LoadedPanel,  # panel and where it came from
     ) -> None:
         "A `ValueError` if `--out` holds another run or anything else; called before the audits, which take long."
+        from cryptopredict.protocol import installed_models
         from cryptopredict.walkforward import check_run, provenance_of
-        if self.out is not None: check_run(self.out, config, provenance_of(loaded.panel, loaded.name), user_code)
+        if self.out is None: return
+        check_run(self.out, installed_models(config)[0], provenance_of(loaded.panel, loaded.name, loaded.assets), user_code)
 
     def walk(
         self,
@@ -338,8 +371,10 @@ class EvaluateCommand(RunFolderArgs):
         if "mamba2" in config.models: print_device(config)
         with self.trackers() as trackers, Progress() as progress:
             on_update = CallbackList(progress.on_update, trackers)
-            return walk_forward_run(config, panel, out, loaded.name, audits, user_code, progress.on_part, on_update,
-                                    loaded.inventory)
+            done = walk_forward_run(config, panel, out, loaded.name, audits, user_code, progress.on_part, on_update,
+                                    loaded.inventory, loaded.assets)
+        print_assets(done.record["assets"])
+        return done
 
 @dataclass
 class RunCommand(EvaluateCommand):
@@ -382,7 +417,7 @@ class ForecastCommand(WalkForwardArgs):
         panel = loaded.panel
         if judge_reports(user_code_audits(loaded, config, user_code)): return print_leak("the forecast")
         with Progress() as progress:
-            made = newest_forecast(config, panel, None, user_code, progress.on_part, progress.on_update)
+            made = newest_forecast(config, panel, None, user_code, progress.on_part, progress.on_update, loaded.assets)
         ages = input_ages(panel, loaded.tables, loaded.provenance)
         close, heads = float(panel["close"].iloc[-1]), made.attrs["heads"]
         if self.out and inventory_path:
@@ -394,7 +429,9 @@ class ForecastCommand(WalkForwardArgs):
             write_atomic(inventory_path, inventory_json(loaded.inventory))
             write_atomic(self.out, json.dumps(dict(**head, forecasts=forecasts), indent=1))
         print_line(f"made at {panel.index[-1]:%Y-%m-%d %H:%M} UTC, close {close:.2f}; the return is over {config.horizon}")
-        print_line(newest_table(made, config.horizon, config.vol_window).to_string())
+        for asset, forecast in made.groupby("asset", sort=False):
+            if made["asset"].nunique() > 1: print_line(f"{asset}:")
+            print_line(newest_table(forecast, config.horizon, config.vol_window).to_string())
         for sentence in head_sentences(heads): print_wrapped(sentence)
         groups: dict[str, list[str]] = {}  # names of the inputs by age
         for name, age in ages.items():

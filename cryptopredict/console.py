@@ -22,7 +22,7 @@ if TYPE_CHECKING: from rich.progress import TaskID
 
 # %% auto #0
 __all__ = ['write_errors', 'print_line', 'warn', 'print_wrapped', 'duration_text', 'plural', 'takes_utf8', 'print_scores',
-           'print_inventory', 'training_line', 'Progress']
+           'print_inventory', 'print_coins', 'print_assets', 'training_line', 'Progress']
 
 # %% ../nbs/05j_console.ipynb #493fb91b
 write_errors: list[OSError] = []  # why standard output could not be written; empty if it could
@@ -125,6 +125,37 @@ def print_inventory(
     print_line(f"  {plural(row['filled'], 'hour')} without a bar or a trade, {row['longest_hole']} in a row at most")
     for note in row["note"].split("; "):
         if note: print_wrapped(note)
+
+# %% ../nbs/05j_console.ipynb #7ef6318c
+def print_coins(
+    inventory: Any,  # DataFrame, as from `sources.build_panels`
+    folder: Any,  # folder of the files
+) -> None:
+    "Print one line per coin, then repairs and notes on its files."
+    panels = inventory[inventory["status"] == "panel"]
+    print_line(f"other coins, of {folder}:")
+    for file, row in panels.iterrows():
+        span, filled = f"{row['first']:%Y-%m-%d} to {row['last']:%Y-%m-%d}", 100 * row["filled"] / row["rows"]
+        print_line(f"  {file.strip('()'):<8} {row['rows']:>7} hours {span}, {filled:.1f} % without a bar or a trade")
+    for file, row in inventory.drop(panels.index).iterrows():
+        notes = [row["status"] if row["status"] in ("left out", "not read") else "",
+                 f"repairs: {row['repairs']}" if row["repairs"] else "", row["note"]]
+        if any(notes): print_wrapped(f"{file}: {'; '.join(filter(None, notes))}")
+
+def print_assets(
+    assets: list[dict],  # `assets` of `scores.json`; empty for Bitcoin alone
+) -> None:
+    "Print from how many coins pooled models learned, and the targets that some folds could not forecast."
+    if not assets: return
+    total = max(row["folds_trained"] for row in assets)
+    used = [row["asset"] for row in assets if row["folds_trained"]]
+    unused = [row["asset"] for row in assets if not row["folds_trained"]]
+    print_wrapped(f"pooled models learned from {plural(len(used), 'coin')}" +
+                  (f"; not from {', '.join(unused)}, without a matured label before the last fold" if unused else ""))
+    for row in assets:
+        if row["target"] and row["folds_forecast"] < total:
+            print_wrapped(f"{row['asset']} ({row['first'][:10]} to {row['last'][:10]}) is forecast in {row['folds_forecast']} of "
+                          f"{plural(total, 'fold')}: a coin needs a year of matured labels, and bars in the test span")
 
 # %% ../nbs/05j_console.ipynb #388215e7
 class TimeLeft:

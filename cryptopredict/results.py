@@ -20,11 +20,13 @@ from plotly.subplots import make_subplots
 
 from .figures import BLACK, DARK, GREY, PALETTE, SKY, colours, faint, house_style
 from .labels import DIRECTIONS, HEADS, TASKS
+from .protocol import FORECASTERS
 from .storage import write_atomic
 from .walkforward import Evaluation, evaluate  # noqa: F401  # both with what is added here
 
 # %% auto #0
-__all__ = ['table_of_scores', 'claims', 'newest_table', 'seed_table', 'finding_sentences', 'missing_prices', 'write_report']
+__all__ = ['table_of_scores', 'comparison_table', 'claims_table', 'sets_table', 'coin_table', 'coin_sentence', 'newest_table',
+           'seed_table', 'finding_sentences', 'missing_prices', 'write_report']
 
 # %% ../nbs/06_results.ipynb #803e38f6
 SCORE_NAMES = {"log_loss": "log loss", "brier": "Brier", "pinball10": "pinball p10", "pinball90": "pinball p90",
@@ -57,7 +59,7 @@ def percent_text(
     return f"{row['relative']:+.1%}" + ("" if pd.isna(row["rel_lo"]) else f" [{row['rel_lo']:+.1%}, {row['rel_hi']:+.1%}]")
 
 # %% ../nbs/06_results.ipynb #eafd38d0
-def claims(
+def comparison_table(
     scores: dict,  # content of `scores.json`
 ) -> pd.DataFrame:
     "Each model compared with the first: difference, interval, p-value after Holm's correction, and the claim it allows."
@@ -68,18 +70,31 @@ def claims(
                          "difference": table.apply(percent_text, axis=1), "p (Holm)": p, "claim": table["verdict"]})
 
 # %% ../nbs/06_results.ipynb #38c9260e
+MAIN_MODELS = ("climatology_4y", "log_har", "har_ensemble", "mamba2", "truth")
+
+def main_models(
+    scores: dict,  # content of `scores.json`
+) -> list[str]:
+    "The models that figures draw at first: all if there are at most six, else the first, `MAIN_MODELS` and the user's own."
+    models = scores["config"]["models"]
+    if len(models) <= 6: return models
+    return [m for k, m in enumerate(models) if k == 0 or m in MAIN_MODELS or m not in FORECASTERS]
+
+# %% ../nbs/06_results.ipynb #efba4890
 def figure_skill(
     scores: dict,  # content of `scores.json`
+    shown: Sequence[str] | None = None,  # models drawn, others are left out; None: `main_models`
 ) -> go.Figure:
     "Change in loss relative to the first model by score and model, with 90 % intervals; scores of volatility in the lower panel."
+    shown = shown or main_models(scores)
     columns = ["score", "model", "relative", "rel_lo", "rel_hi"]
     table = pd.DataFrame(scores["comparison"], columns=columns).dropna(subset=["relative"])  # empty for a run of one model
-    models, reference = list(dict.fromkeys(table["model"])), scores["config"]["models"][0]
+    models, reference = [m for m in dict.fromkeys(table["model"]) if m in shown], scores["config"]["models"][0]
     panels = [[s for s in SCORE_NAMES if s in set(table["score"]) and (s in HEADS["volatility"].scores) == is_volatility]
               for is_volatility in (False, True)]
     fig = make_subplots(2, 1, row_heights=[.62, .38], vertical_spacing=.14)
     for row, order in enumerate(panels, 1):
-        for model, colour in colours(scores["config"]["models"]).items():
+        for model, colour in colours([reference, *models]).items():
             part = table[(table["model"] == model) & table["score"].isin(order)]
             if part.empty: continue
             rows = [order.index(s) - .3 + .6 * models.index(model) / max(len(models) - 1, 1) for s in part["score"]]
@@ -92,6 +107,62 @@ def figure_skill(
                          row=row, col=1)
     fig.update_xaxes(title="change in loss (%), 90 % interval", row=2, col=1)
     return house_style(fig, f"Losses relative to {reference}: left is better", 560)
+
+# %% ../nbs/06_results.ipynb #4bb6b094
+def claims_table(
+    scores: dict,  # content of `scores.json`
+) -> pd.DataFrame:
+    """The claims fixed before scoring: score, forecasters, difference with interval, p-values, verdict;
+    empty if the default forecaster was not run."""
+    table = pd.DataFrame(scores.get("claims", []))
+    if table.empty: return table
+    text = lambda p: "-" if pd.isna(p) else f"{p:.3f}"
+    return pd.DataFrame({"score": table["score"].map(SCORE_NAMES), "forecaster": table["default"],
+                         "reference": table["reference"], "difference": table.apply(percent_text, axis=1),
+                         "p": table["p"].map(text), "p (Holm)": table["p_holm"].map(text), "claim": table["verdict"]})
+
+def sets_table(
+    scores: dict,  # content of `scores.json`
+) -> pd.DataFrame:
+    """For each loss of the claims the models of the 90 % model confidence set, and the p-value of the test
+    that any model is better than the reference (SPA)."""
+    table, rows = pd.DataFrame(scores.get("confidence_sets", [])), []
+    for score, part in table.groupby("score", sort=False) if len(table) else ():
+        inside = part.loc[part["in_set"], "model"]
+        p = part["p_spa"].iloc[0]
+        rows.append({"score": SCORE_NAMES[str(score)], "not shown to be worse than the best": ", ".join(inside) or "-",
+                     "left out": ", ".join(part.loc[~part["in_set"], "model"]) or "-", "reference": part["reference"].iloc[0],
+                     "p (SPA)": "-" if pd.isna(p) else f"{p:.3f}"})
+    return pd.DataFrame(rows)
+
+# %% ../nbs/06_results.ipynb #ae6daf06
+def coin_table(
+    by_asset: Sequence[dict],  # `by_asset` of `scores.json`
+    model: str = "har_ensemble",  # whose scores
+) -> pd.DataFrame:
+    """A model's differences to the references of the claims by asset and score, with 90 % intervals, and
+    the number of 30-day windows."""
+    table = pd.DataFrame(by_asset)
+    table = table[table["model"] == model] if len(table) else table
+    if table.empty: return pd.DataFrame()
+    cells = table.assign(cell=table.apply(percent_text, axis=1)).pivot(index="asset", columns="score", values="cell")
+    order = [s for s in SCORE_NAMES if s in cells.columns]
+    windows = table[table["score"] == "qlike"].set_index("asset")["n_windows"].rename("windows")
+    made = cells.reindex(table["asset"].unique())[order].rename(columns=SCORE_NAMES).join(windows)
+    return made.rename_axis(index=None, columns=None)
+
+def coin_sentence(
+    by_asset: Sequence[dict],  # `by_asset` of `scores.json`
+    asset: str,  # the reported asset, which is not counted
+    model: str = "har_ensemble",  # whose scores
+) -> str:
+    "On how many other coins a model scores better than the reference, in volatility; empty if there are none."
+    table = pd.DataFrame(by_asset)
+    if table.empty: return ""
+    table = table[(table["model"] == model) & (table["asset"] != asset)].dropna(subset=["relative"])
+    better = [f"{SCORE_NAMES[s]} on {(part['relative'] < 0).sum()} of {len(part)}"
+              for s in ("rmse_log_sigma", "qlike") if len(part := table[table["score"] == s])]
+    return f"On other coins {model} scores better than log_har in {' and in '.join(better)}." if better else ""
 
 # %% ../nbs/06_results.ipynb #1007fe89
 def interval_points(
@@ -109,11 +180,11 @@ def interval_points(
 # %% ../nbs/06_results.ipynb #4ef202b5
 def figure_reliability(
     scores: dict,  # content of `scores.json`
-    shown: Sequence[str] | None = None,  # models visible at first, the others by a click; None: the first and the last two
+    shown: Sequence[str] | None = None,  # models visible at first, the others by a click; None: three of the main ones
 ) -> go.Figure:
     "Observed frequency against forecast probability of the seeds' mean, a panel per class, with 90 % block intervals."
-    models, table = scores["config"]["models"], pd.DataFrame(scores["reliability"])
-    shown = shown or (models[0], *models[-2:])
+    main, table = main_models(scores), pd.DataFrame(scores["reliability"])
+    shown, models = shown or (main[0], *main[-2:]), [*main, *(m for m in shown or () if m not in main)]
     fig = make_subplots(1, 3, subplot_titles=[f"class '{c}'" for c in DIRECTIONS], shared_yaxes=True, horizontal_spacing=.04)
     for k, name in enumerate(DIRECTIONS, 1):
         here = dict(row=1, col=k)
@@ -136,7 +207,7 @@ def figure_coverage(
     years, overall = (pd.DataFrame(scores[k]).query("score == 'coverage'") for k in ("by_year", "summary"))
     table = pd.concat([years.assign(label=years["year"].astype(str)), overall.assign(label="all")])
     labels, fig = sorted(table["label"].unique()), go.Figure()
-    models = scores["config"]["models"]
+    models = main_models(scores)
     for k, (model, colour) in enumerate(colours(models).items()):
         part = table[(table["model"] == model) & table["mean"].notna()]
         at = [labels.index(x) + .6 * (k / max(len(models) - 1, 1) - .5) for x in part["label"]]
@@ -171,14 +242,15 @@ def figure_fan(
 def figure_newest(
     newest: pd.DataFrame,  # newest forecast, prediction schema
     daily: pd.DataFrame,  # `time, close` at daily origins and at the newest hour, which the bands start from
-    models: Sequence[str],  # all models of the run, for their colours
+    models: Sequence[str],  # models that are drawn
     horizon: str = "90D",  # how far ahead
 ) -> go.Figure:
     "The last year of prices and each model's 80 % band for the price one horizon after the newest hour."
     recent = daily.set_index("time")["close"].iloc[-365:].round(2)
     fig = go.Figure(go.Scatter(x=recent.index, y=recent, name="price", line=dict(color=BLACK, width=1.3), showlegend=False))
     end = newest["time"].iloc[0] + pd.Timedelta(horizon)
-    for k, (model, band) in enumerate(newest.groupby("model", sort=False)[["p10", "p90"]].mean().iterrows()):
+    bands = newest[newest["model"].isin(models)].groupby("model", sort=False)[["p10", "p90"]].mean()
+    for k, (model, band) in enumerate(bands.iterrows()):
         at = end + pd.Timedelta(days=5 * k)  # next to each other, so that all can be seen
         line = dict(color=colours(models)[model], width=3)
         low_high = (daily["close"].iloc[-1] * np.exp(band.to_numpy())).round(2).tolist()
@@ -331,6 +403,19 @@ def distance_to_truth(
     return sentences
 
 # %% ../nbs/06_results.ipynb #1c616e3a
+def claim_sentence(
+    scores: dict,  # content of `scores.json`
+) -> str:
+    "Which of the claims fixed before scoring are shown; empty if the default forecaster was not run."
+    rows = [row for row in scores.get("claims", []) if row["verdict"] != "not run"]
+    if not rows: return ""
+    name = lambda row: f"{SCORE_NAMES[row['score']]} ({percent_text(pd.Series(row))} against {row['reference']})"
+    names = lambda rows: ", ".join(map(name, rows))
+    shown, others = ([row for row in rows if (row["verdict"] == "better") is kind] for kind in (True, False))
+    first = f"Of {len(rows)} claims fixed before scoring, {rows[0]['default']} is shown to be better in {len(shown)}"
+    return first + (f": {names(shown)}" if shown else "") + (f"; not in {names(others)}." if others else ".")
+
+# %% ../nbs/06_results.ipynb #9500a880
 def finding_sentences(
     scores: dict,  # content of `scores.json`
 ) -> list[str]:
@@ -342,7 +427,9 @@ def finding_sentences(
         nobody = f"no model is shown to be better than {reference}"
         shown = f"better than {reference} (p < .05 after Holm's correction): {who}" if who else nobody
         sentences.append(f"On {head.title.lower() if head.title[0].isalpha() else 'the ' + head.title}: {shown}.")
-    if network_sentence(scores): sentences.append(network_sentence(scores))
+    on_coins = coin_sentence(scores.get("by_asset", []), scores.get("asset", ""))
+    made = [claim_sentence(scores), on_coins, network_sentence(scores)]
+    sentences += [sentence for sentence in made if sentence]
     if "truth" in config["models"]: sentences += distance_to_truth(scores)
     count = pd.DataFrame(scores["summary"]).groupby("score")["n_windows"].max().astype(int)
     names = dict(r90=("the return", "log_loss", "horizon"), sigma=("volatility", "qlike", "vol_window"))
@@ -352,7 +439,10 @@ def finding_sentences(
         days = f"{pd.Timedelta(config[key]) / pd.Timedelta('1D'):g}"
         windows.append(f"{count[score]} windows of {days} days for {name} ({span['origins']} daily forecasts, "
                        f"{span['begin'][:10]} to {span['end'][:10]})")
-    return [*sentences, f"The test span holds {' and '.join(windows)} that do not overlap."]
+    sentences.append(f"The test span holds {' and '.join(windows)} that do not overlap.")
+    if ledger := scores.get("ledger"):
+        sentences.append(f"In all {ledger['tried']} configurations have been scored on real test spans ({ledger['path']}).")
+    return sentences
 
 # %% ../nbs/06_results.ipynb #8b11d83c
 def fold_dates(folds: list[dict]) -> pd.DataFrame:
@@ -383,6 +473,10 @@ SIZE_OF_TEST = ("p-values are of a Diebold-Mariano test whose critical values co
                 "a nominal 5 % it rejects a true null in 4 to 6 % of series of such noise. Where losses are skewed it rejects "
                 "too often: of nine kinds of losses, in up to 9 % of series with 84 independent windows, 13 % with 27, 17 % "
                 "with 11 (1,000 daily origins of a 90-day label) and 22 % with 4.")
+
+SETS_TEXT = ("Models that are not shown to be worse than the best one (90 % model confidence set, Hansen, Lunde and Nason "
+             "2011), and the p-value of the hypothesis that no model is better than the reference (SPA, Hansen 2005). Blocks "
+             "are twice as long as a label.")
 
 STYLE = """body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1a1a1a;max-width:1080px}
 body{margin:2rem auto;padding:0 1.2rem;overflow-wrap:anywhere}h1{margin-bottom:.1rem}.sub{color:#555;margin-top:0}
@@ -431,34 +525,60 @@ def audit_rows(audits: dict) -> list[dict]:
                          findings=findings))
     return rows
 
+def reported(run: Evaluation, frame: pd.DataFrame) -> pd.DataFrame:
+    "The rows of the asset that a run reports."
+    return frame[frame["asset"] == run.asset]
+
+def claims_section(scores: dict) -> list[tuple[str, list]]:
+    "The section on the claims; none if the default forecaster was not run."
+    table, sets = claims_table(scores), sets_table(scores)
+    if table.empty: return []
+    text = ("Five comparisons of the default forecaster, fixed before scoring. p-values are corrected over these five. They "
+            "confirm nothing on the span on which the forecaster was chosen (2018 to 2024 of the project's files).")
+    items: list[tuple[str, Any]] = [("text", text), ("rows", table)]
+    if len(sets): items += [("heading", "Model confidence sets"), ("text", SETS_TEXT), ("rows", sets)]
+    if scores["confidence_note"]: items.append(("text", scores["confidence_note"].capitalize() + "."))
+    return [("Claims", items)]
+
+def coins_section(scores: dict, asset: str) -> list[tuple[str, list]]:
+    "The section on the assets of a run; none if there is Bitcoin alone."
+    if not scores.get("assets"): return []
+    held = pd.DataFrame(scores["assets"]).assign(first=lambda t: t["first"].str[:10], last=lambda t: t["last"].str[:10])
+    table = coin_table(scores["by_asset"])
+    results: list[tuple[str, Any]] = [("text", coin_sentence(scores["by_asset"], asset)), ("table", table)] if len(table) else []
+    text = "Pooled models learn from all of them; a row is used once its own label has ended."
+    return [("Assets", [("text", text), *results, ("rows", held.rename(columns=lambda c: c.replace("_", " ")))])]
+
 def report_sections(run: Evaluation) -> list[tuple[str, list]]:
     "Titles and contents of the sections of a report; an item is a kind of `TEMPLATE` and a value."
-    scores, newest, models, horizon = run.record, run.newest, run.models, run.record["config"]["horizon"]
+    scores, models, horizon = run.record, run.models, run.record["config"]["horizon"]
+    predictions, realised, newest = (reported(run, frame) for frame in (run.predictions, run.realised, run.newest))
     table, seeds = table_of_scores(scores), seed_table(scores)
-    fan = next((m for m in reversed(models) if m != "truth"), models[0])
+    fan = next((m for m in reversed(main_models(scores)) if m != "truth"), models[0])
     text = ("Mean and 90 % block-bootstrap interval; lower is better, coverage should be 0.80. The forecast that is shown and "
             "scored is the mean over a model's seeds.")
     tables = [item for head in HEADS.values()
               for item in (("heading", head.title), ("table", table[[SCORE_NAMES[s] for s in head.scores]]))]
     if len(seeds):
         tables += [("heading", "Single seeds"), ("text", "Lowest and highest score of a single seed."), ("table", seeds)]
-    every = dict(summary="All comparisons", text=SIZE_OF_TEST, table=claims(scores))
+    every = dict(summary="All comparisons", text=SIZE_OF_TEST, table=comparison_table(scores))
     made, now = "", [("text", "None: the price is unknown for a part of the time that models look back on.")]
     if len(newest):
         made = f", made at {newest['time'].iloc[0]:%Y-%m-%d %H:%M} UTC"
         lines = [f"Close {scores['newest']['close']:,.2f} USD.", *head_sentences(scores["newest"]["heads"])]
         now = [("text", " ".join(lines)), ("table", newest_table(newest, horizon, scores["config"]["vol_window"])),
-               ("figure", figure_newest(newest, run.realised, models, horizon))]
+               ("figure", figure_newest(newest, realised, main_models(scores), horizon))]
     training = [("The network's training", [("figure", figure_training(scores)), ("rows", training_table(scores))])]
     audits: list[tuple[str, Any]] = [("text", "No audit was made in this run.")]
     if scores["audits"]: audits = [("audits", audit_rows(scores["audits"]))]
     if scores.get("untested"): audits += [("text", "Not tested:"), ("list", scores["untested"])]
     return [("What it shows", [("list", [*finding_sentences(scores), *missing_prices(scores)])]),
             ("Scores", [("text", text), *tables]),
+            *claims_section(scores), *coins_section(scores, run.asset),
             (f"Compared with {models[0]}", [("figure", figure_skill(scores)), ("details", every)]),
             *(training if any(r["curve"] for r in scores.get("training", [])) else []),
             ("Calibration", [("figure", figure_reliability(scores)), ("figure", figure_coverage(scores))]),
-            ("Forecasts on the price", [("figure", figure_fan(run.predictions, run.realised, fan, horizon))]),
+            ("Forecasts on the price", [("figure", figure_fan(predictions, realised, fan, horizon))]),
             (f"Newest forecast{made}", now),
             ("Leak certificate", [*audits, ("text", f"Data: sha256 {scores['provenance']['data_sha256']}")]),
             ("Folds", [("table", fold_dates(scores["folds"]))]),
@@ -485,14 +605,18 @@ def check_model(run: Evaluation, model: str) -> None:
 
 # %% ../nbs/06_results.ipynb #6d4fda48
 @patch
-def plot_skill(self: Evaluation) -> go.Figure:
+def plot_skill(
+    self: Evaluation,
+    shown: Sequence[str] | None = None,  # models drawn; None: all if there are few, else the main ones
+) -> go.Figure:
     "Relative difference to the first model by score and model, with 90 % intervals."
-    return figure_skill(self.record)
+    for model in shown or (): check_model(self, model)
+    return figure_skill(self.record, shown)
 
 @patch
 def plot_reliability(
     self: Evaluation,
-    shown: Sequence[str] | None = None,  # models visible at first, the others by a click; None: the first and the last two
+    shown: Sequence[str] | None = None,  # models visible at first, the others by a click; None: three of the main ones
 ) -> go.Figure:
     "Observed frequency against forecast probability, a panel per class."
     for model in shown or (): check_model(self, model)
@@ -510,12 +634,13 @@ def plot_fan(
 ) -> go.Figure:
     "Price, and the band that a model forecast for it one horizon before."
     check_model(self, model)
-    return figure_fan(self.predictions, self.realised, model, self.record["config"]["horizon"])
+    return figure_fan(reported(self, self.predictions), reported(self, self.realised), model, self.record["config"]["horizon"])
 
 @patch
 def plot_newest(self: Evaluation) -> go.Figure:
     "The last year of prices and each model's band for the price one horizon after the newest hour."
-    return figure_newest(self.newest, self.realised, self.models, self.record["config"]["horizon"])
+    newest, realised = (reported(self, frame) for frame in (self.newest, self.realised))
+    return figure_newest(newest, realised, main_models(self.record), self.record["config"]["horizon"])
 
 @patch
 def plot_training(self: Evaluation) -> go.Figure:
