@@ -73,8 +73,8 @@ class SourceArgs(Command):
 
         from cryptopredict.sources import bitcoin_panel, build_panel, build_panels, inventory, read_folder
         number = int(self.assets) if self.assets and self.assets.isdecimal() and self.data is None else None
-        coins, coin_files = {}, None
-        if self.assets is not None and number is None: coins, coin_files = build_panels(self.assets, self.repair)
+        coins, coin_files, folder = {}, None, Path(self.assets or "")
+        if self.assets is not None and number is None: coins, coin_files = build_panels(folder, self.repair)
         if self.data is not None:
             found = read_folder(self.data, self.repair)
             panel, provenance, files = build_panel(found)
@@ -82,14 +82,14 @@ class SourceArgs(Command):
             names = ", ".join(path.name for t in found.files if (path := Path(t.attrs["file"])) not in found.skipped)
             loaded = LoadedPanel(panel, found.source_tables, provenance, f"files {names}", files)
         elif coin_files is not None:
-            panel = bitcoin_panel(coins, self.assets)
-            loaded = LoadedPanel(panel, None, None, f"files of {Path(self.assets or '').name}", inventory(panel))
+            panel = bitcoin_panel(coins, folder)
+            loaded = LoadedPanel(panel, None, None, f"files of {folder.name}", inventory(panel))
         else: loaded = self.simulated(seed, number)
         if coin_files is None: return loaded
-        print_coins(coin_files, self.assets)
+        print_coins(coin_files, folder)
         if self.data is not None and "BTC" in coins:
-            print_wrapped(f"BTC of {self.assets} is not used: Bitcoin is that of {self.data}")
-        combined = pd.concat([loaded.inventory, coin_files.rename(index=lambda file: f"{Path(self.assets).name}/{file}")])
+            print_wrapped(f"BTC of {folder} is not used: Bitcoin is that of {self.data}")
+        combined = pd.concat([loaded.inventory, coin_files.rename(index=lambda file: f"{folder.name}/{file}")])
         return loaded._replace(assets={name: p for name, p in coins.items() if name != "BTC"}, inventory=combined)
 
     def simulated(

@@ -85,13 +85,14 @@ def print_scores(
     record = json.loads(scores.read_text())
     shown = {"log_loss": "log\nloss", "pinball10": "\np10", "pinball90": "\np90", "coverage": "\ncoverage",
              "rmse_log_sigma": "RMSE\nlog sigma", "qlike": "\nQLIKE"}
+    small = ("pinball10", "pinball90")  # need a digit more
     title = f"{plural(record['origins'], 'daily origin')}, {record['begin'][:10]} to {record['end'][:10]}"
     returns = record["origins_by_label"].get("r90", record)
     table = Table(title=title, title_justify="left", box=box.ROUNDED if takes_utf8() else box.ASCII)
     table.add_column("model", no_wrap=True)
     for name in shown.values(): table.add_column(name, justify="right", no_wrap=True)
     means = {(r["model"], r["score"]): r["mean"] for r in record["summary"]}
-    for model in record["config"]["models"]: table.add_row(model, *(f"{means[model, s]:.4f}" for s in shown))
+    for model in record["config"]["models"]: table.add_row(model, *(f"{means[model, s]:.{4 if s in small else 3}f}" for s in shown))
     console = Console(force_jupyter=False)
     with console.capture() as capture: console.print(table)
     print_line(capture.get().rstrip())

@@ -230,8 +230,8 @@ class LightGBM(Learner):
     "Gradient-boosted trees for classes, quantiles and log sigma on all features (LightGBM)."
     requires = "lightgbm"
     strengths = (10, 30, 100)  # number of boosting rounds
-    settings = dict(learning_rate=.05, num_leaves=4, min_child_samples=30, n_jobs=1, deterministic=True,
-                    force_row_wise=True, random_state=0, verbosity=-1)
+    settings: dict[str, Any] = dict(learning_rate=.05, num_leaves=4, min_child_samples=30, n_jobs=1, deterministic=True,
+                                    force_row_wise=True, random_state=0, verbosity=-1)
 
     def classifier(self, strength: int) -> Any:
         "Boosted trees for three classes."
