@@ -89,7 +89,8 @@ def figure_skill(
     shown = shown or main_models(scores)
     columns = ["score", "model", "relative", "rel_lo", "rel_hi"]
     table = pd.DataFrame(scores["comparison"], columns=columns).dropna(subset=["relative"])  # empty for a run of one model
-    models, reference = [m for m in dict.fromkeys(table["model"]) if m in shown], scores["config"]["models"][0]
+    compared, reference = set(table["model"]), scores["config"]["models"][0]
+    models = [m for m in scores["config"]["models"] if m in compared and m in shown]
     panels = [[s for s in SCORE_NAMES if s in set(table["score"]) and (s in HEADS["volatility"].scores) == is_volatility]
               for is_volatility in (False, True)]
     fig = make_subplots(2, 1, row_heights=[.62, .38], vertical_spacing=.14)
