@@ -100,9 +100,9 @@ def fitted_for(
     fitted: dict[str, Any],  # what was fitted, by asset
     asset: str,  # asset to forecast
 ) -> Any:
-    "What was fitted for an asset; a `ValueError` if it had no matured label."
+    "What was fitted for an asset; a `ValueError` if it had too few matured labels."
     if asset not in fitted:
-        raise ValueError(f"asset {asset} had no matured label when the test began: begin the first test later, "
+        raise ValueError(f"asset {asset} had too few matured labels when the test began: begin the first test later, "
                          "or leave it out")
     return fitted[asset]
 

@@ -596,11 +596,14 @@ def check_assets(
     if assets is None: return {}
     if not isinstance(assets, Mapping):
         raise ValueError(f"assets is {type(assets).__name__}: give a dict of panels, as load_panels returns")
+    hourly = lambda close: np.log(close.where(close > 0)).diff()
     for name, frame in assets.items():
         if not isinstance(name, str) or name in ("", "all"):
             raise ValueError(f"assets: {name!r} is not the name of an asset: use names such as 'ETH'")
         try: check_panel(frame)
         except ValueError as error: raise ValueError(f"assets, {name}: {error}") from None
+        if name != BITCOIN and hourly(frame["close"]).corr(hourly(panel["close"])) > .98:
+            raise ValueError(f"assets, {name}: its closes are those of Bitcoin, in this or another unit: give the panel of {name}")
     if BITCOIN in assets and not assets[BITCOIN]["close"].equals(panel["close"]):
         raise ValueError(f"assets holds {BITCOIN} with other prices than panel: leave it out of assets, or pass it as the panel")
     return {name: frame for name, frame in assets.items() if name != BITCOIN}

@@ -53,6 +53,15 @@ def once(tmp_path_factory, request):
     return make
 
 
+@pytest.fixture(scope="session", autouse=True)
+def ledger(tmp_path_factory) -> Path:
+    "The ledger of the tests, so that none is written next to the checkout."
+    import helpers
+    path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
+    os.environ["CRYPTOPREDICT_LEDGER"] = helpers.ENV["CRYPTOPREDICT_LEDGER"] = str(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     "Folder of the real source files."

@@ -44,13 +44,13 @@ def test_a_cell_of_the_score_table_is_mean_and_interval(run):
     assert table.loc["truth", "log loss"].startswith(f"{mean_of(run.record, 'truth', 'log_loss'):.3f} [")
 
 
-def test_the_table_of_claims_holds_every_comparison(run):
+def test_the_table_of_comparisons_holds_every_one(run):
     assert results.percent_text(pd.Series(dict(relative=-.1, rel_lo=-.25, rel_hi=.05))) == "-10.0% [-25.0%, +5.0%]"
     texts = [results.percent_text(pd.Series(dict(relative=r, rel_lo=np.nan))) for r in (.02, np.nan)]
     assert texts == ["+2.0%", "-"]
-    table = results.claims(run.record)
+    table = results.comparison_table(run.record)
     assert set(table["claim"]) <= {"better", "worse", "no difference shown", "identical", "not testable"}
-    assert len(table) == 3 * 8 and results.claims({"comparison": []}).empty
+    assert len(table) == 3 * 8 and results.comparison_table({"comparison": []}).empty
 
 
 def test_the_skill_figure_draws_the_relative_differences(run):
@@ -166,7 +166,7 @@ def test_an_unfinished_run_has_no_report(tmp_path):
 
 def test_a_run_of_one_model_can_be_drawn(run, real):
     alone = {**run.record, "comparison": [], "config": {**run.record["config"], "models": ["climatology"]}}
-    assert len(results.figure_skill(alone).data) == 0 and results.claims(alone).empty
+    assert len(results.figure_skill(alone).data) == 0 and results.comparison_table(alone).empty
     assert len(results.finding_sentences(alone)) == 5
     for figure in (results.figure_skill(real), results.figure_coverage(real)):  # the template's default is width 0
         assert all(shape.line.width > 0 for shape in figure.layout.shapes) and len(figure.layout.shapes) >= 1

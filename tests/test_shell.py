@@ -228,7 +228,7 @@ def test_the_run_folder_holds_every_file(default_run):
 
 def test_predictions_have_the_documented_schema(default_run):
     made = pd.read_parquet(default_run.out / "predictions.parquet")
-    assert made.columns.tolist() == SCHEMA and not made.isna().any(axis=None)
+    assert made.columns.tolist() == [*SCHEMA, "asset"] and not made.isna().any(axis=None)
     assert not made.duplicated(["time", "model", "seed"]).any()
     assert str(made["time"].dt.tz) == "UTC" and (made["time"].dt.floor("D") == made["time"]).all(), "origins are 00:00 UTC"
     assert np.allclose(made[["p_down", "p_flat", "p_up"]].sum(axis=1), 1)
@@ -540,7 +540,7 @@ def test_forecast_writes_what_it_prints_and_overwrites_nothing(small, tmp_path):
     done = call_cli("forecast", *small, "--out", "new/f.json", cwd=tmp_path)
     made = json.loads((tmp_path / "new" / "f.json").read_text())
     rows = made["forecasts"]
-    assert done.returncode == 0 and [r["model"] for r in rows] == ["climatology", "ewma"] and set(rows[0]) == set(SCHEMA)
+    assert done.returncode == 0 and [r["model"] for r in rows] == ["climatology", "ewma"] and set(rows[0]) == {*SCHEMA, "asset"}
     assert all(f"{r['p_up']:.2f}" in done.stdout and f"{r['p10']:+.3f}" in done.stdout for r in rows)
     assert made["horizon"] == "5D" and f"close {made['close']:.2f}" in done.stdout and made["ages"] == {"bars": 1.0}
     assert "age of the newest value of each input, from the start of its bar or day: bars 1 h" in " ".join(done.stdout.split())

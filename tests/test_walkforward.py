@@ -9,7 +9,7 @@ import pytest
 from cryptopredict.baselines import origins
 from cryptopredict.labels import make_labels
 from cryptopredict.leakage import Fold
-from cryptopredict.protocol import EvaluateConfig, UserCode, load_config, make_folds
+from cryptopredict.protocol import EvaluateConfig, RunData, UserCode, load_config, make_folds
 from cryptopredict.scores import loss_table
 from cryptopredict.simulate import simulate_market
 from cryptopredict.storage import RunFolder
@@ -113,13 +113,13 @@ def test_labels_that_had_not_matured_do_not_move_a_forecast(panel, y, folds):
 def test_parts_are_announced_with_their_work_and_made_once(panel, y, folds, run, tmp_path):
     steps, place = [], RunFolder(tmp_path)
     place.parts.mkdir()
-    made = predict_folds(CONFIG, panel, y, folds, place.path, on_part=lambda done, total, what: steps.append(what))
+    made = predict_folds(RunData(CONFIG, {"BTC": panel}), place.path, on_part=lambda done, total, what: steps.append(what))
     first = steps[0]
     assert (str(first), first.work, len(first.rest)) == ("fold 1 of 2, climatology, seed 0", len(folds[0].refit), 5)
     assert len(steps) == 7 and steps[-1] == "predictions done"
     pd.testing.assert_frame_equal(made, run.predictions)
     stamps = [path.stat().st_mtime_ns for path in sorted(place.parts.iterdir())]
-    predict_folds(CONFIG, panel, y, folds, place.path)
+    predict_folds(RunData(CONFIG, {"BTC": panel}), place.path)
     assert [path.stat().st_mtime_ns for path in sorted(place.parts.iterdir())] == stamps
 
 
