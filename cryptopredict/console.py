@@ -92,7 +92,8 @@ def print_scores(
     table.add_column("model", no_wrap=True)
     for name in shown.values(): table.add_column(name, justify="right", no_wrap=True)
     means = {(r["model"], r["score"]): r["mean"] for r in record["summary"]}
-    for model in record["config"]["models"]: table.add_row(model, *(f"{means[model, s]:.{4 if s in small else 3}f}" for s in shown))
+    for model in record["config"]["models"]:
+        table.add_row(model, *(f"{means[model, s]:.{4 if s in small else 3}f}" for s in shown))
     console = Console(force_jupyter=False)
     with console.capture() as capture: console.print(table)
     print_line(capture.get().rstrip())

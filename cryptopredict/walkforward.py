@@ -603,7 +603,8 @@ def check_assets(
         try: check_panel(frame)
         except ValueError as error: raise ValueError(f"assets, {name}: {error}") from None
         if name != BITCOIN and hourly(frame["close"]).corr(hourly(panel["close"])) > .98:
-            raise ValueError(f"assets, {name}: its closes are those of Bitcoin, in this or another unit: give the panel of {name}")
+            raise ValueError(f"assets, {name}: its closes are those of Bitcoin, in this or another unit: "
+                             f"give the panel of {name}")
     if BITCOIN in assets and not assets[BITCOIN]["close"].equals(panel["close"]):
         raise ValueError(f"assets holds {BITCOIN} with other prices than panel: leave it out of assets, or pass it as the panel")
     return {name: frame for name, frame in assets.items() if name != BITCOIN}

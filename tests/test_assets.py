@@ -139,7 +139,8 @@ def test_wrong_assets_are_refused_by_name(coins, tmp_path, change, message):
 def test_a_coin_of_one_row_is_reported_and_changes_nothing(coins, tmp_path):
     two = {"COIN01": coins["COIN01"]}
     one = {**two, "SHORT": coins["COIN01"].iloc[-1:]}
-    made = [cp.evaluate(coins["BTC"], ["pooled_ridge"], tmp_path / str(k), assets=a, **SETTINGS) for k, a in enumerate((two, one))]
+    made = [cp.evaluate(coins["BTC"], ["pooled_ridge"], tmp_path / str(k), assets=assets, **SETTINGS)
+            for k, assets in enumerate((two, one))]
     pd.testing.assert_frame_equal(made[0].predictions, made[1].predictions)
     assert {r["asset"]: r["folds_trained"] for r in made[1].record["assets"]}["SHORT"] == 0
 
@@ -216,9 +217,11 @@ def test_the_shell_learns_from_a_folder_of_coins(coins, tmp_path):
         bars = coins[name][["open", "high", "low", "close", "volume"]].assign(ts=coins[name].index - pd.Timedelta("1h"))
         scale = 8000 / coins["BTC"]["close"].iloc[-1] if name == "BTC" else 1.
         bars[["open", "high", "low", "close"]] *= scale
+        bars["volume"] = 10.
         bars[["ts", "open", "high", "low", "close", "volume"]].to_csv(folder / f"{name}_1h.csv", index=False)
     flags = [w for k, v in SETTINGS.items() for w in (f"--{k.replace('_', '-')}", str(v))]
-    done = call_cli("evaluate", "--assets", "coins", "--models", *MODELS, "--targets", "all", *flags, "--out", "run", cwd=tmp_path)
+    words = ("--assets", "coins", "--models", *MODELS, "--targets", "all", *flags, "--out", "run")
+    done = call_cli("evaluate", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "other coins, of coins:" in done.stdout and "pooled models learned from 2 coins" in done.stdout
     assert {r["asset"] for r in json.loads((tmp_path / "run" / "scores.json").read_text())["assets"]} == {"BTC", "COIN01"}

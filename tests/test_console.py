@@ -66,7 +66,8 @@ def test_scores_are_printed_with_their_origins(tmp_path, capsys):
     (tmp_path / "scores.json").write_text(json.dumps(record))
     print_scores(tmp_path / "scores.json")
     text = capsys.readouterr().out
-    assert all(f"{k / 7:.{4 if k in (1, 2) else 3}f}" in text for k in range(6)) and "365 daily origins, 2018-01-01 to 2018-12-31" in text
+    assert all(f"{k / 7:.{4 if k in (1, 2) else 3}f}" in text for k in range(6))
+    assert "365 daily origins, 2018-01-01 to 2018-12-31" in text
     assert "are based on 305 origins, to 2018-11-01" in text
 
 

@@ -164,5 +164,6 @@ def test_har_models_fit_matured_rows_and_stay_above_the_lowest_sigma(world):
         one, other = (make(horizon="20D").fit(panel, None, labels, fold).volatility(panel) for labels in (y, changed))
         pd.testing.assert_series_equal(one, other)
     model = ExponentialHAR(horizon="20D").fit(panel, None, y, fold)
-    assert model.volatility(panel).min() >= model.lowest == y["sigma"].iloc[origins(panel.index, fold.of("sigma_end").refit)].loc[
-        ExponentialHAR().design(panel).dropna().index.intersection(y.index[origins(panel.index, fold.of("sigma_end").refit)])].min()
+    rows = origins(panel.index, fold.of("sigma_end").refit)
+    with_history = model.design(panel).iloc[rows].notna().all(axis=1).to_numpy()
+    assert model.volatility(panel).min() >= model.lowest == y["sigma"].iloc[rows[with_history]].min()
