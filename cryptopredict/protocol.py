@@ -534,6 +534,7 @@ def model_settings(
     if model not in user_code.models: fields += [f for f in inspect.signature(FORECASTERS[model]).parameters if f in config]
     if has_trait(model, "stochastic", user_code): fields += ["seed", "seeds"]
     settings = {field: config[field] for field in dict.fromkeys(fields)}
+    settings["first_test"] = str(data.panel.index[data.folds[0].test[0]])  # a default and the same date given are one
     if has_trait(model, "pooled", user_code): settings["assets"] = sorted(data.panels)
     if model in user_code.models: settings["code"] = source_hash(user_code.models[model])
     if user_code.features and (model in user_code.models or model == "mamba2" or has_trait(model, "uses_features", user_code)):

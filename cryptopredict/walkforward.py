@@ -628,7 +628,8 @@ def note_in_ledger(
         entries.append(LedgerEntry(model, settings, mean[model], joined, scores["begin"], scores["end"]))
     path = ledger_path()
     added = record(path, entries)
-    return dict(path=str(path), added=added, tried=tried(path))
+    shown = path.name if path.is_absolute() else path.as_posix()  # results are published: no folder of this machine
+    return dict(path=shown, added=added, tried=tried(path))
 
 # %% ../nbs/05h_walkforward.ipynb #45f5c9de
 def walk_forward_run(

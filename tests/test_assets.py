@@ -152,7 +152,7 @@ def test_the_ledger_counts_real_configurations_once(coins, tmp_path, monkeypatch
     assert not path.exists()
     real = coins["BTC"].drop(columns="supply")
     run = cp.evaluate(real, MODELS, tmp_path / "a", assets={"COIN01": coins["COIN01"]}, **SETTINGS)
-    assert run.record["ledger"] == dict(path=str(path), added=4, tried=4)
+    assert run.record["ledger"] == dict(path="ledger.jsonl", added=4, tried=4)
     assert any("4 configurations have been scored on real test spans" in sentence for sentence in run.findings())
     cp.evaluate(real, MODELS, tmp_path / "b", assets={"COIN01": coins["COIN01"]}, **SETTINGS)
     assert len(read_ledger(path)) == 4
