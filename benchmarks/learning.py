@@ -40,14 +40,16 @@ def world(seed: int, years: int) -> list[dict]:
     "One record per model, forecast coin and number of coins."
     panels, truths = simulate_market(24 * 365 * (years + 1), seed, assets=max(COINS))
     first = panels["BTC"].index[0] + pd.Timedelta(days=365 * years)
-    panels["COIN01"] = panels["COIN01"].loc[first - pd.Timedelta(days=YOUNG):]
+    begin = first - pd.Timedelta(days=YOUNG)
+    young = next(name for name, panel in panels.items() if name != "BTC" and panel.index[0] <= begin)
+    panels[young] = panels[young].loc[begin:]
     labels = {name: make_labels(panel["close"]) for name, panel in panels.items()}
     rows = []
-    for target, count in product(("BTC", "COIN01"), COINS):
+    for target, count in product(("BTC", young), COINS):
         names = [target, *(name for name in panels if name != target)][:count]
         panel, y = (stack_assets({name: frames[name] for name in names}) for frames in (panels, labels))
         ends = y[["label_end", "sigma_end"]]
-        fold = walk_forward(panel.index, ends, first_test=first, step="2YS", validation="60D")[0]
+        fold = walk_forward(panel.index, ends, first_test=first, step="2YS", validation="180D")[0]
         fold_alone, alone = asset_fold(fold, panel.index, target), panels[target]
         at = origins(alone.index, fold_alone.test)  # the target comes first, so these are also positions in `panel`
         at = at[labels[target]["sigma"].iloc[at].notna()]
@@ -58,7 +60,7 @@ def world(seed: int, years: int) -> list[dict]:
         made |= {name: make().fit(panel, None, y, fold).predict(panel, None, at) for name, make in POOLED.items()}
         for name, forecast in made.items():
             rmse, qlike = losses(forecast["sigma"], realised)
-            rows.append(dict(seed=seed, years=years, asset="young coin" if target == "COIN01" else "Bitcoin", coins=count,
+            rows.append(dict(seed=seed, years=years, asset="young coin" if target == young else "Bitcoin", coins=count,
                              model=name, gap=rmse - best[0], gap_qlike=qlike - best[1]))
     return rows
 
