@@ -1,6 +1,6 @@
 """Draw README's picture from the committed forecasts and the real files: python benchmarks/picture.py [DATA] [OUT.png].
 
-It shows the network's 80 % band of the 90-day return at each origin of the real run, and the realised return. Needs the source
+It shows the default forecaster's 80 % band of the 90-day return at each origin of the real run, and the realised return. Needs the source
 files (default `../shared/data`) for the realised returns, and Chromium for the PNG.
 """
 import json
@@ -19,7 +19,7 @@ from cryptopredict.labels import make_labels
 from cryptopredict.sources import load_panel
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = "mamba2"
+MODEL = "har_ensemble"
 CHANGES = (-.6, -.4, -.2, 0, .5, 1, 2, 4)  # ticks: relative change of the price in 90 days
 WIDTH, HEIGHT, SCALE = 720, 440, 2
 

@@ -124,6 +124,7 @@ class PrepareCommand(SourceArgs):
         from cryptopredict.features import build_features
         from cryptopredict.labels import make_labels
         from cryptopredict.sources import inventory_json
+        if self.assets is not None: raise ValueError("--assets: prepare writes the files of Bitcoin only; leave it out")
         out = self.out or new_folder("prepare")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} is not an empty folder: choose another --out")
@@ -284,6 +285,7 @@ class AuditCommand(WalkForwardArgs):
         from cryptopredict.protocol import load_object, source_hash
         from cryptopredict.walkforward import provenance_of
         name, config = self.what or self.fn, self.configured()
+        if name and self.assets is not None: raise ValueError(f"--assets: {name} is audited on Bitcoin's panel; leave it out")
         function: Any = load_object(name) if name else None
         user_code = self.user_code(config)
         if name and not callable(function):
@@ -454,6 +456,7 @@ class TrainCommand(WalkForwardArgs, TrackingArgs):
         from cryptopredict.results import head_sentences, newest_table
         from cryptopredict.track import CallbackList
         from cryptopredict.walkforward import check_fit, train_newest
+        if self.assets is not None: raise ValueError("--assets: the network is trained on Bitcoin alone; leave it out")
         config, out = self.configured(), self.out or new_folder("train")
         user_code, loaded = self.user_code(config), self.load(config.seed)
         panel = loaded.panel

@@ -229,3 +229,9 @@ def test_the_shell_learns_from_a_folder_of_coins(coins, tmp_path):
     refused = call_cli("evaluate", "--assets", "coins", *flags, "--out", "other", cwd=tmp_path)
     assert refused.returncode == 2 and "holds no hourly bars of Bitcoin" in refused.stderr
     assert "must be a folder, or a number" in call_cli("evaluate", "--assets", "200", "--years", "3", cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize("words", [("prepare",), ("train",), ("audit", "helpers:command")])
+def test_commands_that_know_bitcoin_alone_refuse_other_assets(words, tmp_path):
+    refused = call_cli(*words, "--assets", "3", "--years", "2", cwd=tmp_path)
+    assert refused.returncode == 2 and "--assets" in refused.stderr and not any(tmp_path.iterdir())
