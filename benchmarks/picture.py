@@ -1,7 +1,7 @@
 """Draw README's picture from the committed forecasts and the real files: python benchmarks/picture.py [DATA] [OUT.png].
 
-It shows the default forecaster's 80 % band of the 90-day return at each origin of the real run, and the realised return. Needs the source
-files (default `../shared/data`) for the realised returns, and Chromium for the PNG.
+It shows the default forecaster's 80 % band of the 90-day return at each origin of the real run, and the realised return. Needs
+the source files (default `../shared/data`) for the realised returns, and Chromium for the PNG.
 """
 import json
 import shutil

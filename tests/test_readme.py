@@ -30,7 +30,8 @@ def test_quoted_claims_are_those_of_the_committed_run():
     pattern = (r"is (\S+) % better than log-HAR in it \(90 % interval (\S+) to (\S+)\) and (\S+) % in QLIKE \((\S+) to (\S+)\)\. "
                r"It was chosen on this span, after (\d+) configurations")
     *quoted, tried = re.search(pattern, TEXT).groups()
-    figures = [f"{-100 * claims[score][key]:.1f}" for score in ("rmse_log_sigma", "qlike") for key in ("relative", "rel_hi", "rel_lo")]
+    keys = [(score, key) for score in ("rmse_log_sigma", "qlike") for key in ("relative", "rel_hi", "rel_lo")]
+    figures = [f"{-100 * claims[score][key]:.1f}" for score, key in keys]
     assert quoted == figures and int(tried) == REAL["ledger"]["tried"]
 
 
