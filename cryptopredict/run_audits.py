@@ -100,7 +100,7 @@ def short_fold(
     panel: pd.DataFrame,  # hourly panel
     config: EvaluateConfig,  # threshold of the labels, embargo
     user_code: UserCode,  # the user's feature functions
-    assets: Mapping[str, pd.DataFrame] | None = None,  # of others, two are added; then rows are indexed (asset, time)
+    assets: Mapping[str, pd.DataFrame] | None = None,  # of others; two that cover the stretch are added: (asset, time)
 ) -> tuple[pd.DataFrame, pd.DataFrame, Fold]:
     """One frame of panel, features (`f:`) and labels (`y:`) over the latest stretch of `AUDITED_HOURS` without a gap in the
     price, the ends of its labels, and one fold of it. A `ValueError` if there is no such stretch."""
@@ -112,9 +112,7 @@ def short_fold(
     times = panel.index[whole[-1]:whole[-1] + AUDITED_HOURS]
     panels, frames, ends = {BITCOIN: panel}, {}, {}
     for name, other in (assets or {}).items():
-        known = other["close"].reindex(times).notna()
-        without_gap = (~known).cumsum()[known].nunique() == 1
-        if len(panels) < 3 and known.sum() > AUDITED_HOURS // 2 and without_gap: panels[name] = other
+        if len(panels) < 3 and other["close"].reindex(times).notna().all(): panels[name] = other
     for name, whole_panel in panels.items():
         at = slice(*whole_panel.index.searchsorted([times[0], times[-1] + pd.Timedelta("1h")]))
         labels = make_labels((short := whole_panel.iloc[at])["close"], **SHORT, threshold=config.threshold)

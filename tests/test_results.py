@@ -51,3 +51,29 @@ def test_gpu_figures_name_device_versions_and_commit():
     for name in ("vram", "exact", "checkpoints_gpu", "kills_gpu"):
         text = json.dumps(read_result(name))
         assert all(word in text for word in ("H100", "torch", "commit")), name
+
+
+def test_the_ensemble_is_three_percent_below_log_har_with_and_without_other_coins():
+    coins = read_result("coins")
+    for part in ("reproduction", "alone"):
+        ensemble = next(row for row in coins[part] if row["model"] == "har_ensemble")
+        assert max(ensemble[score]["relative"] for score in ("rmse_log_sigma", "qlike")) < -.03, part
+        assert ensemble["rmse_log_sigma"]["hi"] < 0 and ensemble["n_origins"] == 2465
+    log_har = coins["reproduction"][0]
+    assert round(log_har["rmse_log_sigma"], 3) == .337 and round(log_har["qlike"], 3) == .255
+    others = [r for r in coins["by_asset"] if r["model"] == "har_ensemble" and r["asset"] != "BTC"]
+    better = {s: sum(r["relative"] < 0 for r in others if r["score"] == s) for s in ("rmse_log_sigma", "qlike")}
+    assert len({r["asset"] for r in others}) == 20 and better["rmse_log_sigma"] >= 15 and better["qlike"] >= 17
+
+
+def test_baselines_of_many_coins_take_less_than_three_minutes():
+    seconds = read_result("coins")["seconds"]["all_models"]
+    assert seconds["whole run"] < 180 and seconds["pooled_ridge"] < 60
+
+
+def test_pooling_halves_the_distance_to_the_truth_of_a_young_coin():
+    rows = read_result("learning")["rows"]
+    gap = lambda **wanted: median(r["gap"] for r in rows if all(r[k] == v for k, v in wanted.items()))
+    young = dict(model="pooled_ridge", asset="young coin", years=6)
+    assert gap(**young, coins=15) < .65 * gap(**young, coins=1)
+    assert gap(model="log_har", asset="Bitcoin", years=6, coins=1) < gap(model="log_har", asset="Bitcoin", years=2, coins=1)
