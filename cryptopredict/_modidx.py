@@ -663,6 +663,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'cryptopredict.learners.GARCH.estimate': ( 'learners.html#garch.estimate',
                                                                                    'cryptopredict/learners.py'),
                                         'cryptopredict.learners.GARCH.fit': ('learners.html#garch.fit', 'cryptopredict/learners.py'),
+                                        'cryptopredict.learners.GARCH.mean_variance': ( 'learners.html#garch.mean_variance',
+                                                                                        'cryptopredict/learners.py'),
                                         'cryptopredict.learners.GARCH.model': ('learners.html#garch.model', 'cryptopredict/learners.py'),
                                         'cryptopredict.learners.GARCH.volatility': ( 'learners.html#garch.volatility',
                                                                                      'cryptopredict/learners.py'),

@@ -76,7 +76,7 @@ class GARCH(VolatilityForecaster):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a start of the optimiser that does not converge
             self.params = self.model(returns).fit(disp="off", show_warning=False).params.to_numpy()
-        self.factor = 1.
+        self.initial, self.factor = float(returns.var()), 1.  # variance before the first day
         return super().fit(panel, X, y, fold, seed)
 
     def estimate(
@@ -100,10 +100,25 @@ class GARCH(VolatilityForecaster):
         for hour in {0, panel.index[-1].hour}:
             returns = self.daily_returns(panel["close"], hour)
             if len(returns) < 2: continue
-            made = self.model(returns).fix(self.params).forecast(horizon=self.days, start=0, reindex=False).variance
-            variance = made.mean(axis=1) / 100 ** 2
+            variance = self.mean_variance(returns) / 100 ** 2
             sigma.loc[variance.index] = np.sqrt(365 * variance).clip(lower=FLOOR)
         return sigma * self.factor
+
+    def mean_variance(
+        self,
+        returns: pd.Series,  # daily returns in percent
+    ) -> pd.Series:
+        """Mean of the variances forecast for the coming days, from each day on. Beyond the first day
+        a variance is expected to be omega + p times the one before, with p = alpha + gamma / 2 + beta."""
+        mean, omega, alpha, *gamma, beta, _ = self.params
+        asymmetry = gamma[0] if gamma else 0.
+        error = returns.to_numpy() - mean
+        shocks = omega + (alpha + asymmetry * (error < 0)) * error ** 2
+        coming, variance = np.empty(len(shocks)), self.initial
+        for day, shock in enumerate(shocks): coming[day] = variance = shock + beta * variance
+        powers = (alpha + asymmetry / 2 + beta) ** np.arange(self.days)
+        mean_coming = powers.mean() * coming + omega * (powers.cumsum() - powers).mean()
+        return pd.Series(mean_coming, returns.index)
 
 # %% ../nbs/05cc_learners.ipynb #b22a487b
 class StandardFeatures:

@@ -282,7 +282,7 @@ def relative_links(
 ) -> str:
     "The text with relative links to pages of the site, and without links that nbdev guessed from ambiguous words."
     text = re.sub(r"\]\((?:https?://[^/)]+)?/(\w+\.html)", r"](\1", text)
-    text = re.sub(r"\]\((?:nbs/)?\d+[a-z]?_(\w+)\.ipynb", r"](\1.html", text)
+    text = re.sub(r"\]\((?:nbs/)?\d+[a-z]*_(\w+)\.ipynb", r"](\1.html", text)
     text = re.sub(r"\[\[(`[^`]+`)\]\([^)]*\)\]", r"[\1]", text)  # a name that was linked by hand already
     kept = lambda m: m.group() if keeps_link(*m.groups()) else f"`{m.group(1)}`"
     return re.sub(r"\[`([^`]+)`\]\((\w+)\.html#[^)]*\)", kept, text)
