@@ -55,11 +55,6 @@ class GARCH(VolatilityForecaster):
         daily = np.log(close[close.index.hour == hour].ffill())
         return 100 * daily.diff().fillna(0.).clip(-100, 100)
 
-    def model(self, returns: pd.Series) -> Any:
-        "The arch model of these returns."
-        from arch import arch_model
-        return arch_model(returns, mean="Constant", vol="GARCH", p=1, o=int(self.asymmetric), q=1, dist="t", rescale=False)
-
     def fit(
         self,
         panel: pd.DataFrame,  # hourly panel, with `close`
@@ -73,10 +68,12 @@ class GARCH(VolatilityForecaster):
         if len(returns) < 250:
             raise ValueError(f"GARCH needs 250 daily returns before the test, there are {len(returns)}: "
                              "begin the first test later")
+        from arch import arch_model
+        model = arch_model(returns, vol="GARCH", p=1, o=int(self.asymmetric), q=1, dist="t", rescale=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a start of the optimiser that does not converge
-            self.params = self.model(returns).fit(disp="off", show_warning=False).params.to_numpy()
-        self.initial, self.factor = float(returns.var()), 1.  # variance before the first day
+            self.params = model.fit(disp="off", show_warning=False).params.to_numpy()
+        self.initial_variance, self.level_factor = float(returns.var()), 1.  # variance before the first day
         return super().fit(panel, X, y, fold, seed)
 
     def estimate(
@@ -88,7 +85,7 @@ class GARCH(VolatilityForecaster):
         "The factor that matches the mean of log sigma."
         x = usable_rows(self.volatility(panel).iloc[origins(panel.index, rows)])
         target = labels["sigma"].loc[x.index].clip(lower=FLOOR)
-        self.factor = float(np.exp(np.log(target / x).mean()))
+        self.level_factor = float(np.exp(np.log(target / x).mean()))
 
     def volatility(
         self,
@@ -102,7 +99,7 @@ class GARCH(VolatilityForecaster):
             if len(returns) < 2: continue
             variance = self.mean_variance(returns) / 100 ** 2
             sigma.loc[variance.index] = np.sqrt(365 * variance).clip(lower=FLOOR)
-        return sigma * self.factor
+        return sigma * self.level_factor
 
     def mean_variance(
         self,
@@ -114,7 +111,7 @@ class GARCH(VolatilityForecaster):
         asymmetry = gamma[0] if gamma else 0.
         error = returns.to_numpy() - mean
         shocks = omega + (alpha + asymmetry * (error < 0)) * error ** 2
-        coming, variance = np.empty(len(shocks)), self.initial
+        coming, variance = np.empty(len(shocks)), self.initial_variance
         for day, shock in enumerate(shocks): coming[day] = variance = shock + beta * variance
         powers = (alpha + asymmetry / 2 + beta) ** np.arange(self.days)
         mean_coming = powers.mean() * coming + omega * (powers.cumsum() - powers).mean()
@@ -157,9 +154,9 @@ def weekly_rows(
 # %% ../nbs/05cc_learners.ipynb #30a1d433
 class Learner:
     """Class probabilities, quantiles and sigma from three kinds of regressions on all features;
-    subclasses make them. `strengths` are tried on validation."""
+    subclasses make them. `candidates` for the strength of regularisation are compared on validation."""
     uses_features = True
-    strengths: tuple[Any, ...] = ()
+    candidates: tuple[Any, ...] = ()
 
     def classifier(self, strength: Any) -> Any: raise NotImplementedError
     def quantile(self, strength: Any, q: float) -> Any: raise NotImplementedError
@@ -170,23 +167,23 @@ class Learner:
         panel: pd.DataFrame,  # hourly panel
         X: pd.DataFrame | None,  # features, same index
         y: pd.DataFrame,  # labels as from `make_labels`, same index
-        fold: Fold,  # strengths are compared on `train` and `valid`, the best is fitted on `refit`
+        fold: Fold,  # candidates are compared on `train` and `valid`, the best is fitted on `refit`
         seed: int = 0,  # not used
     ) -> Self:
         "Choose the strength on validation, then fit on the refit rows; return self."
         if X is None: raise ValueError(f"{type(self).__name__} needs features: pass X, as from build_features")
         valid, losses = origins(y.index, fold.valid), []
         valid = valid[y["r90"].iloc[valid].notna().to_numpy() & y["sigma"].iloc[valid].notna().to_numpy()]
-        for strength in self.strengths if len(valid) else ():
-            self.fit_strength(X, y, fit_on(fold, "train"), strength)
+        for strength in self.candidates if len(valid) else ():
+            self.fit_candidate(X, y, fit_on(fold, "train"), strength)
             made = self.predict(panel, X, valid).rename_axis("time").reset_index().assign(fold=0, seed=0, model="")
             mean = loss_table(made, y).mean(numeric_only=True)
             losses.append(total_loss(dict(cls=mean["log_loss"], p10=mean["pinball10"], p90=mean["pinball90"],
                                           vol=mean["se_log_sigma"])))
-        self.strength = self.strengths[int(np.argmin(losses)) if losses else 0]
-        return self.fit_strength(X, y, fold, self.strength)
+        self.chosen = self.candidates[int(np.argmin(losses)) if losses else 0]
+        return self.fit_candidate(X, y, fold, self.chosen)
 
-    def fit_strength(
+    def fit_candidate(
         self,
         X: pd.DataFrame,  # features
         y: pd.DataFrame,  # labels, same index
@@ -223,7 +220,7 @@ class Learner:
 class Linear(Learner):
     "Logistic regression, quantile regression and ridge regression on all features (scikit-learn)."
     requires = "sklearn"
-    strengths = (1., .1, .01)  # absolute penalty of the quantiles; the others are scaled by it
+    candidates = (1., .1, .01)  # absolute penalty of the quantiles; the others are scaled by it
 
     def classifier(self, strength: float) -> Any:
         "Multinomial logistic regression."
@@ -244,7 +241,7 @@ class Linear(Learner):
 class LightGBM(Learner):
     "Gradient-boosted trees for classes, quantiles and log sigma on all features (LightGBM)."
     requires = "lightgbm"
-    strengths = (10, 30, 100)  # number of boosting rounds
+    candidates = (10, 30, 100)  # number of boosting rounds
     settings: dict[str, Any] = dict(learning_rate=.05, num_leaves=4, min_child_samples=30, n_jobs=1, deterministic=True,
                                     force_row_wise=True, random_state=0, verbosity=-1)
 

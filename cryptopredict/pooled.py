@@ -31,9 +31,9 @@ def class_frequencies(
 
 # %% ../nbs/05cb_pooled.ipynb #d2889655
 class PooledClimatology:
-    """The same forecast always, for each coin: its returns of the last four years with half their
-    mean, averaged with the returns of all coins in units of their standard deviations."""
-    pooled = True
+    """One constant forecast per coin: the mean of two samples' probabilities and quantiles, the coin's
+    own returns with half their mean, and the standardised returns of all coins on the coin's scale."""
+    pooled = True  # is given the frames of all coins
 
     def __init__(
         self,
@@ -52,14 +52,11 @@ class PooledClimatology:
         seed: int = 0,  # not used
     ) -> Self:
         "Compute each coin's distribution from `fold.refit`; return self."
-        times, parts = row_times(panel.index), asset_rows(panel.index)
+        times, values = row_times(panel.index), {label: y[label].to_numpy(float) for label in ("r90", "sigma")}
         begin = times[fold.test[0]] - pd.DateOffset(years=self.years)
-        values = {label: y[label].to_numpy(float) for label in ("r90", "sigma")}
-        rows = {label: fold.of(end).refit for label, end in (("r90", "label_end"), ("sigma", "sigma_end"))}
-        rows = {label: r[(times[r] >= begin) & np.isfinite(values[label][r])] for label, r in rows.items()}
-        of_coin = lambda label, part: rows[label][(rows[label] >= part.start) & (rows[label] < part.stop)]
-        own = {asset: of_coin("r90", part) for asset, part in parts.items()}
-        own = {asset: r for asset, r in own.items() if len(np.unique(values["r90"][r])) > 1}
+        since = lambda rows: rows[times[rows] >= begin]
+        returns, sigmas = (dict(rows_by_asset(panel, since(labelled_rows(y, fold, label)))) for label in ("r90", "sigma"))
+        own = {asset: r for asset, r in returns.items() if len(np.unique(values["r90"][r])) > 1}
         if not own:
             raise ValueError(f"fold.refit holds no row with r90 since {begin}; begin the first test later, "
                              "or load more history")
@@ -73,7 +70,7 @@ class PooledClimatology:
             windows = effective_windows(times[r], self.horizon)
             probs = np.mean([smooth_frequencies(class_frequencies(s, self.threshold), windows) for s in samples], axis=0)
             p10, p90 = np.mean([np.quantile(s, [.1, .9]) for s in samples], axis=0)
-            sigma = np.median(values["sigma"][of_coin("sigma", parts[asset])])
+            sigma = np.median(values["sigma"][sigmas[asset]])
             self.forecasts[asset] = dict(probs=probs, p10=p10, p90=p90, sigma=max(sigma, FLOOR))
         return self
 
@@ -180,12 +177,10 @@ class PooledRidge:
         self.climatology.fit(panel, X, y, fold)
         rows = labelled_rows(y, fold, "sigma")
         tables, har = {}, [f"vol_{d}" for d in HAR_DAYS]
-        for asset, part in rows_by_asset(panel, rows):
-            own, begin = panel.loc[asset], asset_rows(panel.index)[asset].start
-            at = origins(own.index, part - begin)
-            known = measures(own).iloc[at].dropna()
+        for asset, part in rows_by_asset(panel, origins(panel.index, rows)):
+            known = measures(panel.loc[asset]).loc[row_times(panel.index)[part]].dropna()
             if len(known) < self.min_days: continue
-            target = np.log(y["sigma"].iloc[begin:begin + len(own)].droplevel(0).loc[known.index].clip(lower=FLOOR))
+            target = np.log(y.loc[asset, "sigma"].loc[known.index].clip(lower=FLOOR))
             tables[asset] = np.c_[target, known[har]], known[MEASURES].to_numpy()
         if not tables:
             raise ValueError(f"no coin has {self.min_days} days of fold.refit with 90 days of prices before them; "
@@ -216,7 +211,7 @@ class PooledRidge:
     ) -> np.ndarray:
         "Forecast sigma of one coin."
         mean = fitted_for(self.fitted.means, asset)
-        table = measures(panel.loc[asset]).iloc[rows - asset_rows(panel.index)[asset].start]
+        table = measures(panel.loc[asset]).loc[row_times(panel.index)[rows]]
         if table.isna().any(axis=None):
             raise ValueError(f"PooledRidge, {asset} at {table.index[table.isna().any(axis=1)][0]}: "
                              "the history before it is too short; forecast at a later time, or load a panel that begins earlier")
@@ -248,13 +243,13 @@ class HAREnsemble:
     ) -> Self:
         "Fit the pooled regression on all coins, and the other two on each coin that is tested; return self."
         self.ridge.fit(panel, X, y, fold)
-        self.alone: dict[str, list[VolatilityForecaster]] = {}
+        self.members: dict[str, list[VolatilityForecaster]] = {}
         for asset, _ in rows_by_asset(panel, fold.test):
-            if asset not in self.ridge.fitted.means: continue  # no matured label: `predict` refuses it
+            if asset not in self.ridge.fitted.means: continue  # too few matured labels: `predict` refuses it
             own = asset_fold(fold, panel.index, asset)
-            self.alone[asset] = [make(self.horizon, self.threshold) for make in (ExponentialHAR, DailyHAR)]
+            self.members[asset] = [make(self.horizon, self.threshold) for make in (ExponentialHAR, DailyHAR)]
             rows = labelled_rows(y.loc[asset], own, "sigma")
-            for member in self.alone[asset]: member.estimate(panel.loc[asset], y.loc[asset], rows)
+            for member in self.members[asset]: member.estimate(panel.loc[asset], y.loc[asset], rows)
         return self
 
     def predict(
@@ -264,12 +259,12 @@ class HAREnsemble:
         rows: np.ndarray,  # positions to forecast at
     ) -> pd.DataFrame:
         "Forecasts at `rows`; a `ValueError` names a coin that could not be fitted."
-        made, logs = self.ridge.predict(panel, X, rows), []
+        made, parts = self.ridge.predict(panel, X, rows), []
         for asset, part in rows_by_asset(panel, rows):
-            own, at = panel.loc[asset], part - asset_rows(panel.index)[asset].start
-            logs.append(np.mean([np.log(m.volatility(own).to_numpy()[at]) for m in fitted_for(self.alone, asset)], axis=0))
-        alone = pd.Series(np.concatenate(logs), made.index)
-        return made.assign(sigma=np.exp((2 * alone + np.log(made["sigma"])) / 3))
+            own, times = panel.loc[asset], row_times(panel.index)[part]
+            logs = [np.log(member.volatility(own).loc[times]) for member in fitted_for(self.members, asset)]
+            parts.append(np.mean(logs, axis=0))
+        return made.assign(sigma=np.exp((2 * np.concatenate(parts) + np.log(made["sigma"])) / 3))
 
 # %% ../nbs/05cb_pooled.ipynb #07c02b6a
 POOLED: dict[str, Callable[..., ForecastModel]] = {  # name -> factory

@@ -62,9 +62,11 @@ def test_forecast_variances_are_those_of_arch(asymmetric, market):
     panel, _, y, fold, _ = market
     model = GARCH(vol_window="7D", asymmetric=asymmetric).fit(panel, None, y, fold)
     returns = model.daily_returns(panel["close"], 0)
-    theirs = model.model(returns).fix(model.params).forecast(horizon=7, start=0, reindex=False).variance.mean(axis=1)
+    from arch import arch_model
+    arch = arch_model(returns, vol="GARCH", p=1, o=int(asymmetric), q=1, dist="t", rescale=False)
+    theirs = arch.fix(model.params).forecast(horizon=7, start=0, reindex=False).variance.mean(axis=1)
     np.testing.assert_allclose(model.mean_variance(returns).iloc[400:], theirs.iloc[400:], rtol=1e-6)  # the start is forgotten
-    expected = model.factor * np.sqrt(365 * theirs.iloc[-1]) / 100
+    expected = model.level_factor * np.sqrt(365 * theirs.iloc[-1]) / 100
     assert model.volatility(panel).dropna().iloc[-1] == pytest.approx(expected, rel=1e-6)
 
 
@@ -86,11 +88,11 @@ def test_a_class_that_never_occurred_stays_possible(make, market):
     assert (one.predict(panel, X, rows)["p_down"] > .99).all()
 
 
-def test_the_strength_is_chosen_on_validation(market, monkeypatch):
+def test_the_regularisation_is_chosen_on_validation(market, monkeypatch):
     panel, X, y, fold, _ = market
-    assert Linear().fit(panel, X, y, fold).strength in Linear.strengths
-    monkeypatch.setattr(Linear, "strengths", (1e6,))
-    assert Linear().fit(panel, X, y, fold).strength == 1e6
+    assert Linear().fit(panel, X, y, fold).chosen in Linear.candidates
+    monkeypatch.setattr(Linear, "candidates", (1e6,))
+    assert Linear().fit(panel, X, y, fold).chosen == 1e6
     with pytest.raises(ValueError, match="needs features"): Linear().fit(panel, None, y, fold)
 
 
