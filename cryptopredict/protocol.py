@@ -42,7 +42,7 @@ from .sources import price_gaps
 from .tbptt_trainer import TrainSettings
 
 # %% auto #0
-__all__ = ['DEFAULT_MODELS', 'FORECASTERS', 'BITCOIN', 'MIN_HOURS', 'Truth', 'EvaluateConfig', 'load_config',
+__all__ = ['DEFAULT_MODELS', 'FORECASTERS', 'BITCOIN', 'MIN_MATURED_HOURS', 'Truth', 'EvaluateConfig', 'load_config',
            'default_first_test', 'make_folds', 'lost_origins', 'load_object', 'display_name', 'UserCode',
            'load_user_code', 'make_forecaster', 'has_trait', 'run_features', 'installed_models', 'RunData',
            'model_settings', 'source_hash']
@@ -404,7 +404,7 @@ def installed_models(
 
 # %% ../nbs/05f_protocol.ipynb #df48deb1
 BITCOIN = "BTC"  # the asset of the panel that an evaluation is given, the calendar of its folds
-MIN_HOURS = 365 * 24  # fewest hours with matured labels before a test in which another coin is forecast
+MIN_MATURED_HOURS = 365 * 24  # fewest hours with matured labels before a test in which another coin is forecast
 
 class RunData:
     "What a run is computed from: hourly panels by asset, Bitcoin first, with labels, features and folds."
@@ -427,8 +427,8 @@ class RunData:
             except ValueError as error: raise ValueError(f"{asset}: {error}") from None
         self.panel, self.y = self.panels[BITCOIN], self.labels[BITCOIN]
         self.feature_frames: dict[str, pd.DataFrame | None] = {}
-        self.spans: dict[str, Any] = dict(validation=config.validation, embargo=config.embargo)
-        if live: self.folds = [live_fold(self.panel.index, self.y[["label_end", "sigma_end"]], **self.spans)]
+        self.split_settings: dict[str, Any] = dict(validation=config.validation, embargo=config.embargo)
+        if live: self.folds = [live_fold(self.panel.index, self.y[["label_end", "sigma_end"]], **self.split_settings)]
         else:
             without_price = lambda rows: len(origins(self.panel.index, rows)) and not len(forecast_rows(self.panel, rows))
             self.folds = [fold for fold in make_folds(config, self.y) if not without_price(fold.test)]
@@ -444,9 +444,10 @@ class RunData:
         "The folds of all assets, as positions in the `stacked` frames."
         panel, labels = self.stacked
         ends = labels[["label_end", "sigma_end"]]
-        if self.live: return [live_fold(panel.index, ends, **self.spans)]
+        if self.live: return [live_fold(panel.index, ends, **self.split_settings)]
         first = self.config.first_test or default_first_test(self.panel.index, self.config.horizon)
-        made = walk_forward(panel.index, ends, first_test=first, step=self.config.step, skip_unlabelled=True, **self.spans)
+        spans = dict(first_test=first, step=self.config.step, **self.split_settings)
+        made = walk_forward(panel.index, ends, skip_unlabelled=True, **spans)
         begins = {self.panel.index[fold.test[0]] for fold in self.folds}
         return [fold for fold in made if row_times(panel.index)[fold.test[0]] in begins]
 
@@ -476,16 +477,16 @@ class RunData:
         def able(asset: str) -> bool:
             if asset == BITCOIN: return True
             fold = self.fold_of(number, asset)
-            return len(fold.refit) >= MIN_HOURS and len(forecast_rows(self.panels[asset], fold.test)) > 0
+            return len(fold.refit) >= MIN_MATURED_HOURS and len(forecast_rows(self.panels[asset], fold.test)) > 0
         return [asset for asset in self.targets if able(asset)]
 
     def inputs(
         self,
         number: int,  # of the fold
         model: str,  # name of a forecaster
-    ) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame | None, pd.DataFrame, Fold]]:
+    ) -> Iterator[tuple[str | None, pd.DataFrame, pd.DataFrame | None, pd.DataFrame, Fold]]:
         """What a forecaster is fitted on in a fold: asset, panel, features, labels, fold, once for each
-        target; a pooled forecaster gets the frames of all assets once, as asset \"\"."""
+        target; a pooled forecaster gets the frames of all assets once, with None as the asset."""
         assets = self.forecast_assets(number)
         if not has_trait(model, "pooled", self.user_code):
             for asset in assets:
@@ -495,7 +496,7 @@ class RunData:
             needs = model in self.user_code.models or has_trait(model, "uses_features", self.user_code)
             frames = {asset: self.features(asset) for asset in self.panels} if needs else {}
             X = stack_assets({asset: X for asset, X in frames.items() if X is not None}) if frames else None
-            yield "", panel, X, labels, self.tested_on(self.pooled_folds[number], assets)
+            yield None, panel, X, labels, self.tested_on(self.pooled_folds[number], assets)
 
     def tested_on(
         self,

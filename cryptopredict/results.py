@@ -18,15 +18,15 @@ from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from .figures import BLACK, DARK, GREY, PALETTE, SKY, colours, faint, house_style
+from .figures import BLACK, BLUE, DARK, GREY, PALETTE, SKY, colours, faint, house_style
 from .labels import DIRECTIONS, HEADS, TASKS
 from .protocol import FORECASTERS
 from .storage import write_atomic
 from .walkforward import Evaluation, evaluate  # noqa: F401  # both with what is added here
 
 # %% auto #0
-__all__ = ['table_of_scores', 'comparison_table', 'claims_table', 'sets_table', 'coin_table', 'coin_sentence', 'newest_table',
-           'seed_table', 'finding_sentences', 'missing_prices', 'write_report']
+__all__ = ['table_of_scores', 'comparison_table', 'claims_table', 'figure_claims', 'sets_table', 'coin_table', 'coin_sentence',
+           'newest_table', 'seed_table', 'finding_sentences', 'missing_prices', 'write_report']
 
 # %% ../nbs/06_results.ipynb #803e38f6
 SCORE_NAMES = {"log_loss": "log loss", "brier": "Brier", "pinball10": "pinball p10", "pinball90": "pinball p90",
@@ -75,7 +75,7 @@ MAIN_MODELS = ("climatology_4y", "log_har", "har_ensemble", "mamba2", "truth")
 def main_models(
     scores: dict,  # content of `scores.json`
 ) -> list[str]:
-    "The models that figures draw at first: all if there are at most six, else the first, `MAIN_MODELS` and the user's own."
+    "The models that figures draw: all if there are at most six, else the first, `MAIN_MODELS` and the user's own."
     models = scores["config"]["models"]
     if len(models) <= 6: return models
     return [m for k, m in enumerate(models) if k == 0 or m in MAIN_MODELS or m not in FORECASTERS]
@@ -113,7 +113,7 @@ def figure_skill(
 def claims_table(
     scores: dict,  # content of `scores.json`
 ) -> pd.DataFrame:
-    """The claims fixed before scoring: score, forecasters, difference with interval, p-values, verdict;
+    """The five claims: score, forecasters, difference with interval, p-values, verdict;
     empty if the default forecaster was not run."""
     table = pd.DataFrame(scores.get("claims", []))
     if table.empty: return table
@@ -122,18 +122,35 @@ def claims_table(
                          "reference": table["reference"], "difference": table.apply(percent_text, axis=1),
                          "p": table["p"].map(text), "p (Holm)": table["p_holm"].map(text), "claim": table["verdict"]})
 
+def figure_claims(
+    scores: dict,  # content of `scores.json`
+) -> go.Figure:
+    """Loss of the default forecaster relative to the reference of each claim, with 90 % intervals; grey
+    where no difference is shown."""
+    fig = go.Figure(layout=dict(showlegend=False))
+    for row in scores.get("claims", []):
+        if row["relative"] is None: continue
+        name = f"{SCORE_NAMES[row['score']]}<br>({row['reference']})"
+        colour = BLUE if row["verdict"] in ("better", "worse") else GREY
+        at, lo, hi = (None if row[key] is None else round(100 * row[key], 2) for key in ("relative", "rel_lo", "rel_hi"))
+        fig.add_scatter(x=[lo, hi], y=[name, name], mode="lines", line=dict(color=colour, width=3))
+        fig.add_scatter(x=[at], y=[name], mode="markers", marker=dict(color=colour, size=10))
+    fig.add_vline(x=0, line=dict(color=DARK, width=1.5), opacity=1)
+    default = next((row["default"] for row in scores.get("claims", [])), "default")
+    fig.update_yaxes(autorange="reversed", automargin=True).update_xaxes(title="change in loss (%), 90 % interval")
+    return house_style(fig, f"{default} against the reference of each claim: left is better", 400)
+
 def sets_table(
     scores: dict,  # content of `scores.json`
 ) -> pd.DataFrame:
-    """For each loss of the claims the models of the 90 % model confidence set, and the p-value of the test
-    that any model is better than the reference (SPA)."""
+    """For each loss of the claims how many models are in the 90 % model confidence set, which are not, and
+    the p-value of the test that any model is better than the reference (SPA)."""
     table, rows = pd.DataFrame(scores.get("confidence_sets", [])), []
     for score, part in table.groupby("score", sort=False) if len(table) else ():
-        inside = part.loc[part["in_set"], "model"]
-        p = part["p_spa"].iloc[0]
-        rows.append({"score": SCORE_NAMES[str(score)], "not shown to be worse than the best": ", ".join(inside) or "-",
-                     "left out": ", ".join(part.loc[~part["in_set"], "model"]) or "-", "reference": part["reference"].iloc[0],
-                     "p (SPA)": "-" if pd.isna(p) else f"{p:.3f}"})
+        outside, p = part.loc[~part["in_set"], "model"], part["p_spa"].iloc[0]
+        rows.append({"score": SCORE_NAMES[str(score)], "lowest loss": part["model"].iloc[0],
+                     "in the set": f"{int(part['in_set'].sum())} of {len(part)}", "not in the set": ", ".join(outside) or "-",
+                     "reference": part["reference"].iloc[0], "p (SPA)": "-" if pd.isna(p) else f"{p:.3f}"})
     return pd.DataFrame(rows)
 
 # %% ../nbs/06_results.ipynb #ae6daf06
@@ -280,10 +297,10 @@ def network_sentence(
     "In how many folds each head of the network is enabled; empty for a run without network."
     folds = {r["fold"]: r["heads"] for r in scores.get("training", []) if r["fold"] != "newest"}
     if not folds: return ""
-    enabled = [f"{head} in {sum(head in h for h in folds.values())}" for head in HEADS]
+    enabled = ", ".join(f"the {head} head in {sum(head in h for h in folds.values())}" for head in HEADS)
     same = sum(not h for h in folds.values())
-    return (f"Of {len(folds)} folds, heads of the network are enabled for {', '.join(enabled)}; "
-            f"in {same} the network repeats its baselines (a climatology, log-HAR) entirely.")
+    return (f"Of {len(folds)} folds the network enables {enabled}; in {same} it repeats its baselines (a climatology, log-HAR) "
+            "entirely.")
 
 def head_sentences(
     heads: Mapping[str, dict],  # by model, what `describe_heads` returns
@@ -407,14 +424,14 @@ def distance_to_truth(
 def claim_sentence(
     scores: dict,  # content of `scores.json`
 ) -> str:
-    "Which of the claims fixed before scoring are shown; empty if the default forecaster was not run."
+    "Which of the claims are shown; empty if the default forecaster was not run."
     rows = [row for row in scores.get("claims", []) if row["verdict"] != "not run"]
     if not rows: return ""
     name = lambda row: f"{SCORE_NAMES[row['score']]} ({percent_text(pd.Series(row))} against {row['reference']})"
     names = lambda rows: ", ".join(map(name, rows))
     shown, others = ([row for row in rows if (row["verdict"] == "better") is kind] for kind in (True, False))
-    first = f"Of {len(rows)} claims fixed before scoring, {rows[0]['default']} is shown to be better in {len(shown)}"
-    return first + (f": {names(shown)}" if shown else "") + (f"; not in {names(others)}." if others else ".")
+    first = f"Of {len(rows)} claims, {rows[0]['default']} is shown to be better in {len(shown)}"
+    return first + (f": {names(shown)}" if shown else "") + (f"; not shown: {names(others)}." if others else ".")
 
 # %% ../nbs/06_results.ipynb #9500a880
 def finding_sentences(
@@ -534,9 +551,9 @@ def claims_section(scores: dict) -> list[tuple[str, list]]:
     "The section on the claims; none if the default forecaster was not run."
     table, sets = claims_table(scores), sets_table(scores)
     if table.empty: return []
-    text = ("Five comparisons of the default forecaster, fixed before scoring. p-values are corrected over these five. They "
-            "confirm nothing on the span on which the forecaster was chosen (2018 to 2024 of the project's files).")
-    items: list[tuple[str, Any]] = [("text", text), ("rows", table)]
+    text = ("Five comparisons of the default forecaster, fixed in code. p-values are corrected over these five. They cannot "
+            "confirm anything on the span on which the forecaster was chosen (2018 to 2024 of the project's files).")
+    items: list[tuple[str, Any]] = [("text", text), ("figure", figure_claims(scores)), ("rows", table)]
     if len(sets): items += [("heading", "Model confidence sets"), ("text", SETS_TEXT), ("rows", sets)]
     if scores["confidence_note"]: items.append(("text", scores["confidence_note"].capitalize() + "."))
     return [("Claims", items)]

@@ -666,9 +666,9 @@ def load_panel(
     return cut_panels({"BTC": panel}, start, end)["BTC"]
 
 # %% ../nbs/00g_sources.ipynb #9f94e610
-MIN_HOURS = 30 * 24  # bars of a coin; with fewer, no label is complete: the shortest one looks 30 days ahead
+MIN_BARS = 30 * 24  # bars of a coin; with fewer, no label is complete: the shortest one looks 30 days ahead
 SAME_CLOSES, SAME_RETURNS = .005, .98  # median |log ratio|, correlation: beyond these, two coins are the same series
-NO_COINS = {"DXY", "SPX", "NDX", "SPY", "QQQ", "DJI", "XAU", "XAG", "GOLD", *CURRENCIES}  # symbols of other things
+NON_COIN_SYMBOLS = {"DXY", "SPX", "NDX", "SPY", "QQQ", "DJI", "XAU", "XAG", "GOLD", *CURRENCIES}  # symbols of other things
 
 def coin_of(path: Path) -> str:
     """The coin in a file name, `ETH` for `eth_1h.csv` and for `ETHUSDT_1h.csv`; `SourceError` if the name
@@ -727,9 +727,9 @@ def build_panels(
         raw = read_table(path)
         kind = detect_format(raw)
         coin = coin_of(path) if kind in ("kraken", "binance") else ""
-        if kind == "yahoo" and (daily := asset_in(path.name).base) not in ("", *NO_COINS):
+        if kind == "yahoo" and (daily := asset_in(path.name).base) not in ("", *NON_COIN_SYMBOLS):
             raise SourceError(path, f"holds daily quotes of {coin_name(daily)}", "Use hourly bars (1h), or move the file")
-        if not coin or coin in NO_COINS:
+        if not coin or coin in NON_COIN_SYMBOLS:
             note = f"{coin} is not a coin" if coin else f"{LEFT_OUT[kind]}, not hourly bars of a coin"
             rows[str(path)] = dict(status="left out", note=note)
             continue
@@ -743,14 +743,14 @@ def build_panels(
     check_coins_differ(bars)
     for coin, files in tables.items():
         for table in files: check_price_level(table, table_asset(table, data_dir), coin)
-    panels = {coin: join_panel(b, [])[0] for coin, b in bars.items() if len(b) >= MIN_HOURS}
+    panels = {coin: join_panel(b, [])[0] for coin, b in bars.items() if len(b) >= MIN_BARS}
     if not panels:
         coin = max(bars, key=lambda c: len(bars[c]))
-        problem = f"its longest coin, {coin}, has {len(bars[coin])} hourly bars, fewer than {MIN_HOURS} (30 days)"
+        problem = f"its longest coin, {coin}, has {len(bars[coin])} hourly bars, fewer than {MIN_BARS} (30 days)"
         raise SourceError(data_dir, problem, "Add more hours")
     newest = max(panels.values(), key=lambda panel: panel.index[-1])
     for coin, b in bars.items():
-        short = "" if coin in panels else f"{coin} has too few hourly bars: {len(b)}, at least {MIN_HOURS} (30 days) are needed"
+        short = "" if coin in panels else f"{coin} has too few hourly bars: {len(b)}, at least {MIN_BARS} (30 days) are needed"
         for table in tables[coin]:
             used = 0 if short else int((b["file"] == table.attrs["file"]).sum())
             rows[table.attrs["file"]] = file_row(table, used, newest, short, table_asset(table, data_dir))
@@ -769,8 +769,8 @@ def load_panels(
 ) -> dict[str, pd.DataFrame]:
     """Coin -> hourly panel from its first to its last bar, with the columns of `load_panel` (on-chain and
     macro metrics are NaN). Bitcoin comes first, if there is a file of it, then the others in
-    alphabetical order. A coin with too few bars is left out with a warning, a coin without an hour
-    between `start` and `end` without one."""
+    alphabetical order. A coin with too few bars is left out and a warning is issued. A coin without
+    bars between `start` and `end` is left out silently."""
     panels, files = build_panels(data_dir, repairs)
     for note in files.loc[(files["status"] == "left out") & (files["asset"] != ""), "note"].str.split("; ").str[0].unique():
         warnings.warn(f"{data_dir}: {note}: the coin is left out", stacklevel=2)

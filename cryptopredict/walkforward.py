@@ -22,7 +22,7 @@ from . import __version__
 from .audits import certificate
 from .baselines import HISTORY, forecast_rows, has_history, origins
 from .calibration import reliability
-from .claims import CLAIMS, DEFAULT, confidence_sets, test_claims
+from .claims import CLAIMS, DEFAULT, confidence_sets, evaluate_claims
 from .config import ConfigError
 from .labels import FORECAST_COLUMNS, SCHEMA, make_labels
 from .leakage import Fold, LeakageError, LeakReport, live_fold, row_times
@@ -46,8 +46,8 @@ if TYPE_CHECKING: import plotly.graph_objects as go
 # %% auto #0
 __all__ = ['PREDICTION_COLUMNS', 'fit_predict', 'Step', 'run_parts', 'run_steps', 'fit_part', 'predict_folds', 'score_assets',
            'score_run', 'panel_hash', 'provenance_of', 'check_config', 'write_config', 'check_run', 'open_run',
-           'note_code', 'newest_forecast', 'check_fit', 'train_newest', 'expected_trainings', 'Evaluation',
-           'walk_forward_run', 'kept_certificate', 'evaluate']
+           'note_code', 'newest_forecast', 'forecast_live', 'live_steps', 'check_fit', 'train_newest',
+           'expected_trainings', 'Evaluation', 'walk_forward_run', 'kept_certificate', 'evaluate']
 
 # %% ../nbs/05h_walkforward.ipynb #7274a32c
 def fit_predict(
@@ -145,11 +145,11 @@ def fit_part(
     empty if no target can be forecast."""
     made, attrs = [], {}
     for asset, panel, X, y, fold in data.inputs(number, model):
-        kept = folder if asset in ("", BITCOIN) else None
+        kept = folder if asset in (None, BITCOIN) else None
         forecast = fit_predict(model, panel, X, y, fold, data.config, seed, data.user_code, kept, on_update)
-        if asset: forecast = forecast.assign(asset=asset)
-        if asset in ("", BITCOIN): attrs = forecast.attrs
+        if kept is folder: attrs = forecast.attrs
         forecast.attrs = {}
+        if asset is not None: forecast = forecast.assign(asset=asset)
         made.append(forecast.assign(fold=-1 if data.live else number)[PREDICTION_COLUMNS])
     whole = pd.concat(made, ignore_index=True) if made else pd.DataFrame(columns=PREDICTION_COLUMNS)
     whole.attrs = attrs
@@ -196,7 +196,7 @@ def score_claims(
     "The claims that were fixed before scoring, and the confidence sets, as records; empty if the default forecaster was not run."
     if DEFAULT not in set(losses["model"]): return dict(claims=[], confidence_sets=[], confidence_note="")
     sets = confidence_sets(losses, **spans)
-    return dict(claims=json_records(test_claims(losses, **spans)), confidence_sets=json_records(sets),
+    return dict(claims=json_records(evaluate_claims(losses, **spans)), confidence_sets=json_records(sets),
                 confidence_note=sets.attrs.get("note", ""))
 
 # %% ../nbs/05h_walkforward.ipynb #4b374a39
@@ -206,7 +206,8 @@ def score_assets(
     labels: Mapping[str, pd.DataFrame],  # labels by asset
 ) -> pd.DataFrame:
     """The five scores of the claims by asset and model: `mean`, and relative to the reference model of
-    the claim `relative` with its interval `rel_lo, rel_hi`, NaN where the reference was not run."""
+    the claim `relative` with its interval `rel_lo, rel_hi`; NaN for the reference itself, and where it
+    was not run."""
     spans: dict[str, Any] = dict(horizon=config.horizon, vol_window=config.vol_window, n_boot=config.n_boot, seed=config.seed)
     tables = []
     for asset, made in predictions.groupby("asset", sort=False):
@@ -374,19 +375,32 @@ def newest_forecast(
         gap = price_gaps(panel).iloc[-1]
         raise ValueError(f"no model can forecast at {panel.index[-1]}: there are no bars from {gap['begin']} to {gap['end']}, "
                          f"and models look back {HISTORY}: add the missing bars")
-    data, made, heads = RunData(config, {BITCOIN: panel, **(assets or {})}, user_code, live=True), [], {}
-    steps = run_steps(config, data.y, data.folds, ["newest forecast"], user_code, lambda *part: False)
+    return forecast_live(RunData(config, {BITCOIN: panel, **(assets or {})}, user_code, live=True), folder, on_part, on_update)
+
+def forecast_live(
+    data: RunData,  # live: its only fold is tested at the last hour
+    folder: Path | None = None,  # where the network keeps its training runs; None: a temporary folder
+    on_part: Callable[[int, int, Step | str], None] = lambda done, total, what: None,  # called with parts done, all, next
+    on_update: Callable[[Run, dict], None] = lambda run, record: None,  # called after each update of a training run
+) -> pd.DataFrame:
+    "As `newest_forecast`, from data that is prepared already."
+    made, heads, steps = [], {}, live_steps(data)
     with tempfile.TemporaryDirectory() as temporary:
-        for done, (_, model, seed) in enumerate(run_parts(config, 1, user_code)):
+        for done, (_, model, seed) in enumerate(run_parts(data.config, 1, data.user_code)):
             on_part(done, len(steps), steps[done]._replace(rest=tuple(steps[done + 1:])))
             forecast = fit_part(data, 0, model, seed, folder or Path(temporary), on_update)
             if "heads" in forecast.attrs: heads[model] = forecast.attrs.pop("heads")
             if len(forecast): made.append(forecast)
     on_part(len(steps), len(steps), "newest forecast done")
-    if not made: raise ValueError(f"none of {', '.join(data.targets)} could be forecast at {panel.index[-1]}: give newer data")
+    if not made:
+        raise ValueError(f"none of {', '.join(data.targets)} could be forecast at {data.panel.index[-1]}: give newer data")
     newest = pd.concat(made, ignore_index=True)
     newest.attrs["heads"] = heads
     return newest
+
+def live_steps(data: RunData) -> list[Step]:
+    "The parts of a newest forecast."
+    return run_steps(data.config, data.y, data.folds, ["newest forecast"], data.user_code, lambda *part: False)
 
 def check_fit(
     out: str | Path,  # folder of a fit; it need not exist
@@ -505,7 +519,7 @@ class Evaluation:
 
     @property
     def claims(self) -> pd.DataFrame:
-        "The claims fixed before scoring, tested; empty if the default forecaster was not run. See `claims.test_claims`."
+        "The claims fixed before scoring, tested; empty if the default forecaster was not run. See `claims.evaluate_claims`."
         return pd.DataFrame(self.record["claims"])
 
     @property
@@ -613,8 +627,8 @@ def note_in_ledger(
     data: RunData,  # of the run
     scores: dict,  # content of `scores.json`
 ) -> dict:
-    """Add the configurations of a run to the ledger: `path`, number of lines `added` now and of
-    configurations `tried` in all."""
+    """Add the configurations of a run to the ledger, with their scores on the reported asset: `path`,
+    number of lines `added` now and of configurations `tried` in all."""
     mean: dict[str, dict[str, float]] = {}
     for row in scores["summary"]:
         mean.setdefault(row["model"], {})[row["score"]] = np.nan if row["mean"] is None else row["mean"]
@@ -668,23 +682,22 @@ def walk_forward_run(
         made_by |= note_code(folder, made_by)
         write_config(out, config, made_by["source"])
         if inventory is not None and not folder.inventory.exists(): write_atomic(folder.inventory, inventory_json(inventory))
-        live: list[Step] = []  # parts of the newest forecast; empty if no model can forecast at the last hour
-        if has_history(panel)[-1]:
-            fold = live_fold(panel.index, data.y[["label_end", "sigma_end"]], **data.spans)
-            live = run_steps(config, data.y, [fold], ["newest forecast"], user_code, lambda *part: False)
+        # The newest forecast; none if no model can forecast at the last hour.
+        live = RunData(config, data.panels, user_code, live=True) if has_history(panel)[-1] else None
+        later = live_steps(live) if live else []
         count = len(run_parts(config, len(data.folds), user_code))
 
         def forward(done: int, total: int, what: Step | str) -> None:
-            if isinstance(what, Step): what = what._replace(rest=(*what.rest, *live))
-            on_part(done, count + len(live), what)
+            if isinstance(what, Step): what = what._replace(rest=(*what.rest, *later))
+            on_part(done, count + len(later), what)
         predictions = predict_folds(data, folder.path, forward, on_update)
         write_atomic(folder.predictions, predictions.to_parquet(None, index=False))
         realised = [origin_table(data.panels[a], data.labels[a]).assign(asset=a) for a in data.targets]
         write_atomic(folder.origins, pd.concat(realised, ignore_index=True).to_parquet(None, index=False))
         if live:
-            onward = lambda done, total, what: on_part(count + done, count + len(live), what)
+            onward = lambda done, total, what: on_part(count + done, count + len(later), what)
             fit = folder.fit(None)
-            newest = newest_forecast(config, panel, fit.path, user_code, onward, on_update, assets)
+            newest = forecast_live(live, fit.path, onward, on_update)
             if fit.choice.exists(): shrink_trainings(fit.path, whole=True)
         else: newest = predictions.iloc[:0]
         heads = newest.attrs.pop("heads", {})
@@ -717,7 +730,7 @@ def kept_certificate(
 # %% ../nbs/05h_walkforward.ipynb #dc8bef76
 def evaluate(
     panel: pd.DataFrame,  # hourly panel, as from `load_panel` or `simulate_market`
-    models: Sequence[Any] | None = None,  # names, `my.py:Name`, classes or objects as `ForecastModel`; None: the default
+    models: Sequence[Any] | None = None,  # names, `my.py:Name`, classes or objects as `ForecastModel`; None: all built-in ones
     out: str | Path | None = None,  # run folder; the same run is resumed; None: a new folder under runs/
     *,
     assets: Mapping[str, pd.DataFrame] | None = None,  # panels of other coins by name, as from `load_panels`

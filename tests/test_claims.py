@@ -40,7 +40,7 @@ def test_the_claims_are_five_losses_with_known_references():
 
 
 def test_a_claim_has_the_numbers_of_compare(losses):
-    claims = c.test_claims(losses, n_boot=200).set_index("score")
+    claims = c.evaluate_claims(losses, n_boot=200).set_index("score")
     assert (claims.verdict == "better").all() and list(claims.index) == [SCORES[loss].summary for loss in c.CLAIMS]
     for reference in ("climatology_4y", "log_har"):
         mine = claims[claims.reference == reference]
@@ -51,17 +51,17 @@ def test_a_claim_has_the_numbers_of_compare(losses):
 
 
 def test_a_worse_default_is_called_worse():
-    assert (c.test_claims(losses_of(**USUAL | dict(har_ensemble=1.1)), n_boot=50).verdict == "worse").all()
+    assert (c.evaluate_claims(losses_of(**USUAL | dict(har_ensemble=1.1)), n_boot=50).verdict == "worse").all()
 
 
 def test_another_default_can_be_tested(losses):
-    claims = c.test_claims(losses.replace("har_ensemble", "mine"), default="mine", n_boot=50)
+    claims = c.evaluate_claims(losses.replace("har_ensemble", "mine"), default="mine", n_boot=50)
     assert (claims.default == "mine").all() and (claims.verdict == "better").all()
 
 
 @pytest.mark.parametrize("absent, not_run", [("climatology_4y", 3), ("log_har", 2), ("har_ensemble", 5)])
 def test_an_absent_model_is_not_run_and_does_not_help_the_other_claims(losses, absent, not_run):
-    claims = c.test_claims(losses[losses.model != absent], n_boot=50)
+    claims = c.evaluate_claims(losses[losses.model != absent], n_boot=50)
     missing = claims[claims.verdict == "not run"]
     assert len(missing) == not_run and missing[["diff", "relative", "rel_lo", "p", "p_holm"]].isna().all(axis=None)
     assert (missing.n_origins == 0).all()
@@ -70,28 +70,28 @@ def test_an_absent_model_is_not_run_and_does_not_help_the_other_claims(losses, a
 
 
 def test_an_absent_loss_is_not_run(losses):
-    verdicts = c.test_claims(losses.drop(columns="qlike"), n_boot=50).set_index("score").verdict
+    verdicts = c.evaluate_claims(losses.drop(columns="qlike"), n_boot=50).set_index("score").verdict
     assert verdicts["qlike"] == "not run" and verdicts["rmse_log_sigma"] == "better"
 
 
 def test_models_without_common_origins_are_not_run(losses):
     apart = losses[(losses.model != "log_har") | (losses.time < TIMES[500])]
     apart = apart[(apart.model != "har_ensemble") | (apart.time >= TIMES[500])]
-    assert (c.test_claims(apart, n_boot=50).verdict[3:] == "not run").all()
+    assert (c.evaluate_claims(apart, n_boot=50).verdict[3:] == "not run").all()
 
 
 def test_identical_losses_are_called_identical(losses):
     log_har = losses[losses.model == "log_har"]
     same = pd.concat([losses[losses.model == "climatology_4y"], log_har, log_har.assign(model="har_ensemble")])
-    claims = c.test_claims(same, n_boot=50)
+    claims = c.evaluate_claims(same, n_boot=50)
     assert (claims.verdict[3:] == "identical").all() and (claims.relative[3:] == 0).all() and claims.p_holm[3:].isna().all()
 
 
 def test_few_origins_and_infinite_losses_are_not_testable(losses):
-    short = c.test_claims(losses[losses.time < TIMES[40]], n_boot=50)
+    short = c.evaluate_claims(losses[losses.time < TIMES[40]], n_boot=50)
     assert (short.verdict == "not testable").all() and (short.n_origins == 40).all()
     infinite = losses.assign(log_loss=losses.log_loss.mask((losses.model == "har_ensemble") & (losses.time == TIMES[3]), np.inf))
-    assert c.test_claims(infinite, n_boot=50).verdict.tolist()[:2] == ["not testable", "better"]
+    assert c.evaluate_claims(infinite, n_boot=50).verdict.tolist()[:2] == ["not testable", "better"]
 
 
 def test_widening_keeps_means_and_order():
@@ -185,7 +185,7 @@ def test_the_default_is_named_before_the_model_that_repeats_it(losses):
     assert list(notes["a network"]) == ["same losses as har_ensemble"] and list(notes["har_ensemble"]) == [""]
 
 
-def test_twins_of_the_reference_leave_nothing_to_test(losses):
+def test_no_p_values_if_all_models_equal_the_reference(losses):
     pytest.importorskip("arch")
     one = losses[losses.model == "log_har"]
     sets = c.confidence_sets(pd.concat([one, one.assign(model="copy")]), n_boot=50).query("score == 'qlike'")

@@ -37,7 +37,7 @@ def test_a_repeated_run_adds_nothing(path, change):
     dict(settings=dict(alpha=20, assets=["BTC", "ETH"])), dict(settings=dict(alpha=10, assets=["ETH", "BTC"])),
     dict(model="lasso"), dict(scores=dict(brier=.6)),
 ], ids=["a score", "an infinite score", "data", "a setting", "order of assets", "model", "no score in common"])
-def test_what_differs_is_added(path, change):
+def test_new_settings_data_or_scores_are_added(path, change):
     before = path.read_bytes()
     assert record(path, [replace(ENTRY, **change)]) == 1 and tried(path) == 2
     assert path.read_bytes().startswith(before), "earlier lines are not touched"
@@ -114,7 +114,7 @@ def test_a_damaged_line_is_named_and_nothing_written(path, line):
 
 
 @pytest.mark.parametrize("end", [b"", b"\n\n", b"\r\n"])
-def test_the_last_line_may_end_in_any_way(path, end):
+def test_a_last_line_without_newline_is_read(path, end):
     path.write_bytes(path.read_bytes().rstrip(b"\n") + end)
     assert record(path, [replace(ENTRY, data="e")]) == 1 and tried(path) == 2
 

@@ -28,7 +28,7 @@ def test_quoted_scores_are_those_of_the_committed_run():
 def test_quoted_claims_are_those_of_the_committed_run():
     claims = {row["score"]: row for row in REAL["claims"]}
     pattern = (r"is (\S+) % better than log-HAR in it \(90 % interval (\S+) to (\S+)\) and (\S+) % in QLIKE \((\S+) to (\S+)\)\. "
-               r"It was chosen on this span, after (\d+) configurations")
+               r"It was chosen on this span, on which (\d+) configurations have been scored")
     *quoted, tried = re.search(pattern, TEXT).groups()
     keys = [(score, key) for score in ("rmse_log_sigma", "qlike") for key in ("relative", "rel_hi", "rel_lo")]
     figures = [f"{-100 * claims[score][key]:.1f}" for score, key in keys]

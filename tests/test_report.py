@@ -91,8 +91,8 @@ def test_the_newest_bands_are_relative_to_the_newest_price(run):
 
 def test_folds_in_which_the_network_repeats_its_baselines_are_counted():
     sentence = results.network_sentence(TRAINED)
-    assert "Of 2 folds, heads of the network are enabled for direction in 0, band in 1, volatility in 0" in sentence
-    assert "in 1 the network repeats its baselines" in sentence and results.network_sentence({"training": []}) == ""
+    assert "Of 2 folds the network enables the direction head in 0, the band head in 1, the volatility head in 0" in sentence
+    assert "in 1 it repeats its baselines" in sentence and results.network_sentence({"training": []}) == ""
     assert [results.repeats_baseline(TRAINED, head) for head in HEADS] == [["mamba2"], [], ["mamba2"]]
     row = dict(model="mamba2", score="qlike", verdict="better")
     assert "mamba2" not in results.better_models([row], ["qlike"], ("truth", "mamba2"))
