@@ -273,16 +273,17 @@ def level_problem(
 ) -> tuple[str, float]:
     """The first month whose median close lies outside the coin's range by more than a factor of
     `LEVEL` (other coins: `COIN_LEVEL`), as a text that continues a sentence beginning with the file
-    name (empty if there is no such month), and the share of such months."""
+    name (empty if there is no such month), and their share among the months whose range is known."""
     months = table["value_time"].dt.tz_localize(None).dt.to_period("M")
     median, ranges = table["close"].groupby(months).median(), COIN_RANGE.get(coin, {})
     low, high = (np.array([ranges.get(p.year, (0, np.inf))[k] for p in median.index]) for k in (0, 1))
+    known = np.array([p.year in ranges for p in median.index])
     factor, name = (LEVEL, "Bitcoin") if coin == "BTC" else (COIN_LEVEL, coin)
     out = (median.to_numpy() < low / factor) | (median.to_numpy() > high * factor)
     if not out.any(): return "", 0.
     k = int(out.argmax())
     where = f"closes around {median.iloc[k]:.6g} in {median.index[k]}"
-    return f"{where}, a year in which {name} traded at {low[k]:g} to {high[k]:g} dollars", float(out.mean())
+    return f"{where}, a year in which {name} traded at {low[k]:g} to {high[k]:g} dollars", float(out.sum() / known.sum())
 
 # %% ../nbs/00e_checks.ipynb #e0a124ae
 PRICES = {c: pa.Column(float, PRICE, nullable=True) for c in ("open", "high", "low", "close")}

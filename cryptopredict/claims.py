@@ -116,7 +116,7 @@ def confidence_sets(
     seed: int = 0,  # seed of the bootstrap
 ) -> pd.DataFrame:
     """One row per loss and model, best model first: its `mean` score on the origins that all models have,
-    its p-value `p_mcs` in the model confidence set and whether it is `in_set`. `p_spa`, the same for all
+    its p-value `p_mcs` in the model confidence set and whether it is `in_set` (None if not testable). `p_spa`, the same for all
     models of a loss, tests whether any of them is better than `reference`. P-values are NaN below
     `MIN_WINDOWS` windows, and `p_spa` also if the reference was not scored. `note` names the model whose
     losses a model repeats (it shares that model's p-value), or infinite losses, which leave the model out
@@ -146,7 +146,8 @@ def confidence_sets(
         if reference not in kept: p_spa = np.nan
         for model, mean in x.mean().sort_values(kind="stable").items():
             p_mcs = p.get(twin_of.get(model, model), np.nan)
-            rows.append(dict(score=s.summary, model=model, mean=float(np.sqrt(mean) if s.root else mean), p_mcs=p_mcs,
-                             in_set=bool(p_mcs > size), reference=reference, p_spa=p_spa, n_origins=n, block=block,
-                             note=notes.get(model, "")))
+            score = float(np.sqrt(mean) if s.root else mean)
+            in_set = None if np.isnan(p_mcs) else bool(p_mcs > size)
+            rows.append(dict(score=s.summary, model=model, mean=score, p_mcs=p_mcs, in_set=in_set, reference=reference,
+                             p_spa=p_spa, n_origins=n, block=block, note=notes.get(model, "")))
     return pd.DataFrame(rows, columns=columns)

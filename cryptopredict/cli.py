@@ -74,7 +74,10 @@ class SourceArgs(Command):
         from cryptopredict.sources import bitcoin_panel, build_panel, build_panels, inventory, read_folder
         number = int(self.assets) if self.assets and self.assets.isdecimal() and self.data is None else None
         coins, coin_files, folder = {}, None, Path(self.assets or "")
-        if self.assets is not None and number is None: coins, coin_files = build_panels(folder, self.repair)
+        if self.assets is not None and number is None:
+            if not folder.is_dir():
+                raise ValueError(f"--assets {folder}: there is no such folder; a number is for the simulated market")
+            coins, coin_files = build_panels(folder, self.repair)
         if self.data is not None:
             found = read_folder(self.data, self.repair)
             panel, provenance, files = build_panel(found)

@@ -86,7 +86,8 @@ def print_scores(
     shown = {"log_loss": "log\nloss", "pinball10": "\np10", "pinball90": "\np90", "coverage": "\ncoverage",
              "rmse_log_sigma": "RMSE\nlog sigma", "qlike": "\nQLIKE"}
     small = ("pinball10", "pinball90")  # need a digit more
-    title = f"{plural(record['origins'], 'daily origin')}, {record['begin'][:10]} to {record['end'][:10]}"
+    asset = "" if record.get("asset", "BTC") == "BTC" else f"{record['asset']}: "
+    title = f"{asset}{plural(record['origins'], 'daily origin')}, {record['begin'][:10]} to {record['end'][:10]}"
     returns = record["origins_by_label"].get("r90", record)
     table = Table(title=title, title_justify="left", box=box.ROUNDED if takes_utf8() else box.ASCII)
     table.add_column("model", no_wrap=True)
@@ -138,7 +139,7 @@ def print_coins(
     print_line(f"other coins, of {folder}:")
     for file, row in panels.iterrows():
         span, filled = f"{row['first']:%Y-%m-%d} to {row['last']:%Y-%m-%d}", 100 * row["filled"] / row["rows"]
-        print_line(f"  {file.strip('()'):<8} {row['rows']:>7} hours {span}, {filled:.1f} % without a bar or a trade")
+        print_line(f"  {file.strip('()'):<8}{row['rows']:>7} hours, {span}, {filled:.1f} % without a trade")
     for file, row in inventory.drop(panels.index).iterrows():
         notes = [row["status"] if row["status"] in ("left out", "not read") else "",
                  f"repairs: {row['repairs']}" if row["repairs"] else "", row["note"]]

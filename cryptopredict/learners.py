@@ -49,11 +49,9 @@ class GARCH(VolatilityForecaster):
     def daily_returns(
         self,
         close: pd.Series,  # hourly close
-        hour: int,  # UTC hour at which a day ends
     ) -> pd.Series:
-        "Log returns in percent over days that end at `hour`; 0 where the price is unknown."
-        daily = np.log(close[close.index.hour == hour].ffill())
-        return 100 * daily.diff().fillna(0.).clip(-100, 100)
+        "For each hour the log return in percent over the 24 hours before it; 0 where a price is unknown."
+        return 100 * np.log(close.ffill()).diff(24).fillna(0.).clip(-1, 1)
 
     def fit(
         self,
@@ -64,7 +62,8 @@ class GARCH(VolatilityForecaster):
         seed: int = 0,  # not used
     ) -> Self:
         "Estimate the parameters on the daily returns before the test; then as other volatility forecasters."
-        returns = self.daily_returns(panel["close"].iloc[:fold.test[0]], 0)
+        before = self.daily_returns(panel["close"].iloc[:fold.test[0]])
+        returns = before[before.index.hour == 0].iloc[1:]
         if len(returns) < 250:
             raise ValueError(f"GARCH needs 250 daily returns before the test, there are {len(returns)}: "
                              "begin the first test later")
@@ -91,31 +90,27 @@ class GARCH(VolatilityForecaster):
         self,
         panel: pd.DataFrame,  # hourly panel
     ) -> pd.Series:
-        """The square root of the mean variance forecast for the coming days, annualised, at 00:00 UTC
-        and, for a live forecast, at the hour of the last row; NaN at other hours."""
-        sigma = pd.Series(np.nan, panel.index)
-        for hour in {0, panel.index[-1].hour}:
-            returns = self.daily_returns(panel["close"], hour)
-            if len(returns) < 2: continue
-            variance = self.mean_variance(returns) / 100 ** 2
-            sigma.loc[variance.index] = np.sqrt(365 * variance).clip(lower=FLOOR)
-        return sigma * self.level_factor
+        """The square root of the mean variance forecast for the coming days, annualised; each hour's
+        forecast uses the days that end at that hour."""
+        variance = self.mean_variance(self.daily_returns(panel["close"])) / 100 ** 2
+        return np.sqrt(365 * variance).clip(lower=FLOOR) * self.level_factor
 
     def mean_variance(
         self,
-        returns: pd.Series,  # daily returns in percent
+        returns: pd.Series,  # by hour, over 24 hours, in percent
     ) -> pd.Series:
-        """Mean of the variances forecast for the coming days, from each day on. Beyond the first day
-        a variance is expected to be omega + p times the one before, with p = alpha + gamma / 2 + beta."""
+        """Mean of the variances forecast for the coming days, by hour. Beyond the first day a variance is
+        expected to be omega + p times the one before, with p = alpha + gamma / 2 + beta."""
         mean, omega, alpha, *gamma, beta, _ = self.params
         asymmetry = gamma[0] if gamma else 0.
-        error = returns.to_numpy() - mean
+        count = len(returns)
+        error = np.r_[returns.to_numpy() - mean, np.zeros(-count % 24)].reshape(-1, 24)  # a row per day, a column per hour
         shocks = omega + (alpha + asymmetry * (error < 0)) * error ** 2
-        coming, variance = np.empty(len(shocks)), self.initial_variance
+        coming, variance = np.empty_like(shocks), np.full(24, self.initial_variance)
         for day, shock in enumerate(shocks): coming[day] = variance = shock + beta * variance
         powers = (alpha + asymmetry / 2 + beta) ** np.arange(self.days)
         mean_coming = powers.mean() * coming + omega * (powers.cumsum() - powers).mean()
-        return pd.Series(mean_coming, returns.index)
+        return pd.Series(mean_coming.ravel()[:count], returns.index)
 
 # %% ../nbs/05cc_learners.ipynb #b22a487b
 class StandardFeatures:

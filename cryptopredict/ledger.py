@@ -84,10 +84,11 @@ def read_lines(
         try:
             entry = json.loads(line)
             if not isinstance(entry["scores"], dict): raise TypeError
+            if not all(v is None or isinstance(v, (int, float)) for v in entry["scores"].values()): raise TypeError
             if entry["count"] < 1 or {"configuration", "data"} - entry.keys(): raise KeyError
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"ledger {path}, line {number} is damaged: correct that line, or restore the file from "
-                             "version control or a backup; nothing was written") from None
+                             "version control or a backup") from None
         entries.append(entry)
     return entries
 

@@ -111,8 +111,8 @@ def measures(
 ) -> pd.DataFrame:
     """By hour: `level` (log volatility of the trailing year), log-HAR's regressors `vol_1, vol_7,
     vol_30, vol_90`, and `MEASURES`. NaN where less than 90 days of prices are known."""
-    if missing := [c for c in ("high", "low", "close") if c not in panel]:
-        raise ValueError(f"panel has no column {missing[0]!r}: the pooled regression needs high, low and close")
+    if missing := [c for c in ("high", "low", "close") if c not in panel or panel[c].isna().all()]:
+        raise ValueError(f"panel has no column {missing[0]!r}, or it is empty: the pooled regression needs high, low and close")
     price, high, low = (np.log(panel[c]) for c in ("close", "high", "low"))
     returns = price.diff()
     squares, parkinson = returns ** 2, (high - low) ** 2 / (4 * np.log(2))
@@ -144,6 +144,15 @@ MEASURES = [  # the regressors among the columns of `measures`
     *(f"return_{d}" for d in HAR_DAYS), *(f"size_{d}" for d in HAR_DAYS[:3]), "momentum"]
 
 # %% ../nbs/05cb_pooled.ipynb #0231f068
+def measures_of(
+    panel: pd.DataFrame,  # indexed (asset, time)
+    asset: str,  # one of its assets
+) -> pd.DataFrame:
+    "The `measures` of one asset; errors name it."
+    try: return measures(panel.loc[asset])
+    except ValueError as error: raise ValueError(f"{asset}: {error}") from None
+
+# %% ../nbs/05cb_pooled.ipynb #e54dcdf4
 class PooledFit(NamedTuple):
     "The coefficients of the pooled regression."
     means: dict[str, np.ndarray]  # by asset: mean of log sigma and of log-HAR's regressors in its training rows, (5,)
@@ -178,7 +187,7 @@ class PooledRidge:
         rows = labelled_rows(y, fold, "sigma")
         tables, har = {}, [f"vol_{d}" for d in HAR_DAYS]
         for asset, part in rows_by_asset(panel, origins(panel.index, rows)):
-            known = measures(panel.loc[asset]).loc[row_times(panel.index)[part]].dropna()
+            known = measures_of(panel, asset).loc[row_times(panel.index)[part]].dropna()
             if len(known) < self.min_days: continue
             target = np.log(y.loc[asset, "sigma"].loc[known.index].clip(lower=FLOOR))
             tables[asset] = np.c_[target, known[har]], known[MEASURES].to_numpy()
@@ -211,7 +220,7 @@ class PooledRidge:
     ) -> np.ndarray:
         "Forecast sigma of one coin."
         mean = fitted_for(self.fitted.means, asset)
-        table = measures(panel.loc[asset]).loc[row_times(panel.index)[rows]]
+        table = measures_of(panel, asset).loc[row_times(panel.index)[rows]]
         if table.isna().any(axis=None):
             raise ValueError(f"PooledRidge, {asset} at {table.index[table.isna().any(axis=1)][0]}: "
                              "the history before it is too short; forecast at a later time, or load a panel that begins earlier")

@@ -404,7 +404,7 @@ def installed_models(
 
 # %% ../nbs/05f_protocol.ipynb #df48deb1
 BITCOIN = "BTC"  # the asset of the panel that an evaluation is given, the calendar of its folds
-MIN_MATURED_HOURS = 365 * 24  # fewest hours with matured labels before a test in which another coin is forecast
+MIN_MATURED_HOURS = 365 * 24  # fewest hours with history and matured labels before a test in which another coin is forecast
 
 class RunData:
     "What a run is computed from: hourly panels by asset, Bitcoin first, with labels, features and folds."
@@ -457,8 +457,15 @@ class RunData:
     ) -> pd.DataFrame | None:
         "The features of one asset; None if no model uses features."
         if asset not in self.feature_frames:
-            self.feature_frames[asset] = run_features(self.panels[asset], self.config, self.user_code)
+            try: self.feature_frames[asset] = run_features(self.panels[asset], self.config, self.user_code)
+            except ValueError as error: raise ValueError(f"{asset}: {error}") from None
         return self.feature_frames[asset]
+
+    def check_inputs(self) -> None:
+        "A `ValueError` names a target whose features cannot be computed; only a few of its rows are used."
+        for asset in self.targets:
+            try: run_features(self.panels[asset].iloc[:24], self.config, UserCode(self.user_code.models, {}))
+            except ValueError as error: raise ValueError(f"{asset}: {error}") from None
 
     def fold_of(
         self,
@@ -476,8 +483,8 @@ class RunData:
         "The targets that are forecast in a fold."
         def able(asset: str) -> bool:
             if asset == BITCOIN: return True
-            fold = self.fold_of(number, asset)
-            return len(fold.refit) >= MIN_MATURED_HOURS and len(forecast_rows(self.panels[asset], fold.test)) > 0
+            fold, panel = self.fold_of(number, asset), self.panels[asset]
+            return has_history(panel)[fold.refit].sum() >= MIN_MATURED_HOURS and len(forecast_rows(panel, fold.test)) > 0
         return [asset for asset in self.targets if able(asset)]
 
     def inputs(

@@ -20,7 +20,8 @@ from plotly.subplots import make_subplots
 
 from .figures import BLACK, BLUE, DARK, GREY, PALETTE, SKY, colours, faint, house_style
 from .labels import DIRECTIONS, HEADS, TASKS
-from .protocol import FORECASTERS
+from .ledger import ledger_path, tried
+from .protocol import BITCOIN, FORECASTERS
 from .storage import write_atomic
 from .walkforward import Evaluation, evaluate  # noqa: F401  # both with what is added here
 
@@ -147,9 +148,11 @@ def sets_table(
     the p-value of the test that any model is better than the reference (SPA)."""
     table, rows = pd.DataFrame(scores.get("confidence_sets", [])), []
     for score, part in table.groupby("score", sort=False) if len(table) else ():
-        outside, p = part.loc[~part["in_set"], "model"], part["p_spa"].iloc[0]
+        outside, p = part.loc[part["in_set"].eq(False), "model"], part["p_spa"].iloc[0]
+        testable = part["in_set"].notna().any()
+        inside = f"{len(part) - len(outside)} of {len(part)}" if testable else "not testable"
         rows.append({"score": SCORE_NAMES[str(score)], "lowest loss": part["model"].iloc[0],
-                     "in the set": f"{int(part['in_set'].sum())} of {len(part)}", "not in the set": ", ".join(outside) or "-",
+                     "in the set": inside, "not in the set": ", ".join(outside) or "-",
                      "reference": part["reference"].iloc[0], "p (SPA)": "-" if pd.isna(p) else f"{p:.3f}"})
     return pd.DataFrame(rows)
 
@@ -458,8 +461,8 @@ def finding_sentences(
         windows.append(f"{count[score]} windows of {days} days for {name} ({span['origins']} daily forecasts, "
                        f"{span['begin'][:10]} to {span['end'][:10]})")
     sentences.append(f"The test span holds {' and '.join(windows)} that do not overlap.")
-    if ledger := scores.get("ledger"):
-        sentences.append(f"In all {ledger['tried']} configurations have been scored on real test spans ({ledger['path']}).")
+    if scores.get("in_ledger") and (path := ledger_path()).exists():
+        sentences.append(f"In all {tried(path)} configurations have been scored on real test spans ({path.name}).")
     return sentences
 
 # %% ../nbs/06_results.ipynb #8b11d83c
@@ -580,12 +583,15 @@ def report_sections(run: Evaluation) -> list[tuple[str, list]]:
     if len(seeds):
         tables += [("heading", "Single seeds"), ("text", "Lowest and highest score of a single seed."), ("table", seeds)]
     every = dict(summary="All comparisons", text=SIZE_OF_TEST, table=comparison_table(scores))
-    made, now = "", [("text", "None: the price is unknown for a part of the time that models look back on.")]
+    made, now = "", [("text", f"None: there is no bar of {run.asset} at the last hour of Bitcoin, or the price is unknown for "
+                              "a part of the time that models look back on.")]
     if len(newest):
         made = f", made at {newest['time'].iloc[0]:%Y-%m-%d %H:%M} UTC"
         lines = [f"Close {scores['newest']['close']:,.2f} USD.", *head_sentences(scores["newest"]["heads"])]
         now = [("text", " ".join(lines)), ("table", newest_table(newest, horizon, scores["config"]["vol_window"])),
                ("figure", figure_newest(newest, realised, main_models(scores), horizon))]
+    for asset, forecast in run.newest[run.newest["asset"] != run.asset].groupby("asset", sort=False):
+        now += [("heading", str(asset)), ("table", newest_table(forecast, horizon, scores["config"]["vol_window"]))]
     training = [("The network's training", [("figure", figure_training(scores)), ("rows", training_table(scores))])]
     audits: list[tuple[str, Any]] = [("text", "No audit was made in this run.")]
     if scores["audits"]: audits = [("audits", audit_rows(scores["audits"]))]
@@ -609,7 +615,8 @@ def write_report(
     "Write `report.html`, one file that works offline, into the run folder; its path. `ValueError` if the run is not finished."
     run = run if isinstance(run, Evaluation) else Evaluation.load(run)
     made_by, config = run.record["provenance"], {"displaylogo": False, "displayModeBar": False, "responsive": True}
-    source = f"{made_by['source']}; {made_by['begin'][:10]} to {made_by['end'][:10]}"
+    about = "" if run.asset == BITCOIN else f"Forecasts of {run.asset}. "
+    source = f"{about}{made_by['source']}; {made_by['begin'][:10]} to {made_by['end'][:10]}"
     page = Environment(autoescape=True).from_string(TEMPLATE).render(
         style=Markup(STYLE), script=Markup(get_plotlyjs()), source=source, sections=report_sections(run),
         draw=lambda figure: figure.to_html(full_html=False, include_plotlyjs=False, config=config))
@@ -617,6 +624,10 @@ def write_report(
     return run.folder.report
 
 # %% ../nbs/06_results.ipynb #17cc4767
+def check_newest(newest: pd.DataFrame, asset: str) -> None:
+    "A `ValueError` if there is no newest forecast."
+    if newest.empty: raise ValueError(f"this run has no newest forecast of {asset}: give bars up to the last hour of Bitcoin")
+
 def check_model(run: Evaluation, model: str) -> None:
     "A `ValueError` if a run has no model of this name."
     if model not in run.models: raise ValueError(f"there is no model {model!r}: name one of {', '.join(run.models)}")
@@ -658,6 +669,7 @@ def plot_fan(
 def plot_newest(self: Evaluation) -> go.Figure:
     "The last year of prices and each model's band for the price one horizon after the newest hour."
     newest, realised = (reported(self, frame) for frame in (self.newest, self.realised))
+    check_newest(newest, self.asset)
     return figure_newest(newest, realised, main_models(self.record), self.record["config"]["horizon"])
 
 @patch

@@ -26,7 +26,7 @@ from .claims import CLAIMS, DEFAULT, confidence_sets, evaluate_claims
 from .config import ConfigError
 from .labels import FORECAST_COLUMNS, SCHEMA, make_labels
 from .leakage import Fold, LeakageError, LeakReport, live_fold, row_times
-from .ledger import LedgerEntry, ledger_path, record, tried
+from .ledger import LedgerEntry, ledger_path, record
 from .network import Network, check_network, choice_folds, shrink_trainings, training_summary
 from .protocol import (BITCOIN, EvaluateConfig, RunData, UserCode, display_name, has_trait,
                                     installed_models, load_config, load_user_code, lost_origins, make_forecaster,
@@ -146,7 +146,10 @@ def fit_part(
     made, attrs = [], {}
     for asset, panel, X, y, fold in data.inputs(number, model):
         kept = folder if asset in (None, BITCOIN) else None
-        forecast = fit_predict(model, panel, X, y, fold, data.config, seed, data.user_code, kept, on_update)
+        try: forecast = fit_predict(model, panel, X, y, fold, data.config, seed, data.user_code, kept, on_update)
+        except ValueError as error:
+            if asset in (None, BITCOIN): raise
+            raise ValueError(f"{asset}: {error}") from error
         if kept is folder: attrs = forecast.attrs
         forecast.attrs = {}
         if asset is not None: forecast = forecast.assign(asset=asset)
@@ -375,7 +378,14 @@ def newest_forecast(
         gap = price_gaps(panel).iloc[-1]
         raise ValueError(f"no model can forecast at {panel.index[-1]}: there are no bars from {gap['begin']} to {gap['end']}, "
                          f"and models look back {HISTORY}: add the missing bars")
-    return forecast_live(RunData(config, {BITCOIN: panel, **(assets or {})}, user_code, live=True), folder, on_part, on_update)
+    data = RunData(config, {BITCOIN: panel, **(assets or {})}, user_code, live=True)
+    able = data.forecast_assets(0)
+    for asset in data.targets:
+        if asset not in able:
+            warnings.warn(f"{asset} cannot be forecast at {panel.index[-1]}: it has no bar there, or less than a year of labels",
+                          stacklevel=2)
+    if not able: raise ValueError(f"none of {', '.join(data.targets)} can be forecast at {panel.index[-1]}: give newer data")
+    return forecast_live(data, folder, on_part, on_update)
 
 def forecast_live(
     data: RunData,  # live: its only fold is tested at the last hour
@@ -392,9 +402,7 @@ def forecast_live(
             if "heads" in forecast.attrs: heads[model] = forecast.attrs.pop("heads")
             if len(forecast): made.append(forecast)
     on_part(len(steps), len(steps), "newest forecast done")
-    if not made:
-        raise ValueError(f"none of {', '.join(data.targets)} could be forecast at {data.panel.index[-1]}: give newer data")
-    newest = pd.concat(made, ignore_index=True)
+    newest = pd.concat(made, ignore_index=True) if made else pd.DataFrame(columns=PREDICTION_COLUMNS)
     newest.attrs["heads"] = heads
     return newest
 
@@ -599,6 +607,7 @@ def check_panel(panel: pd.DataFrame) -> None:
         raise ValueError("panel must have unique column names that are text: rename its columns")
     if "close" not in panel or not pd.api.types.is_numeric_dtype(panel["close"]):
         raise ValueError("panel must have a column 'close' of numbers, as load_panel returns")
+    if panel.index.tz is None: raise ValueError("panel must have times in UTC, as load_panel returns: localise its index")
 
 # %% ../nbs/05h_walkforward.ipynb #5d50fcd6
 def check_assets(
@@ -610,12 +619,20 @@ def check_assets(
     if assets is None: return {}
     if not isinstance(assets, Mapping):
         raise ValueError(f"assets is {type(assets).__name__}: give a dict of panels, as load_panels returns")
-    hourly = lambda close: np.log(close.where(close > 0)).diff()
+    hourly, seen = lambda close: np.log(close.where(close > 0)).diff(), {BITCOIN: ""}
     for name, frame in assets.items():
         if not isinstance(name, str) or name in ("", "all"):
             raise ValueError(f"assets: {name!r} is not the name of an asset: use names such as 'ETH'")
         try: check_panel(frame)
         except ValueError as error: raise ValueError(f"assets, {name}: {error}") from None
+        if name != BITCOIN and name.upper() in seen:
+            raise ValueError(f"assets, {name}: the name is that of another asset, but for its case: give each asset once")
+        if name == BITCOIN: continue
+        same = next((other for other, digest in seen.items() if digest == panel_hash(frame)), None)
+        if same: raise ValueError(f"assets, {name}: its panel is that of {same}: give each asset its own")
+        seen[name.upper()] = panel_hash(frame)
+        if ((frame.index - panel.index[0]) % pd.Timedelta("1h") != pd.Timedelta(0)).any():
+            raise ValueError(f"assets, {name}: its times are not full hours as those of Bitcoin: reindex it")
         if name != BITCOIN and hourly(frame["close"]).corr(hourly(panel["close"])) > .98:
             raise ValueError(f"assets, {name}: its closes are those of Bitcoin, in this or another unit: "
                              f"give the panel of {name}")
@@ -626,24 +643,22 @@ def check_assets(
 def note_in_ledger(
     data: RunData,  # of the run
     scores: dict,  # content of `scores.json`
-) -> dict:
-    """Add the configurations of a run to the ledger, with their scores on the reported asset: `path`,
-    number of lines `added` now and of configurations `tried` in all."""
+) -> None:
+    """Add the configurations of a run to the ledger, with their scores on the reported asset; a warning
+    if it cannot be written, since the scores must not be lost with it."""
     mean: dict[str, dict[str, float]] = {}
     for row in scores["summary"]:
         mean.setdefault(row["model"], {})[row["score"]] = np.nan if row["mean"] is None else row["mean"]
-    made_by, entries = scores["provenance"], []
+    made_by, entries, asset = scores["provenance"], [], scores["asset"]
+    hashes = {BITCOIN: made_by["data_sha256"], **made_by.get("assets_sha256", {})}
     for model in scores["config"]["models"]:
         if model not in mean: continue
-        settings = model_settings(model, data) | dict(asset=scores["asset"])
         pooled = has_trait(model, "pooled", data.user_code) and len(data.panels) > 1
-        hashes = [made_by["data_sha256"], *(made_by["assets_sha256"].values() if pooled else ())]
-        joined = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-        entries.append(LedgerEntry(model, settings, mean[model], joined, scores["begin"], scores["end"]))
-    path = ledger_path()
-    added = record(path, entries)
-    shown = path.name if path.is_absolute() else path.as_posix()  # results are published: no folder of this machine
-    return dict(path=shown, added=added, tried=tried(path))
+        digest = hashlib.sha256("".join(hashes.values()).encode()).hexdigest() if pooled else hashes[asset]
+        settings = model_settings(model, data) | dict(asset=asset)
+        entries.append(LedgerEntry(model, settings, mean[model], digest, scores["begin"], scores["end"]))
+    try: record(ledger_path(), entries)
+    except ValueError as error: warnings.warn(f"{error}; start the same run again to add its configurations", stacklevel=3)
 
 # %% ../nbs/05h_walkforward.ipynb #45f5c9de
 def walk_forward_run(
@@ -671,6 +686,8 @@ def walk_forward_run(
     # All checks come before the folder is created: a run that cannot start leaves none behind.
     if user_code.features: run_features(panel, config, user_code)
     data = RunData(config, {BITCOIN: panel, **assets}, user_code)
+    data.check_inputs()
+    if not is_simulated(panel): record(ledger_path(), [])  # a ledger that cannot be used is reported before the long part
     made_by = provenance_of(panel, source, assets)
     if "mamba2" in config.models:
         check_network(config.model, config.train)
@@ -712,11 +729,16 @@ def walk_forward_run(
                       lost_origins=lost_origins(config, panel, data.y),
                       newest=dict(close=None if np.isnan(close) else close, heads=heads), audits=leak_certificate["audits"],
                       untested=leak_certificate["untested"], training=training_summary(folder))
-        scores |= score_run(config, predictions[predictions["asset"] == asset], data.labels[asset])
+        try: scores |= score_run(config, predictions[predictions["asset"] == asset], data.labels[asset])
+        except ValueError as error:
+            if asset == BITCOIN: raise
+            raise ValueError(f"{asset}, the first of the targets, cannot be scored ({error}): "
+                             "name another target first") from error
         several = predictions["asset"].nunique() > 1
         scores["by_asset"] = json_records(score_assets(config, predictions, data.labels)) if several else []
-        scores["ledger"] = {} if is_simulated(panel) else note_in_ledger(data, scores)
+        scores["in_ledger"] = not is_simulated(panel)
         write_atomic(folder.scores, json.dumps(scores, indent=1))
+        if scores["in_ledger"]: note_in_ledger(data, scores)
     return Evaluation(out)
 
 def kept_certificate(
@@ -746,7 +768,7 @@ def evaluate(
     has other coins than Bitcoin forecast. Your own forecasters and features are audited first. Raises
     a `ConfigError` for a setting that cannot be used, a `LeakageError` for code that sees the future,
     a `ValueError` for a panel that cannot be used or is too short."""
-    for key, value in (("models", models), ("features", features)):
+    for key, value in (("models", models), ("features", features), ("targets", settings.get("targets"))):
         if value is not None and not isinstance(value, (list, tuple)):
             raise ConfigError(f"key '{key}' is {type(value).__name__}: must be a list, [{key[:-1]}] for a single one")
     named = None if models is None else tuple(m if isinstance(m, str) else display_name(m) for m in models)

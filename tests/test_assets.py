@@ -123,6 +123,9 @@ def test_a_run_with_other_coins_is_another_run(coins, run):
     (dict(assets={"BTC": 1.01}), "BTC with other prices than panel"),
     (dict(assets={"ETH": 1.}), "ETH: its closes are those of Bitcoin"),
     (dict(assets={"": 1.01}), "is not the name of an asset"),
+    (dict(assets={"COIN01": None, "coin01": None}), "but for its case"),
+    (dict(assets={"COIN01": None, "COIN09": None}), "COIN09: its panel is that of COIN01"),
+    (dict(targets="COIN01"), "key 'targets' is str: must be a list"),
     (dict(assets=[1]), "give a dict of panels")])
 def test_wrong_assets_are_refused_by_name(coins, tmp_path, change, message):
     panel = coins["BTC"]
@@ -152,13 +155,53 @@ def test_the_ledger_counts_real_configurations_once(coins, tmp_path, monkeypatch
     assert not path.exists()
     real = coins["BTC"].drop(columns="supply")
     run = cp.evaluate(real, MODELS, tmp_path / "a", assets={"COIN01": coins["COIN01"]}, **SETTINGS)
-    assert run.record["ledger"] == dict(path="ledger.jsonl", added=4, tried=4)
+    assert len(read_ledger(path)) == 4 and run.record["in_ledger"]
     assert any("4 configurations have been scored on real test spans" in sentence for sentence in run.findings())
     cp.evaluate(real, MODELS, tmp_path / "b", assets={"COIN01": coins["COIN01"]}, **SETTINGS)
     assert len(read_ledger(path)) == 4
     cp.evaluate(real, ["log_har", "har_ensemble"], tmp_path / "c", **SETTINGS)  # without COIN01 only the ensemble is another
     table = read_ledger(path)
     assert table["model"].tolist() == [*MODELS, "har_ensemble"] and table["scores"].map(len).min() == 9
+
+
+def test_a_ledger_that_cannot_be_used_is_reported_before_anything_is_computed(coins, tmp_path, monkeypatch):
+    real, path = coins["BTC"].drop(columns="supply"), tmp_path / "ledger.jsonl"
+    monkeypatch.setenv("CRYPTOPREDICT_LEDGER", str(path))
+    path.write_text('{"configuration": "x"')
+    with pytest.raises(ValueError, match="line 1 is damaged"): cp.evaluate(real, ["log_har"], tmp_path / "a", **SETTINGS)
+    assert not (tmp_path / "a").exists()
+    path.unlink()
+
+    def damage(done, total, what):  # while the run is going on
+        path.write_text("{")
+    with pytest.warns(UserWarning, match="start the same run again"):
+        made = cp.evaluate(real, ["log_har"], tmp_path / "b", on_part=damage, **SETTINGS)
+    assert len(made.scores)
+    path.unlink()
+    cp.evaluate(real, ["log_har"], tmp_path / "b", **SETTINGS)
+    assert len(read_ledger(path)) == 1
+
+
+def test_a_target_that_ended_is_scored_and_has_no_newest_forecast(coins, tmp_path):
+    ended = {"COIN01": coins["COIN01"].iloc[:-24 * 40]}
+    made = cp.evaluate(coins["BTC"], MODELS, tmp_path / "run", assets=ended, targets=["COIN01"], **SETTINGS)
+    assert made.asset == "COIN01" and len(made.scores) and made.newest.empty
+    assert "there is no bar of COIN01 at the last hour of Bitcoin" in (page := made.report().read_text())
+    assert "Forecasts of COIN01" in page
+    with pytest.raises(ValueError, match="no newest forecast of COIN01"): made.plot_newest()
+
+
+def test_a_coin_without_ranges_is_named(coins, tmp_path):
+    bare = {"COIN01": coins["COIN01"].drop(columns="high")}
+    with pytest.raises(ValueError, match="COIN01: panel has no column 'high', or it is empty"):
+        cp.evaluate(coins["BTC"], ["har_ensemble"], tmp_path / "run", assets=bare, **SETTINGS)
+
+
+def test_features_that_a_coin_lacks_are_named_before_the_run(coins, tmp_path):
+    bars = coins["COIN01"][["open", "high", "low", "close", "volume"]]
+    with pytest.raises(ValueError, match="COIN01: panel has no"):
+        cp.evaluate(coins["BTC"], ["linear"], tmp_path / "run", assets={"COIN01": bars}, targets=["all"], **SETTINGS)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_settings_of_a_model_hold_what_decides_its_result(data):

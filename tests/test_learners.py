@@ -61,13 +61,25 @@ def test_a_forecast_looks_back_only(name, market):
 def test_forecast_variances_are_those_of_arch(asymmetric, market):
     panel, _, y, fold, _ = market
     model = GARCH(vol_window="7D", asymmetric=asymmetric).fit(panel, None, y, fold)
-    returns = model.daily_returns(panel["close"], 0)
     from arch import arch_model
-    arch = arch_model(returns, vol="GARCH", p=1, o=int(asymmetric), q=1, dist="t", rescale=False)
-    theirs = arch.fix(model.params).forecast(horizon=7, start=0, reindex=False).variance.mean(axis=1)
-    np.testing.assert_allclose(model.mean_variance(returns).iloc[400:], theirs.iloc[400:], rtol=1e-6)  # the start is forgotten
-    expected = model.level_factor * np.sqrt(365 * theirs.iloc[-1]) / 100
-    assert model.volatility(panel).dropna().iloc[-1] == pytest.approx(expected, rel=1e-6)
+    returns = model.daily_returns(panel["close"])
+    for hour in (0, 13):
+        at = returns[returns.index.hour == hour]
+        arch = arch_model(at, vol="GARCH", p=1, o=int(asymmetric), q=1, dist="t", rescale=False)
+        theirs = arch.fix(model.params).forecast(horizon=7, start=0, reindex=False).variance.mean(axis=1).iloc[400:]
+        np.testing.assert_allclose(model.mean_variance(returns).loc[theirs.index], theirs, rtol=1e-6)  # the start is forgotten
+        expected = model.level_factor * np.sqrt(365 * theirs.iloc[-1]) / 100
+        assert model.volatility(panel).loc[theirs.index[-1]] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_fit_does_not_depend_on_where_the_panel_ends(name, market):
+    panel, X, y, fold, rows = market
+    forecast = LEARNERS[name]().fit(panel, X, y, fold).predict(panel, X, rows[:30])
+    end = rows[29] + 6  # at another hour of the day
+    panel, X, y = (frame.iloc[:end] for frame in (panel, X, y))
+    short = LEARNERS[name]().fit(panel, X, y, fold).predict(panel, X, rows[:30])
+    pd.testing.assert_frame_equal(short, forecast)
 
 
 def test_garch_needs_a_history(market):
