@@ -500,6 +500,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'cryptopredict.files.yfinance_header': ('files.html#yfinance_header', 'cryptopredict/files.py')},
             'cryptopredict.har': { 'cryptopredict.har.DailyHAR': ('har.html#dailyhar', 'cryptopredict/har.py'),
                                    'cryptopredict.har.DailyHAR.design': ('har.html#dailyhar.design', 'cryptopredict/har.py'),
+                                   'cryptopredict.har.DailyHAR.estimate': ('har.html#dailyhar.estimate', 'cryptopredict/har.py'),
                                    'cryptopredict.har.ExponentialHAR': ('har.html#exponentialhar', 'cryptopredict/har.py'),
                                    'cryptopredict.har.ExponentialHAR.design': ('har.html#exponentialhar.design', 'cryptopredict/har.py'),
                                    'cryptopredict.har.ExponentialHAR.estimate': ( 'har.html#exponentialhar.estimate',

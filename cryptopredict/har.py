@@ -111,5 +111,14 @@ class DailyHAR(LogHAR):
         "Log-HAR's regressors and the log of `daily_return_vol` over 30 days."
         return super().design(panel).assign(daily=np.log(daily_return_vol(panel["close"], 30)))
 
+    def estimate(
+        self,
+        panel: pd.DataFrame,  # hourly panel
+        labels: pd.DataFrame,  # `sigma` by time
+        rows: np.ndarray,  # positions whose labels may be used; those at 00:00 UTC are
+    ) -> None:
+        "Least squares of log sigma on `design`."
+        super().estimate(panel, labels, origins(panel.index, rows))
+
 # %% ../nbs/05ca_har.ipynb #12fbd689
 HAR_MODELS: dict[str, Callable[..., ForecastModel]] = {"har_exp": ExponentialHAR, "har_daily": DailyHAR}  # name -> factory

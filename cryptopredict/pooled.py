@@ -163,7 +163,7 @@ class PooledRidge:
     """Sigma from a ridge regression on 34 measures of all coins, fitted to the residuals of a pooled
     log-HAR; direction and band of `PooledClimatology`."""
     pooled = True  # is given the frames of all coins
-    penalty = 1e4  # of the ridge regression
+    penalty = 3000.  # of the ridge regression
     limit = 5.  # standardised measures are clipped to this
     min_days = 60  # a coin with fewer training rows is left out
 
