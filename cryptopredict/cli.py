@@ -613,6 +613,7 @@ Long-horizon Bitcoin forecasting that can be believed.
 
 First steps:  cryptopredict run                     the whole path on the simulated market
               cryptopredict run --data DIR          ... on real files
+              cryptopredict run --data DIR --assets COINS   ... learning from other coins
               cryptopredict audit my.py:fn          does my own feature code see the future?
 
 Commands (each with --help):

@@ -625,15 +625,15 @@ def check_assets(
             raise ValueError(f"assets: {name!r} is not the name of an asset: use names such as 'ETH'")
         try: check_panel(frame)
         except ValueError as error: raise ValueError(f"assets, {name}: {error}") from None
-        if name != BITCOIN and name.upper() in seen:
-            raise ValueError(f"assets, {name}: the name is that of another asset, but for its case: give each asset once")
         if name == BITCOIN: continue
+        if name.upper() in seen:
+            raise ValueError(f"assets, {name}: the name is that of another asset, but for its case: give each asset once")
         same = next((other for other, digest in seen.items() if digest == panel_hash(frame)), None)
         if same: raise ValueError(f"assets, {name}: its panel is that of {same}: give each asset its own")
         seen[name.upper()] = panel_hash(frame)
         if ((frame.index - panel.index[0]) % pd.Timedelta("1h") != pd.Timedelta(0)).any():
-            raise ValueError(f"assets, {name}: its times are not full hours as those of Bitcoin: reindex it")
-        if name != BITCOIN and hourly(frame["close"]).corr(hourly(panel["close"])) > .98:
+            raise ValueError(f"assets, {name}: its times are not those of Bitcoin's hours: reindex it")
+        if hourly(frame["close"]).corr(hourly(panel["close"])) > .98:
             raise ValueError(f"assets, {name}: its closes are those of Bitcoin, in this or another unit: "
                              f"give the panel of {name}")
     if BITCOIN in assets and not assets[BITCOIN]["close"].equals(panel["close"]):

@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 from helpers import BASELINES, ROOT, read_result
 
+import cryptopredict as cp
 from cryptopredict import leakage, scores, sources
 from cryptopredict.features import ALL, build_features, registry
 from cryptopredict.files import list_files
-from cryptopredict.labels import make_labels
+from cryptopredict.labels import FORECAST_COLUMNS, make_labels
 from cryptopredict.protocol import EvaluateConfig
 from cryptopredict.storage import flatten_keys
 from cryptopredict.walkforward import score_run
@@ -279,3 +280,14 @@ def test_committed_results_are_of_these_files(panel):
     assert there["config"]["models"][:len(BASELINES)] == BASELINES and there["provenance"]["rows"] == len(panel)
     assert all(Path(f[0]).name in there["provenance"]["source"] for f in FILES)
     assert re.fullmatch(r"[0-9a-f]{12}", there["provenance"]["commit"]), "the results come from committed code"
+
+
+def test_the_ensemble_of_the_committed_run_is_recomputed(panel, data_dir, tmp_path):
+    coins = data_dir.parent / "coins"
+    if not coins.is_dir(): pytest.skip("no other coins: put their files into ../shared/coins, next to the checkout")
+    models = ["log_har", "har_exp", "har_daily", "har_ensemble"]
+    made = cp.evaluate(panel, models, tmp_path / "run", assets=cp.load_panels(coins), first_test="2024-01-01").predictions
+    known = pd.read_parquet(RESULTS / "real.parquet").query("time >= '2024-01-01' and model in @models")
+    both = known.merge(made, on=["time", "model"], suffixes=("", "_made"), validate="1:1")
+    assert len(both) == len(known) == len(made)
+    for column in FORECAST_COLUMNS: np.testing.assert_allclose(both[f"{column}_made"], both[column], rtol=1e-9)

@@ -53,7 +53,7 @@ def test_gpu_figures_name_device_versions_and_commit():
         assert all(word in text for word in ("H100", "torch", "commit")), name
 
 
-def test_the_ensemble_is_three_percent_below_log_har_with_and_without_other_coins():
+def test_the_ensemble_is_three_percent_below_log_har():
     coins = read_result("coins")
     for part in ("reproduction", "alone"):
         ensemble = next(row for row in coins[part] if row["model"] == "har_ensemble")
