@@ -165,6 +165,7 @@ class PooledRidge:
     pooled = True  # is given the frames of all coins
     penalty = 3000.  # of the ridge regression
     limit = 5.  # standardised measures are clipped to this
+    warm_up = 180  # days at the beginning of a coin's panel that are not trained on: its level is not formed yet
     min_days = 60  # a coin with fewer training rows is left out
 
     def __init__(
@@ -185,14 +186,15 @@ class PooledRidge:
         "Estimate the coefficients on the refit rows of all coins; return self."
         self.climatology.fit(panel, X, y, fold)
         rows = labelled_rows(y, fold, "sigma")
-        tables, har = {}, [f"vol_{d}" for d in HAR_DAYS]
+        tables, har, parts = {}, [f"vol_{d}" for d in HAR_DAYS], asset_rows(panel.index)
         for asset, part in rows_by_asset(panel, origins(panel.index, rows)):
+            part = part[part >= parts[asset].start + 24 * self.warm_up]
             known = measures_of(panel, asset).loc[row_times(panel.index)[part]].dropna()
             if len(known) < self.min_days: continue
             target = np.log(y.loc[asset, "sigma"].loc[known.index].clip(lower=FLOOR))
             tables[asset] = np.c_[target, known[har]], known[MEASURES].to_numpy()
         if not tables:
-            raise ValueError(f"no coin has {self.min_days} days of fold.refit with 90 days of prices before them; "
+            raise ValueError(f"no coin has {self.min_days} days of fold.refit after its first {self.warm_up} days; "
                              "load more history")
         means = {asset: levels.mean(axis=0) for asset, (levels, _) in tables.items()}
         demeaned = np.concatenate([levels - means[asset] for asset, (levels, _) in tables.items()])

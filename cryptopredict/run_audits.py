@@ -158,7 +158,9 @@ def audit_pooled(
     "Report on the fitted `HAREnsemble`, which learns from all coins."
     def fit(frame: pd.DataFrame, fold: Fold, ends: pd.DataFrame) -> HAREnsemble:
         given, _, labels = split_frame(frame)
-        return HAREnsemble(SHORT["horizon"], config.threshold).fit(given, None, labels.join(ends), fold)
+        model = HAREnsemble(SHORT["horizon"], config.threshold)
+        model.ridge.warm_up = 0  # the stretch is hardly longer than the usual one
+        return model.fit(given, None, labels.join(ends), fold)
     return audit_forecaster(fit, lambda model, given, X, rows: model.predict(given, X, rows), panel, config, assets=assets)
 
 # %% ../nbs/05g_run_audits.ipynb #73827cb6

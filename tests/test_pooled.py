@@ -46,8 +46,8 @@ def test_the_frozen_recipe_is_that_of_the_code():
     assert recipe["har_exp"]["half_lives_days"] == list(HALF_LIVES) and recipe["har_exp"]["penalty"] == ExponentialHAR.penalty
     ridge = recipe["pooled_ridge"]
     assert ridge["measures"] == MEASURES and len(MEASURES) == 34
-    assert (ridge["penalty"], ridge["clip_standard_deviations"], ridge["min_days"]) == (
-        PooledRidge.penalty, PooledRidge.limit, PooledRidge.min_days)
+    assert (ridge["penalty"], ridge["clip_standard_deviations"], ridge["warm_up_days"], ridge["min_days"]) == (
+        PooledRidge.penalty, PooledRidge.limit, PooledRidge.warm_up, PooledRidge.min_days)
     assert recipe["direction_and_band"]["years"] == PooledClimatology().years
 
 
