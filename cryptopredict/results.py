@@ -118,7 +118,7 @@ def claims_table(
     empty if the default forecaster was not run."""
     table = pd.DataFrame(scores.get("claims", []))
     if table.empty: return table
-    text = lambda p: "-" if pd.isna(p) else f"{p:.3f}"
+    text = lambda p: "-" if pd.isna(p) else "< 0.001" if p < .001 else f"{p:.3f}"
     return pd.DataFrame({"score": table["score"].map(SCORE_NAMES), "forecaster": table["default"],
                          "reference": table["reference"], "difference": table.apply(percent_text, axis=1),
                          "p": table["p"].map(text), "p (Holm)": table["p_holm"].map(text), "claim": table["verdict"]})

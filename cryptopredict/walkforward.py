@@ -679,9 +679,9 @@ def walk_forward_run(
     check_panel(panel)
     assets = check_assets(assets, panel)
     config, left_out = installed_models(config)
-    for package in sorted(set(left_out.values())):
-        names = ", ".join(m for m, needed in left_out.items() if needed == package)
-        warnings.warn(f"left out because {package} is not installed: {names} (pip install cryptopredict[baselines])",
+    if left_out:
+        names = ", ".join(f"{model} ({package})" for model, package in left_out.items())
+        warnings.warn(f"left out, because their packages are not installed: {names}; pip install cryptopredict[baselines]",
                       stacklevel=2)
     # All checks come before the folder is created: a run that cannot start leaves none behind.
     if user_code.features: run_features(panel, config, user_code)

@@ -249,7 +249,8 @@ def test_a_missing_package_leaves_out_its_models_with_one_line(coins, tmp_path, 
         warnings.simplefilter("always")
         made = cp.evaluate(coins["BTC"], ["log_har", "garch", "gjr_garch"], tmp_path / "run", **SETTINGS)
     lines = [str(w.message) for w in caught if "left out" in str(w.message)]
-    assert lines == ["left out because arch is not installed: garch, gjr_garch (pip install cryptopredict[baselines])"]
+    assert lines == ["left out, because their packages are not installed: garch (arch), gjr_garch (arch); "
+                     "pip install cryptopredict[baselines]"]
     assert made.models == ["log_har"] and made.record["left_out"] == dict(garch="arch", gjr_garch="arch")
 
 

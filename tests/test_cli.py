@@ -174,7 +174,7 @@ def test_scores_are_printed_as_they_are_written(runs):
     code, out, _ = call("evaluate", "--years", 3, "--config", runs / "small.toml", "--out", runs / "run")
     scores = json.loads((runs / "run" / "scores.json").read_text())
     mean = next(r["mean"] for r in scores["summary"] if (r["model"], r["score"]) == ("log_har", "qlike"))
-    assert code == 0 and f"{mean:.4f}" in out and f"{scores['origins']} daily origins, 2017-10-01 to" in out
+    assert code == 0 and f"{mean:.3f}" in out and f"{scores['origins']} daily origins, 2017-10-01 to" in out
 
 
 def test_a_training_keeps_its_settings(runs):

@@ -287,7 +287,8 @@ def test_the_ensemble_of_the_committed_run_is_recomputed(panel, data_dir, tmp_pa
     if not coins.is_dir(): pytest.skip("no other coins: put their files into ../shared/coins, next to the checkout")
     models = ["log_har", "har_exp", "har_daily", "har_ensemble"]
     made = cp.evaluate(panel, models, tmp_path / "run", assets=cp.load_panels(coins), first_test="2024-01-01").predictions
-    known = pd.read_parquet(RESULTS / "real.parquet").query("time >= '2024-01-01' and model in @models")
+    known = pd.read_parquet(RESULTS / "real.parquet")
+    known = known[(known["time"] >= pd.Timestamp("2024-01-01", tz="UTC")) & known["model"].isin(models)]
     both = known.merge(made, on=["time", "model"], suffixes=("", "_made"), validate="1:1")
     assert len(both) == len(known) == len(made)
     for column in FORECAST_COLUMNS: np.testing.assert_allclose(both[f"{column}_made"], both[column], rtol=1e-9)
