@@ -105,9 +105,9 @@ def train_epoch(
         else: run.carried = run.read(span, state)
         run.cursor += 1
         due = config.save_every and learns and run.step % config.save_every == 0
-        stopping = run.signals.pending is not None  # a signal that comes later waits for the next save
-        if due or stopping: run.save()
-        if stopping: run.signals.raise_pending()
+        if due or run.signals.pending is not None:
+            run.save()
+            run.signals.raise_pending()  # only here: a signal that comes after the check waits for the next save
     run.epoch, run.cursor, run.carried = run.epoch + 1, 0, None
     speed, plan = tokens / (perf_counter() - started), reduced_plan(config, data)
     append_jsonl(run.folder.timings, dict(epoch=run.epoch, tokens_per_s=speed, plan=plan, **peak_bytes(config.device)))
