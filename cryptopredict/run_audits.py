@@ -19,7 +19,7 @@ import torch
 from .audits import audit_labels, audit_model, audit_pipeline
 from .features import build_features, own_columns
 from .labels import HEADS, make_labels
-from .leakage import (Fold, LeakReport, audit, audit_availability, audit_folds, stack_assets, walk_forward)
+from .leakage import Fold, LeakReport, audit, audit_availability, audit_folds, stack_assets, walk_forward
 from .multitask import MultitaskModel
 from .network import Network
 from .pooled import HAREnsemble
